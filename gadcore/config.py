@@ -56,8 +56,9 @@ class StudentSettings(Section):
     model: str = "smollm2-135m-instruct"
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the parameters and the optimizer.")
     autocast: Literal["none", "bfloat16"] = Field("none", description="Of the products inside forward and backward.")
-    lr: Rate = 1e-6
-    seqkd_lr: Rate = 5e-6
+    lr: Rate = Field(1e-6, description="Of the GAD stage.")
+    warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
+    seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
@@ -86,7 +87,7 @@ class RolloutSettings(Section):
     block_size: Positive = 32
     max_num_seqs: Positive = 256
     prefix_caching: bool = True
-    kv_cache_gib: Annotated[float, Field(gt=0)] = Field(1.0, description="Memory of vLLM's KV cache on the CPU.")
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
     enforce_eager: bool = True
 
@@ -108,8 +109,10 @@ class ScheduleSettings(Section):
     batch_size: Positive = Field(256, description="Prompts per step.")
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
+    seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
+    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
     micro_batch_tokens: Positive = Field(16384, description="Padded tokens per forward pass.")
 
 

@@ -1,0 +1,1 @@
+"""Evaluation: how close the student is to its teacher."""

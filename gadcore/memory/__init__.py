@@ -1,0 +1,1 @@
+"""Phases of a step: who may hold the device when."""

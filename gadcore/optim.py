@@ -1,0 +1,38 @@
+"""AdamW with clipping, and autocast, as both models use them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from gadcore.config import DiscriminatorSettings, StudentSettings
+
+
+class Optimizer:
+    """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm."""
+
+    def __init__(self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float) -> None:
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.grad_clip = settings.grad_clip
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> float:
+        """Clips, steps, clears; returns the gradient norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, error_if_nonfinite=True)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Products in `dtype` inside the block; "none" leaves everything as it is."""
+    return nullcontext() if dtype == "none" else torch.autocast(device.type, dtype=getattr(torch, dtype))

@@ -1,0 +1,79 @@
+"""A small engine on Hugging Face's generate(), for tests and for machines without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from gadcore.groups import Response
+from gadcore.rollout.protocol import SampleRequest
+from gadcore.template import ChatTemplate
+
+
+class HFEngine:
+    """Samples from the trainer's own model object: there is no second copy of the weights.
+
+    One prompt at a time, so that its seed alone decides its samples.
+    """
+
+    def __init__(self, model: PreTrainedModel, template: ChatTemplate) -> None:
+        self.model = model
+        self.template = template
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+    ) -> list[list[Response]]:
+        return [self._one(request, temperature, max_tokens) for request in requests]
+
+    def _one(self, request: SampleRequest, temperature: float, max_tokens: int) -> list[Response]:
+        greedy = temperature == 0
+        # Every setting that a model's own generation_config could bring along is given here.
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens,
+            do_sample=not greedy,
+            temperature=1.0 if greedy else temperature,
+            top_k=self.model.config.get_text_config().vocab_size,
+            top_p=1.0,
+            min_p=None,
+            repetition_penalty=1.0,
+            num_return_sequences=1 if greedy else request.n,
+            eos_token_id=self.template.end_id,
+            pad_token_id=self.template.end_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        prompt = torch.tensor([request.prompt_ids], device=self.model.device)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(request.seed)
+            out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        scale = 1.0 if greedy else temperature
+        logits = torch.stack(out.logits, 1).float() / scale
+        responses = []
+        for ids, row in zip(out.sequences[:, prompt.shape[1] :], logits, strict=True):
+            ended = (ids == self.template.end_id).nonzero()
+            ids = ids[: int(ended[0]) + 1] if len(ended) else ids
+            logprobs = row[: len(ids)].log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+            text, finished = self.template.text_of(ids.tolist())
+            responses.append(Response(text, tuple(ids.tolist()), finished, tuple(logprobs.tolist())))
+        return responses * request.n if greedy else responses
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        if model is not self.model:
+            raise RuntimeError("the Hugging Face engine samples from the model it was built with")
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def sleep(self) -> None:
+        """Nothing to give back: the key-value cache lives only inside generate()."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,85 @@
+"""What the algorithm asks of a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gadcore.config import Config
+from gadcore.groups import Response
+from gadcore.template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """n samples for one prompt; the seed decides them alone, whatever else is in the batch."""
+
+    prompt_ids: tuple[int, ...]
+    n: int
+    seed: int
+
+
+class Engine(Protocol):
+    """A sampler that holds the student's weights.
+
+    The order of a step is wake -> update_weights -> generate -> sleep -> (training).
+    """
+
+    def generate(
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+    ) -> list[list[Response]]:
+        """Samples from softmax(logits / temperature), greedily at temperature 0, up to max_tokens tokens.
+
+        Returns per request its n responses, each ended by the template's end marker or cut at max_tokens, with
+        the log-probability of every token under the distribution it was drawn from.
+        """
+        ...
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        """From here on generate() computes with the weights of `model`; raises RuntimeError if it would not."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that generate() computes with, under the trainer's parameter names (no copies)."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives back the memory that only sampling needs."""
+        ...
+
+    def wake(self) -> None:
+        """Takes it again."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine; it cannot be used any more."""
+        ...
+
+
+def make_engine(config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> Engine:
+    """The engine that rollout.engine names, sampling from `model`, which was loaded from `model_path`."""
+    if config.rollout.engine == "hf":
+        from gadcore.rollout.hf import HFEngine
+
+        return HFEngine(model, template)
+    from gadcore.rollout.vllm_inprocess import VLLMEngine
+
+    return VLLMEngine(config, model_path, model, template)
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A checksum of the exact bits of all weights, the same whatever order and storage they come in."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(weights.items()):
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        rows = tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
+        # The second sum weighs rows by their number, so that exchanged rows are seen too.
+        numbers = torch.arange(1, len(rows) + 1, device=rows.device)
+        digest.update(f"{name} {int(rows.sum())} {int((rows * numbers).sum())}\n")
+    return digest.hexdigest()

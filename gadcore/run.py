@@ -1,0 +1,117 @@
+"""The command line: python -m gadcore.run [train | seqkd | report] [settings].
+
+    python -m gadcore.run                                   the default job, preset smollm2-cpu
+    python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
+    python -m gadcore.run --config mine.toml --dry-run      print the resolved plan and stop
+    python -m gadcore.run --resume auto                     go on with the newest run
+    python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
+    python -m gadcore.run report [RUN_FOLDER]               write report.html again
+    python -m gadcore.run --help                            every setting
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gadcore import settings
+from gadcore.config import Config
+from gadcore.errors import Interrupted, UserError
+from gadcore.run_folder import LATEST, RunFolder
+
+STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+
+
+class StopSignals:
+    """Remembers SIGTERM and Ctrl-C, so that the step at work is finished; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def reason(self) -> str | None:
+        return None if self.received is None else signal.Signals(self.received).name
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 2 for bad input, 128 + signal where one stopped the run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    signals = StopSignals()
+    try:
+        if command == "report":
+            return _report(arguments)
+        if command not in STAGES:
+            known = ", ".join((*STAGES, "report"))
+            raise UserError(f"unknown command {command!r}: use one of {known}, or --help")
+        return _train(command, arguments, signals)
+    except UserError as error:
+        print(f"gadcore: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"gadcore: {error}", file=sys.stderr)
+        return 128 + (signals.received or signal.SIGINT)
+
+
+def _report(arguments: list[str]) -> int:
+    if len(arguments) > 1:
+        raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
+    from gadcore.report import write_report
+
+    print(write_report(Path(arguments[0]) if arguments else LATEST))
+    return 0
+
+
+def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
+    arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
+    arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
+    config = settings.load(_with_saved_config(arguments))
+    set_environment(config)
+    # Imported only now: torch reads the environment when it is loaded.
+    from gadcore.algorithm import train
+    from gadcore.build import build, describe_plan, read_inputs
+
+    stages = STAGES[command]
+    # Before there is a folder: bad data leaves nothing behind.
+    inputs = read_inputs(config)
+    if dry_run:
+        print(f"{settings.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        return 0
+    folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
+    with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+        train(trainer)
+    return 0
+
+
+def _with_saved_config(arguments: list[str]) -> list[str]:
+    """A run that is resumed without --config or --preset takes the settings it began with."""
+    flags = {a.split("=")[0] for a in arguments}
+    if "--run.resume" not in flags or flags & {"--config", "--preset"}:
+        return arguments
+    directory = None
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--run.dir"):
+            directory = argument.partition("=")[2] or arguments[i + 1]
+    return ["--config", str(RunFolder.existing(directory).path / "config.toml"), *arguments]
+
+
+def set_environment(config: Config) -> None:
+    """What must be set before torch is imported."""
+    if config.run.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
+    # Spinning threads slow each other down on a machine that does anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

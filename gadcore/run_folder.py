@@ -1,0 +1,99 @@
+"""The folder of a run: what lies where, and who may write into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadcore.config import Config
+from gadcore.errors import UserError
+from gadcore.settings import dump
+from gadcore.tracking import MetricsLog
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """config.toml, metrics.jsonl, samples.jsonl, evaluations/, checkpoints/, reference/, student/, discriminator/,
+    summary.json and report.html of one run."""
+
+    path: Path
+    metrics: MetricsLog
+    samples: MetricsLog
+
+    @classmethod
+    def _at(cls, path: Path) -> RunFolder:
+        return cls(path, MetricsLog(path / "metrics.jsonl"), MetricsLog(path / "samples.jsonl"))
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """A new folder with the resolved config in it; a folder that holds another run is refused."""
+        path = Path(config.run.dir) if config.run.dir else _fresh(config.run.name)
+        if (path / "config.toml").exists():
+            raise UserError(
+                f"{path} already holds another run: choose another run.dir, or go on with it by --resume auto"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.toml").write_text(dump(config), encoding="utf-8")
+        _point_latest(path)
+        return cls._at(path)
+
+    @classmethod
+    def existing(cls, directory: str | None) -> RunFolder:
+        """The folder of a run to go on with: the one named, or the newest."""
+        path = Path(directory) if directory else LATEST.resolve()
+        if not (path / "config.toml").is_file():
+            raise UserError(
+                f"there is no run to resume in {path}: give its folder by --run.dir, or leave --resume away"
+            )
+        _point_latest(path)
+        return cls._at(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def reference(self) -> Path:
+        """The saved reference policy of the GAD stage."""
+        return self.path / "reference"
+
+    def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._write(f"evaluations/{name}.jsonl", lines)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        target = self.path / name
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+
+
+def _fresh(name: str) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = RUNS / f"{name}-{stamp}"
+    count = 1
+    while path.exists():
+        count += 1
+        path = RUNS / f"{name}-{stamp}-{count}"
+    return path
+
+
+def _point_latest(path: Path) -> None:
+    if LATEST.exists() and not LATEST.is_symlink():
+        raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
+    RUNS.mkdir(exist_ok=True)
+    new = LATEST.with_name(f".latest-{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(path.resolve(), RUNS.resolve()))
+    os.replace(new, LATEST)

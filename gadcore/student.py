@@ -1,0 +1,156 @@
+"""G: log-probs of the student, its SeqKD step and its GRPO step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gadcore.config import AlgorithmSettings, StudentSettings
+from gadcore.groups import Group, Row, RowBatch, collate, micro_batches
+from gadcore.kernels.grouped_logprob import grouped_logprob
+from gadcore.kernels.grpo_loss import group_advantages, grpo_ratio_loss
+from gadcore.kernels.layout import GroupLayout
+from gadcore.models import backbone_hidden
+from gadcore.optim import Optimizer, autocast
+
+
+@dataclass(frozen=True)
+class PolicyStats:
+    """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed."""
+
+    loss: float
+    kl: float
+    entropy: float
+    clip_fraction: float
+    ratio_max: float
+    logprob_diff_mean: float
+    logprob_diff_max: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SeqKDStats:
+    """What a SeqKD pass found: cross-entropy per token, tokens processed."""
+
+    ce: float
+    tokens: int
+
+
+class Student:
+    """The policy pi_G, and from freeze_reference() on the reference policy."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: StudentSettings,
+        algorithm: AlgorithmSettings,
+        *,
+        temperature: float,
+        pad_id: int,
+        micro_batch_tokens: int,
+    ) -> None:
+        self.model = model
+        self.reference: PreTrainedModel | None = None
+        self.settings = settings
+        self.algorithm = algorithm
+        self.temperature = temperature
+        self.pad_id = pad_id
+        self.micro_batch_tokens = micro_batch_tokens
+        self.optimizer = Optimizer(model, settings, lr=settings.lr)
+
+    def freeze_reference(self) -> None:
+        """Makes the student as it is now the reference policy; none is kept where no KL is asked for."""
+        if self.algorithm.kl_coef > 0:
+            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+
+    def logprobs(
+        self, model: PreTrainedModel, batch: RowBatch, temperature: float, *, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (and entropies) [T] of all response tokens under softmax(logits / temperature), in fp32."""
+        with autocast(self.settings.autocast, model.device):
+            hidden = backbone_hidden(model, batch.input_ids).flatten(0, 1)[batch.predict_index]
+            head = model.get_output_embeddings()
+            return grouped_logprob(
+                hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature, return_entropy=entropy
+            )
+
+    def _collate(self, rows: Sequence[Row]) -> RowBatch:
+        return collate(rows, self.pad_id, self.model.device)
+
+    def seqkd_backward(self, groups: Sequence[Group]) -> SeqKDStats:
+        """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
+        rows = [Row(group.prompt.token_ids, group.teacher.token_ids) for group in groups]
+        response_tokens = sum(len(row.response_ids) for row in rows)
+        ce = 0.0
+        for cut in micro_batches([(1, len(row)) for row in rows], self.micro_batch_tokens):
+            batch = self._collate([rows[i] for i in cut])
+            logprob, _ = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
+            loss = -logprob.sum() / response_tokens
+            loss.backward()
+            ce += loss.item()
+        return SeqKDStats(ce, sum(map(len, rows)))
+
+    def grpo_backward(self, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> PolicyStats:
+        """Adds the gradient of the GRPO loss on the samples of the batch; rewards[g][i] is of groups[g].samples[i].
+
+        The batch gets exactly one optimizer step, so the old policy is the policy itself and no pass for old
+        log-probs is needed (kernels/grpo_loss.py).
+        """
+        algorithm = self.algorithm
+        rows = [[Row(group.prompt.token_ids, s.token_ids) for s in group.samples] for group in groups]
+        response_tokens = sum(len(row.response_ids) for group in rows for row in group)
+        loss = kl = entropy = clipped = diff = 0.0
+        ratio_max = diff_max = 0.0
+        for cut in micro_batches([(len(r), max(map(len, r))) for r in rows], self.micro_batch_tokens):
+            batch = self._collate([row for i in cut for row in rows[i]])
+            ref_logprob = None
+            if self.reference is not None:
+                with torch.no_grad():
+                    ref_logprob, _ = self.logprobs(self.reference, batch, self.temperature)
+            logprob, token_entropy = self.logprobs(self.model, batch, self.temperature, entropy=True)
+            layout = GroupLayout.of([len(rows[i]) for i in cut], teacher=False)
+            advantages = group_advantages(
+                torch.tensor([r for i in cut for r in rewards[i]], dtype=logprob.dtype),
+                layout,
+                normalise=algorithm.normalise_advantage,
+            ).to(logprob.device)
+            result = grpo_ratio_loss(
+                logprob,
+                advantages.repeat_interleave(torch.tensor(batch.lengths, device=logprob.device)),
+                ref_logprob=ref_logprob,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                kl_coef=algorithm.kl_coef,
+                denominator=response_tokens,
+            )
+            result.loss.backward()
+            sampled = torch.tensor([lp for i in cut for s in groups[i].samples for lp in s.logprobs])
+            difference = (logprob.detach().cpu() - sampled).abs()
+            assert token_entropy is not None
+            loss += result.loss.item()
+            kl += result.kl_sum.item() / response_tokens
+            entropy += token_entropy.sum().item() / response_tokens
+            clipped += result.clipped_sum.item() / response_tokens
+            ratio_max = max(ratio_max, result.ratio_max.item())
+            diff += difference.sum().item() / response_tokens
+            diff_max = max(diff_max, difference.max().item())
+        return PolicyStats(
+            loss,
+            kl,
+            entropy,
+            clipped,
+            ratio_max,
+            diff,
+            diff_max,
+            sum(len(row) for group in rows for row in group),
+        )
+
+    def step(self, lr: float) -> float:
+        """One optimizer step on the gradient that is there; returns its norm before clipping."""
+        self.optimizer.set_lr(lr)
+        return self.optimizer.step()

@@ -1,0 +1,337 @@
+"""Trainer: the state of a run, and what the algorithm asks of it besides mathematics.
+
+Sampling, the resumable loop over batches, metrics, checkpoints, the held-out evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gadcore import checkpoint
+from gadcore.config import Config
+from gadcore.discriminator import Discriminator, Judgement
+from gadcore.errors import Interrupted
+from gadcore.evaluate.heldout import evaluate
+from gadcore.groups import Group
+from gadcore.loader import Loader
+from gadcore.memory.phases import Phases
+from gadcore.metrics import step_metrics
+from gadcore.models import save_model
+from gadcore.report import write_report
+from gadcore.rollout import Engine, SampleRequest
+from gadcore.run_folder import RunFolder
+from gadcore.student import PolicyStats, SeqKDStats, Student
+from gadcore.template import ChatTemplate
+from gadcore.terminal import View
+from gadcore.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where the run stands; all of it is in every checkpoint.
+
+    step: global, over stages. stage, stage_step: the last finished step. done: finished stages.
+    evaluations: held-out results by name. seconds: per phase. tokens: sampled and trained.
+    """
+
+    step: int = 0
+    stage: str = ""
+    stage_step: int = 0
+    done: list[str] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
+
+
+class Trainer:
+    """Owns the models, the sampler and the records of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        stages: Sequence[str],
+        folder: RunFolder,
+        *,
+        student: Student,
+        discriminator: Discriminator | None,
+        engine: Engine,
+        template: ChatTemplate,
+        loader: Loader,
+        held_out: Sequence[Group],
+        phases: Phases,
+        view: View,
+        tracker: Tracker,
+        stop_requested: Callable[[], str | None],
+        facts: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
+        self.folder = folder
+        self.student = student
+        self._discriminator = discriminator
+        self.engine = engine
+        self.template = template
+        self.loader = loader
+        self.held_out = held_out
+        self.phases = phases
+        self.view = view
+        self.tracker = tracker
+        self.stop_requested = stop_requested
+        self.facts = facts
+        self.progress = Progress()
+
+    @property
+    def discriminator(self) -> Discriminator:
+        if self._discriminator is None:
+            raise RuntimeError("this run has no discriminator")
+        return self._discriminator
+
+    # The loop
+
+    def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
+        """(step within the stage, from 1; its batch), beginning where the run stands."""
+        total = self.stage_steps[stage]
+        if self.progress.stage != stage:
+            self.progress.stage, self.progress.stage_step = stage, 0
+        self.view.stage(stage, total)
+        while self.progress.stage_step < total:
+            yield self.progress.stage_step + 1, next(self.loader)
+
+    def is_done(self, stage: str) -> bool:
+        return stage in self.progress.done
+
+    def end_stage(self, stage: str) -> None:
+        self.progress.done.append(stage)
+        self.evaluate(f"after_{stage}")
+        if stage != list(self.stage_steps)[-1] and self.config.checkpoint.every:
+            self.save()
+
+    # Sampling
+
+    def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
+        """Draws N samples of the current student for every group of the batch."""
+        rollout = self.config.rollout
+        self.view.status(f"sampling {len(groups) * rollout.group_size} responses")
+        self._generate(groups, rollout.group_size, f"{stage}/{step}")
+
+    def _generate(self, groups: Sequence[Group], n: int, purpose: str) -> None:
+        requests = [
+            SampleRequest(g.prompt.token_ids, n, derived_seed(self.config.run.seed, purpose, g.prompt.index))
+            for g in groups
+        ]
+        self.engine.wake()
+        self.engine.update_weights(self.student.model)
+        responses = self.engine.generate(
+            requests,
+            temperature=self.config.rollout.temperature,
+            max_tokens=self.config.data.max_response_tokens,
+        )
+        self.engine.sleep()
+        for group, samples in zip(groups, responses, strict=True):
+            group.samples = samples
+
+    # Records
+
+    def record(
+        self,
+        stage: str,
+        step: int,
+        groups: Sequence[Group],
+        stats: PolicyStats | SeqKDStats | None,
+        student_norm: float | None,
+        judgement: Judgement | None = None,
+        discriminator_norm: float | None = None,
+    ) -> None:
+        """Ends a step: metrics, a sample triplet now and then, a checkpoint when due, a stop when asked for."""
+        progress = self.progress
+        progress.step += 1
+        progress.stage_step = step
+        due = self.config.checkpoint.every and progress.step % self.config.checkpoint.every == 0
+        values = step_metrics(groups, stats, student_norm, judgement, discriminator_norm)
+        progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
+        progress.tokens["trained"] += int(values.get("tokens/trained", 0))
+        self._log_step(stage, step, values)
+        every = self.config.tracking.sample_every
+        if judgement is not None and every and step % every == 0:
+            self._log_triplet(stage, groups[0], judgement)
+        reason = self.stop_requested()
+        if due or reason:
+            self.save()
+        if reason:
+            raise Interrupted(
+                f"stopped by {reason} after step {progress.step}, saved; go on with: "
+                f"python -m gadcore.run {'' if 'seqkd' not in self.stage_steps else 'seqkd '}--run.dir {self.folder.path} --resume auto"
+            )
+
+    def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:
+        taken = self.phases.take_step()
+        values = dict(values)
+        values |= {f"time/{name}": seconds for name, seconds in taken.items()}
+        values["time/total"] = sum(taken.values())
+        for phase, tokens in (("rollout", "sampled"), ("student", "student"), ("discriminator", "discriminator")):
+            if phase in taken and f"tokens/{tokens}" in values:
+                values[f"perf/{phase}_tokens_per_s"] = values[f"tokens/{tokens}"] / taken[phase]
+        row = {
+            "stage": stage,
+            "step": self.progress.step,
+            "stage_step": step,
+            "stage_steps": self.stage_steps[stage],
+            **values,
+        }
+        self.folder.metrics.write(row)
+        self.tracker.log(values, self.progress.step)
+        self.view.step(row)
+
+    def _log_triplet(self, stage: str, group: Group, judgement: Judgement) -> None:
+        best = max(range(len(group.samples)), key=lambda i: judgement.rewards[0][i])
+        triplet = {
+            "stage": stage,
+            "step": self.progress.step,
+            "prompt": group.prompt.messages[-1]["content"],
+            "teacher": group.teacher.text,
+            "student": group.samples[best].text,
+            "reward": judgement.rewards[0][best],
+            "teacher_score": judgement.teacher_scores[0],
+        }
+        self.folder.samples.write(triplet)
+        self.view.sample(triplet)
+
+    def evaluate(self, name: str) -> None:
+        """Held-out evaluation of the student (and of D) as they are now, once per name."""
+        if not self.held_out or name in self.progress.evaluations:
+            return
+        self.view.status(f"evaluating on {len(self.held_out)} held-out prompts")
+        with self.phases("evaluation"):
+            groups = [Group(g.prompt, g.teacher) for g in self.held_out]
+            # The same seeds at every evaluation: differences come from the models alone.
+            self._generate(groups, 1, "evaluation")
+            result, rows = evaluate(groups, self._discriminator)
+        self.phases.take_step()
+        self.folder.write_evaluation(name, rows)
+        self.progress.evaluations[name] = result
+        self.view.evaluation(name, result)
+
+    # Saving and going on
+
+    def save(self) -> None:
+        """A checkpoint of everything that the rest of the run depends on."""
+        self.view.status("saving a checkpoint")
+        with self.phases("checkpoint"):
+            self.progress.seconds = dict(self.phases.seconds)
+            tensors = {}
+            for name, model in self._models().items():
+                parameters = dict(model.model.named_parameters())
+                tensors[name] = {n: p.detach() for n, p in parameters.items()}
+                tensors[f"{name}-optimizer"] = checkpoint.optimizer_tensors(model.optimizer.adamw, parameters)
+            rng = checkpoint.rng_state()
+            tensors["rng"] = rng.tensors
+            state = {"progress": asdict(self.progress), "loader": self.loader.state(), "rng": rng.state}
+            path = checkpoint.save(
+                self.folder.checkpoints, self.progress.step, tensors, state, self.config.checkpoint.keep
+            )
+        self.phases.take_step()
+        self.view.message(f"checkpoint {path}")
+
+    def resume(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Goes on from a checkpoint, or from the beginning where the run had none yet.
+
+        The records after the checkpoint are dropped: they will be made again.
+        """
+        if saved is not None:
+            self._restore(saved)
+        self.folder.metrics.truncate_after(self.progress.step)
+        self.folder.samples.truncate_after(self.progress.step)
+        where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
+        self.view.message(f"resumed: {where}")
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        self.loader.restore(saved.state["loader"])
+        with torch.no_grad():
+            for name, model in self._models().items():
+                parameters = dict(model.model.named_parameters())
+                for n, p in parameters.items():
+                    p.copy_(saved.tensors[name][n])
+                checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
+        checkpoint.restore_rng(checkpoint.RngState(saved.state["rng"], saved.tensors["rng"]))
+        self.progress = Progress(**saved.state["progress"])
+        for phase, seconds in self.progress.seconds.items():
+            self.phases.seconds[phase] += seconds
+
+    def _models(self) -> dict[str, Student | Discriminator]:
+        models: dict[str, Student | Discriminator] = {"student": self.student}
+        if self._discriminator is not None:
+            models["discriminator"] = self._discriminator
+        return models
+
+    def ensure_reference(self) -> None:
+        """The reference policy: the student as it was when the GAD stage began."""
+        if self.config.algorithm.kl_coef == 0:
+            return
+        self.student.freeze_reference()
+        reference = self.student.reference
+        assert reference is not None
+        tensors = dict(reference.named_parameters())
+        if self.progress.stage == "gad" and self.progress.stage_step > 0:
+            path = checkpoint.latest(self.folder.reference)
+            if path is None:
+                raise RuntimeError(f"the reference policy is missing from {self.folder.reference}")
+            saved = checkpoint.load(path).tensors["reference"]
+            with torch.no_grad():
+                for name, p in tensors.items():
+                    p.copy_(saved[name])
+        elif self.config.checkpoint.every:
+            with self.phases("checkpoint"):
+                checkpoint.save(self.folder.reference, self.progress.step, {"reference": tensors}, {}, keep=1)
+            self.phases.take_step()
+
+    def finish(self) -> None:
+        """Exports both models as ordinary Hugging Face directories, and writes summary and report."""
+        self.view.status("saving the models")
+        with self.phases("checkpoint"):
+            save_model(self.student.model, self.template.tokenizer, self.folder.path / "student")
+            if self._discriminator is not None:
+                tokenizer = self._discriminator.template.tokenizer
+                save_model(self._discriminator.model, tokenizer, self.folder.path / "discriminator")
+        summary = self.summary()
+        self.folder.write_summary(summary)
+        write_report(self.folder.path)
+        self.view.summary(summary)
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        seconds = self.phases.seconds
+        return {
+            "run": self.config.run.name,
+            "stages": list(self.stage_steps),
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "steps": self.stage_steps,
+            "tokens": self.progress.tokens,
+            **self.facts,
+            "evaluations": self.progress.evaluations,
+        }
+
+
+def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:
+    """Steps of each stage, in order, under its epochs and its upper limit."""
+    schedule = config.schedule
+    result = {}
+    for stage in stages:
+        steps, limit = getattr(schedule, f"{stage}_epochs") * steps_per_epoch, getattr(schedule, f"{stage}_steps")
+        result[stage] = steps if limit is None else min(steps, limit)
+    return result
+
+
+def derived_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed that depends on its arguments alone, so that a resumed run draws the same samples."""
+    digest = hashlib.blake2b(json.dumps([seed, purpose, index]).encode(), digest_size=6)
+    return int.from_bytes(digest.digest(), "big")

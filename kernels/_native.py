@@ -1,0 +1,57 @@
+"""The native CPU library, gadcore/_native.so, that setup.py builds from csrc/cpu where it can."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+# Not resolved: gadcore/kernels may be a symlink, and the library lies in gadcore/.
+LIBRARY = Path(__file__).parent.parent / "_native.so"
+
+_REBUILD = "build it with `pip install --no-build-isolation --no-deps -e .` and a C++ compiler"
+
+
+@functools.cache
+def why_missing(op: str) -> str | None:
+    """None if torch.ops.gadcore.<op> can be called, else the reason and the remedy."""
+    reason = _load()
+    if reason is None and not hasattr(torch.ops.gadcore, op):
+        reason = f"{LIBRARY} is older than this source and lacks {op}: {_REBUILD}"
+    return reason
+
+
+def available(op: str) -> bool:
+    """Whether the native op is there; where it is not, the first call in a process says why in a warning."""
+    reason = why_missing(op)
+    if reason is not None and os.environ.get("GADCORE_NO_NATIVE") != "1":
+        _notice(reason)
+    return reason is None
+
+
+def require(op: str) -> None:
+    """Raises RuntimeError where the native op, asked for by name, is not there."""
+    reason = why_missing(op)
+    if reason is not None:
+        raise RuntimeError(f"the native CPU op {op} is not available: {reason}")
+
+
+@functools.cache
+def _load() -> str | None:
+    if os.environ.get("GADCORE_NO_NATIVE") == "1":
+        return "GADCORE_NO_NATIVE=1 is set"
+    if not LIBRARY.exists():
+        return f"{LIBRARY} was not built: {_REBUILD}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY} cannot be loaded ({error}), was it built for another torch? {_REBUILD}"
+    return None
+
+
+@functools.cache
+def _notice(reason: str) -> None:
+    warnings.warn(f"native CPU ops are not in use, the PyTorch references compute instead: {reason}", stacklevel=4)

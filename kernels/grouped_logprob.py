@@ -1,0 +1,54 @@
+"""Log-probabilities of given tokens out of hidden states, without ever holding [T, V].
+
+    z_t = (W h_t + bias) / temperature          logprob_t = z_t[y_t] - logsumexp(z_t)
+    entropy_t = logsumexp(z_t) - sum_v softmax(z_t)_v z_t[v]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_TOKENS = 1024
+
+
+IGNORED = -100
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    lse = logits.logsumexp(-1)
+    keep = targets != IGNORED
+    picked = logits.gather(-1, targets.where(keep, 0)[:, None]).squeeze(-1)
+    logprob = torch.where(keep, picked - lse, 0.0)
+    if not entropy:
+        return logprob, None
+    with torch.no_grad():
+        return logprob, lse - ((logits - lse[:, None]).exp() * logits).sum(-1)
+
+
+def grouped_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of every target token, and on request the entropy of its distribution.
+
+    hidden: [T, H]; weight: [V, H]; targets: [T] int64 in [0, V), or -100: log-probability 0, no gradient;
+    bias: [V] or None. Returns (logprob [T], entropy [T] or None), fp32 (fp64 for fp64 inputs); the entropy
+    carries no gradient. Works in chunks of CHUNK_TOKENS tokens whose logits are computed again in backward.
+    """
+    parts = [
+        checkpoint(_chunk, h, weight, bias, y, temperature, return_entropy, use_reentrant=False)
+        for h, y in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    ]
+    logprob = torch.cat([part[0] for part in parts])
+    return logprob, torch.cat([part[1] for part in parts]) if return_entropy else None
