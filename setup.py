@@ -47,7 +47,6 @@ def native() -> dict[str, Any]:
         extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-fopenmp"],
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
-        optional=True,
     )
     return {
         "ext_modules": [extension],
@@ -55,4 +54,4 @@ def native() -> dict[str, Any]:
     }
 
 
-setup(**(native() if SOURCES else {}))
+setup(**native())

@@ -45,19 +45,24 @@ def load(run_dir: Path) -> RunFiles:
         raise UserError(f"{summary_path} is not valid JSON ({error}): delete it or run again") from error
     torn: list[str] = []
 
-    def rows(path: Path) -> list[Row]:
+    def rows(path: Path, *needed: str) -> list[Row]:
         if not path.is_file():
             return []
         found = scan(path)
         if found.torn:
             torn.append(str(path.relative_to(folder)))
+        for line, row in enumerate(found.rows, 1):
+            for key in needed:
+                if key not in row:
+                    raise UserError(f'{path}, line {line} has no "{key}": mend or delete that line')
         return found.rows
 
     paths = {path.stem: path for path in (folder / "evaluations").glob("*.jsonl")}
     told = list((summary or {}).get("evaluations") or ())
     order = [*told, *KNOWN_ORDER, *sorted(paths, key=lambda name: paths[name].stat().st_mtime)]
     names = [name for name in dict.fromkeys(order) if name in paths]
-    evaluations = {name: rows(paths[name]) for name in names}
+    answers = ("prompt", "teacher", "student")
+    evaluations = {name: rows(paths[name], *answers, "rouge_l", "length_ratio") for name in names}
     for name in names[1:]:
         for line, (one, other) in enumerate(zip(evaluations[names[0]], evaluations[name], strict=False), 1):
             if one["prompt"] != other["prompt"]:
@@ -65,5 +70,6 @@ def load(run_dir: Path) -> RunFiles:
                     f"{paths[name]}, line {line} has another prompt than {paths[names[0]].name}: the evaluations "
                     "of a run must hold the same rows in the same order, so delete the one that does not belong here"
                 )
-    metrics, samples = rows(folder / "metrics.jsonl"), rows(folder / "samples.jsonl")
+    metrics = rows(folder / "metrics.jsonl", "stage", "step", "stage_step", "stage_steps")
+    samples = rows(folder / "samples.jsonl", "stage", "step", *answers)
     return RunFiles(folder, config_text, config, metrics, samples, evaluations, summary, torn)

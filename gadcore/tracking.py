@@ -124,7 +124,8 @@ class MetricsLog:
                         f'{self.path} ends in a torn line: go on with run.resume = "auto", which drops it, or use '
                         "a new run folder"
                     )
-        return self.path.open("a", encoding="utf-8")
+        # A lone surrogate in a text becomes its JSON escape, which reads back as it was.
+        return self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
 
 class Tracker(Protocol):

@@ -81,5 +81,5 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
         rows = tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
         # The second sum weighs rows by their number, so that exchanged rows are seen too.
         numbers = torch.arange(1, len(rows) + 1, device=rows.device)
-        digest.update(f"{name} {int(rows.sum())} {int((rows * numbers).sum())}\n")
+        digest.update(f"{name} {int(rows.sum())} {int((rows * numbers).sum())}\n".encode())
     return digest.hexdigest()

@@ -77,13 +77,15 @@ def test_the_end_marker_is_the_templates_and_not_the_tokenizers_eos(source: str,
 
 
 def test_the_end_marker_of_a_word_level_vocabulary() -> None:
-    words = {"[UNK]": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "Hello": 5, "Sentinel": 6}
+    words = {"[UNK]": 0, "<|im_start|>": 1, "<|im_end|>": 2, "user": 3, "assistant": 4, "Hello": 5, ".": 6}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
     fast.chat_template = CHATML
+    fast.clean_up_tokenization_spaces = True
     assert ChatTemplate(fast).end_id == 2
+    assert ChatTemplate(fast).text_of((5, 6, 2)) == ("Hello .", True)
     assert ChatTemplate(fast).prompt_ids([{"role": "user", "content": "Hello"}]) == (1, 3, 5, 2, 1, 4)
 
 

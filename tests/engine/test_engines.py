@@ -1,0 +1,156 @@
+"""Both engines: exact weights after updates, log-probs, seeds, end markers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import TEMPLATE, groups
+from tiny import save_tiny
+
+from gadcore.config import Config
+from gadcore.groups import Row, collate
+from gadcore.models import load_causal_lm
+from gadcore.rollout import SampleRequest, make_engine
+from gadcore.rollout.hf import HFEngine
+from gadcore.rollout.protocol import fingerprint
+from gadcore.student import Student
+
+VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
+
+
+def make_config(engine: str) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
+            "rollout": {"engine": engine, "group_size": 4, "max_num_seqs": 32},
+            "algorithm": {"kl_coef": 0.0},
+        }
+    )
+
+
+class Sampled:
+    """A tiny student with an engine that samples from it."""
+
+    def __init__(self, directory, engine: str, kind: str, tied: bool) -> None:
+        pytest.importorskip("vllm") if engine == "vllm" else None
+        config = make_config(engine)
+        path = str(save_tiny(directory, kind, tied=tied))
+        self.model = load_causal_lm(path, "float32")
+        self.engine = make_engine(config, path, self.model, TEMPLATE)
+        self.student = Student(
+            self.model, config.student, config.algorithm, temperature=0.8, pad_id=2, micro_batch_tokens=4096
+        )
+        self.requests = [SampleRequest(g.prompt.token_ids, 4, 1000 + 10 * i) for i, g in enumerate(groups(5))]
+
+    def optimizer_step(self) -> None:
+        self.student.seqkd_backward(groups(3))
+        self.student.step(lr=3e-3)
+        self.engine.update_weights(self.model)
+
+
+@pytest.fixture(scope="module", params=[("hf", *VARIANTS[0]), *(("vllm", *v) for v in VARIANTS)], ids=str)
+def sampled(request, tmp_path_factory):
+    made = Sampled(tmp_path_factory.mktemp("model"), *request.param)
+    yield made
+    made.engine.close()
+
+
+def test_greedy_equals_hugging_face_after_two_optimizer_steps(sampled) -> None:
+    reference = HFEngine(sampled.model, TEMPLATE)
+    outputs = []
+    for _ in range(3):
+        ours = sampled.engine.generate(sampled.requests, temperature=0.0, max_tokens=24)
+        theirs = reference.generate(sampled.requests, temperature=0.0, max_tokens=24)
+        assert [[r.token_ids for r in g] for g in ours] == [[r.token_ids for r in g] for g in theirs]
+        outputs.append([g[0].token_ids for g in ours])
+        sampled.optimizer_step()
+    assert outputs[0] != outputs[1] != outputs[2], "the steps were too small to be seen"
+
+
+def test_engine_holds_the_trainers_weights_to_the_bit(sampled) -> None:
+    before = fingerprint(sampled.engine.weights())
+    sampled.optimizer_step()
+    trainer = {n: p.detach().clone() for n, p in sampled.model.named_parameters()}
+    weights = sampled.engine.weights()
+    assert weights.keys() == trainer.keys()
+    assert all(torch.equal(weights[n], trainer[n]) for n in trainer)
+    assert before != fingerprint(weights) == fingerprint(trainer)
+
+
+def test_sampler_logprobs_are_the_trainers(sampled) -> None:
+    drawn = sampled.engine.generate(sampled.requests, temperature=0.8, max_tokens=24)
+    differences = []
+    for request, samples in zip(sampled.requests, drawn, strict=True):
+        batch = collate([Row(request.prompt_ids, s.token_ids) for s in samples], pad_id=2)
+        with torch.no_grad():
+            logprob, _ = sampled.student.logprobs(sampled.model, batch, 0.8)
+        differences.append((logprob - torch.tensor([lp for s in samples for lp in s.logprobs])).abs())
+    difference = torch.cat(differences)
+    assert difference.max() < 1e-3 and difference.mean() < 1e-4
+
+
+def test_seed_alone_decides_a_prompts_samples(sampled) -> None:
+    def ids(drawn):
+        return [[s.token_ids for s in group] for group in drawn]
+
+    together = ids(sampled.engine.generate(sampled.requests, temperature=0.8, max_tokens=24))
+    backwards = ids(sampled.engine.generate(sampled.requests[::-1], temperature=0.8, max_tokens=24))[::-1]
+    alone = ids(sampled.engine.generate(sampled.requests[:1], temperature=0.8, max_tokens=24))
+    assert together == backwards and together[:1] == alone
+    assert all(len(set(group)) > 1 for group in together), "the samples of a group must differ"
+    other = [SampleRequest(r.prompt_ids, r.n, r.seed + 77) for r in sampled.requests]
+    assert ids(sampled.engine.generate(other, temperature=0.8, max_tokens=24)) != together
+
+
+def test_responses_end_at_the_marker_or_at_the_limit(sampled) -> None:
+    drawn = sampled.engine.generate(sampled.requests * 4, temperature=1.5, max_tokens=24)
+    responses = [s for group in drawn for s in group]
+    for sample in responses:
+        assert sample.finished == (sample.token_ids[-1] == TEMPLATE.end_id)
+        assert sample.finished or len(sample.token_ids) == 24
+        assert TEMPLATE.end_id not in sample.token_ids[:-1]
+        assert len(sample.logprobs) == len(sample.token_ids)
+        assert sample.text == TEMPLATE.text_of(sample.token_ids)[0]
+    assert {s.finished for s in responses} == {True, False}
+
+
+def test_update_after_the_views_were_lost_is_an_error(sampled) -> None:
+    if isinstance(sampled.engine, HFEngine):
+        with pytest.raises(RuntimeError, match="was built with"):
+            sampled.engine.update_weights(object())
+        return
+    name, p = next(iter(sampled.model.named_parameters()))
+    view = p.data
+    p.data = p.data.clone()
+    with pytest.raises(RuntimeError, match=name):
+        sampled.engine.update_weights(sampled.model)
+    p.data = view
+
+
+def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
+    """Trainer fp32, engine bf16, as on a GPU: the update copies into vLLM's own storage."""
+    pytest.importorskip("vllm")
+    path = str(save_tiny(tmp_path))
+    model = load_causal_lm(path, "float32")
+    config = make_config("vllm").model_copy(deep=True)
+    config = Config.model_validate({**config.model_dump(), "rollout": {**config.rollout.model_dump(), "dtype": "bfloat16"}})
+    engine = make_engine(config, path, model, TEMPLATE)
+    assert not engine.shared
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    engine.update_weights(model)
+    assert all(torch.equal(engine.weights()[n], p.bfloat16()) for n, p in model.named_parameters())
+    engine.close()
+
+
+def test_fingerprint_sees_every_kind_of_change() -> None:
+    base = {"a": torch.arange(12.0).reshape(4, 3), "b": torch.ones(3)}
+    changed = [
+        {**base, "a": base["a"][[1, 0, 2, 3]]},
+        {**base, "a": base["a"].nextafter(base["a"] + 1)},
+        {"a": base["a"], "c": base["b"]},
+        {**base, "b": -base["b"]},
+    ]
+    assert fingerprint(dict(reversed(base.items()))) == fingerprint({n: t.clone() for n, t in base.items()})
+    assert len({fingerprint(c) for c in [base, *changed]}) == 5

@@ -1,0 +1,90 @@
+"""Groups, students and discriminators over the tiny models."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from gadcore.config import AlgorithmSettings, DiscriminatorSettings, StudentSettings
+from gadcore.discriminator import Discriminator
+from gadcore.groups import Group, Prompt, Response
+from gadcore.student import Student
+from gadcore.template import ChatTemplate
+from tiny import save_tiny, tiny_model, tiny_tokenizer
+
+TEMPLATE = ChatTemplate(tiny_tokenizer())
+TEXTS = ["Paris.", "It is a city on the Seine.", "Zero", "one hundred degrees", "Stop; then write a short answer."]
+
+
+def response(text: str, *, finished: bool = True) -> Response:
+    ids = TEMPLATE.response_ids(text, finished=finished)
+    return Response(text, ids, finished, tuple(-1.0 for _ in ids))
+
+
+def groups(count: int = 3, samples: int = 3, seed: int = 0, *, ragged: bool = False) -> list[Group]:
+    """Groups of texts of several lengths, some of them cut; with `ragged` the number of samples varies from 2 up."""
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        messages = ({"role": "user", "content": " ".join(rng.choices(TEXTS, k=1 + index % 3))},)
+        prompt = Prompt(index, messages, TEMPLATE.prompt_ids(messages))
+        n = 2 + index % samples if ragged else samples
+        drawn = [response(" ".join(rng.choices(TEXTS, k=rng.randint(1, 3))), finished=rng.random() < 0.7) for _ in range(n)]
+        made.append(Group(prompt, response(rng.choice(TEXTS)), drawn))
+    return made
+
+
+def student(
+    dtype: torch.dtype = torch.float64,
+    *,
+    kind: str = "llama",
+    tied: bool = True,
+    temperature: float = 0.8,
+    kl_coef: float = 0.05,
+    micro_batch_tokens: int = 10**6,
+) -> Student:
+    model = tiny_model(kind, tied=tied).to(dtype)
+    return Student(
+        exact_norms(model) if dtype == torch.float64 else model,
+        StudentSettings(),
+        AlgorithmSettings(kl_coef=kl_coef),
+        temperature=temperature,
+        pad_id=TEMPLATE.end_id,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+def discriminator(tmp_path, dtype: torch.dtype = torch.float64, *, micro_batch_tokens: int = 10**6) -> Discriminator:
+    directory = tmp_path / "tiny"
+    if not directory.exists():
+        save_tiny(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).eval().to(dtype)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator))
+    return Discriminator(
+        exact_norms(model) if dtype == torch.float64 else model, TEMPLATE, DiscriminatorSettings(), same_vocabulary=True, micro_batch_tokens=micro_batch_tokens
+    )
+
+
+def exact_norms(model):
+    """Replaces norms that round to fp32 inside, as Hugging Face's do, so that an fp64 model is fp64 throughout."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "RMSNorm" in type(child).__name__:
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return model
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(actual: dict, expected: dict, *, rtol: float, atol: float) -> None:
+    assert actual.keys() == expected.keys() and actual
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
