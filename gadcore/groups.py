@@ -104,18 +104,24 @@ def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu"
 
 
 def micro_batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> Iterator[range]:
-    """Cuts consecutive groups into micro-batches of at most `token_budget` padded tokens.
+    """Cuts consecutive items into micro-batches of at most `token_budget` padded tokens.
 
-    sizes: per group (rows, longest row). A group is never split: one that is larger than the budget forms a
-    micro-batch of its own. Loss and gradients do not depend on the cut, because every denominator is counted
-    over the whole batch.
+    sizes: (rows, longest row) per item; an item is a row or a whole group and is never split: one that is larger than
+    the budget forms a micro-batch of its own. Loss and gradients do not depend on the cut, because every denominator
+    is counted over the whole batch.
     """
     start, rows, longest = 0, 0, 0
-    for i, (group_rows, group_longest) in enumerate(sizes):
-        new_rows, new_longest = rows + group_rows, max(longest, group_longest)
-        if i > start and new_rows * new_longest > token_budget:
+    for i, (item_rows, item_longest) in enumerate(sizes):
+        rows, longest = rows + item_rows, max(longest, item_longest)
+        if i > start and rows * longest > token_budget:
             yield range(start, i)
-            start, new_rows, new_longest = i, group_rows, group_longest
-        rows, longest = new_rows, new_longest
+            start, rows, longest = i, item_rows, item_longest
     if start < len(sizes):
         yield range(start, len(sizes))
+
+
+def row_micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
+    """Cuts rows that need no company into micro-batches: indices of rows of similar length, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    for cut in micro_batches([(1, len(rows[i])) for i in order], token_budget):
+        yield [order[i] for i in cut]

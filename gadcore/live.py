@@ -79,6 +79,7 @@ class LiveView:
         self._console.print(Text(evaluation_line(name, result), style="bold"))
 
     def summary(self, summary: Row) -> None:
+        self.close()  # so that the table comes last, below the panel
         self._console.print(summary_table(summary))
 
     def message(self, text: str) -> None:

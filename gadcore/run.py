@@ -110,6 +110,8 @@ def set_environment(config: Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
     # Spinning threads slow each other down on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

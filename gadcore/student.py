@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadcore.config import AlgorithmSettings, StudentSettings
-from gadcore.groups import Group, Row, RowBatch, collate, micro_batches
+from gadcore.groups import Group, Row, RowBatch, collate, row_micro_batches
 from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_loss import group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
@@ -79,16 +79,13 @@ class Student:
                 hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature, return_entropy=entropy
             )
 
-    def _collate(self, rows: Sequence[Row]) -> RowBatch:
-        return collate(rows, self.pad_id, self.model.device)
-
     def seqkd_backward(self, groups: Sequence[Group]) -> SeqKDStats:
         """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
         rows = [Row(group.prompt.token_ids, group.teacher.token_ids) for group in groups]
         response_tokens = sum(len(row.response_ids) for row in rows)
         ce = 0.0
-        for cut in micro_batches([(1, len(row)) for row in rows], self.micro_batch_tokens):
-            batch = self._collate([rows[i] for i in cut])
+        for cut in row_micro_batches(rows, self.micro_batch_tokens):
+            batch = collate([rows[i] for i in cut], self.pad_id, self.model.device)
             logprob, _ = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
             loss.backward()
@@ -102,26 +99,26 @@ class Student:
         log-probs is needed (kernels/grpo_loss.py).
         """
         algorithm = self.algorithm
-        rows = [[Row(group.prompt.token_ids, s.token_ids) for s in group.samples] for group in groups]
-        response_tokens = sum(len(row.response_ids) for group in rows for row in group)
-        loss = kl = entropy = clipped = diff = 0.0
-        ratio_max = diff_max = 0.0
-        for cut in micro_batches([(len(r), max(map(len, r))) for r in rows], self.micro_batch_tokens):
-            batch = self._collate([row for i in cut for row in rows[i]])
+        samples = [sample for group in groups for sample in group.samples]
+        rows = [Row(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.samples]
+        advantages = group_advantages(
+            torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
+            GroupLayout.of([len(group.samples) for group in groups], teacher=False),
+            normalise=algorithm.normalise_advantage,
+        )
+        response_tokens = sum(len(row.response_ids) for row in rows)
+        loss = kl = entropy = clipped = diff = ratio_max = diff_max = 0.0
+        for cut in row_micro_batches(rows, self.micro_batch_tokens):
+            batch = collate([rows[i] for i in cut], self.pad_id, self.model.device)
             ref_logprob = None
             if self.reference is not None:
                 with torch.no_grad():
                     ref_logprob, _ = self.logprobs(self.reference, batch, self.temperature)
             logprob, token_entropy = self.logprobs(self.model, batch, self.temperature, entropy=True)
-            layout = GroupLayout.of([len(rows[i]) for i in cut], teacher=False)
-            advantages = group_advantages(
-                torch.tensor([r for i in cut for r in rewards[i]], dtype=logprob.dtype),
-                layout,
-                normalise=algorithm.normalise_advantage,
-            ).to(logprob.device)
+            assert token_entropy is not None
             result = grpo_ratio_loss(
                 logprob,
-                advantages.repeat_interleave(torch.tensor(batch.lengths, device=logprob.device)),
+                advantages[cut].repeat_interleave(torch.tensor(batch.lengths)).to(logprob),
                 ref_logprob=ref_logprob,
                 clip_low=algorithm.clip_low,
                 clip_high=algorithm.clip_high,
@@ -129,9 +126,8 @@ class Student:
                 denominator=response_tokens,
             )
             result.loss.backward()
-            sampled = torch.tensor([lp for i in cut for s in groups[i].samples for lp in s.logprobs])
+            sampled = torch.tensor([logprob for i in cut for logprob in samples[i].logprobs])
             difference = (logprob.detach().cpu() - sampled).abs()
-            assert token_entropy is not None
             loss += result.loss.item()
             kl += result.kl_sum.item() / response_tokens
             entropy += token_entropy.sum().item() / response_tokens
@@ -139,16 +135,8 @@ class Student:
             ratio_max = max(ratio_max, result.ratio_max.item())
             diff += difference.sum().item() / response_tokens
             diff_max = max(diff_max, difference.max().item())
-        return PolicyStats(
-            loss,
-            kl,
-            entropy,
-            clipped,
-            ratio_max,
-            diff,
-            diff_max,
-            sum(len(row) for group in rows for row in group),
-        )
+        tokens = sum(map(len, rows))
+        return PolicyStats(loss, kl, entropy, clipped, ratio_max, diff, diff_max, tokens)
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradient that is there; returns its norm before clipping."""

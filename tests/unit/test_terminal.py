@@ -125,6 +125,16 @@ def test_other_libraries_do_not_tear_the_live_view(monkeypatch: pytest.MonkeyPat
     assert sys.stderr is raw
 
 
+def test_the_summary_comes_after_the_panel() -> None:
+    console = terminal()
+    view = LiveView(console)
+    view.start(PLAN)
+    view.summary({"evaluations": {"before": RESULT}})
+    view.close()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.rindex("Held-out prompts (60 rows)") > shown.rindex("gadcore · try-out")
+
+
 def plain() -> tuple[PlainView, io.StringIO]:
     file = io.StringIO()
     view = make_view("auto", Console(file=file))

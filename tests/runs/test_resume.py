@@ -1,0 +1,102 @@
+"""A run that was killed or stopped and goes on is, to the bit, the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, records, run, tiny_arguments
+
+FILES = ["student/model.safetensors", "discriminator/model.safetensors", "samples.jsonl"]
+# The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
+MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("checkpoint", 3), ("checkpoint", 8)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    done = run([*tiny_arguments(folder), "--run.dir", "run"], folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert records(ours) == records(theirs)
+    for name in FILES:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    for file in (theirs / "evaluations").iterdir():
+        assert (ours / "evaluations" / file.name).read_bytes() == file.read_bytes()
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
+    assert summaries[0]["evaluations"] == summaries[1]["evaluations"]
+    assert summaries[0]["tokens"] == summaries[1]["tokens"]
+
+
+def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str = "hf") -> None:
+    killer = [sys.executable, str(ROOT / "tests/support/killed_run.py"), moment, str(count), "--"]
+    arguments = [*tiny_arguments(whole, engine), "--run.dir", str(folder / "run")]
+    killed = run(arguments, folder, command=killer)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "run/summary.json").exists()
+    resumed = run(["--resume", "auto"], folder)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize(("moment", "count"), MOMENTS)
+def test_sigkill_and_resume(whole, tmp_path, moment, count) -> None:
+    killed_then_resumed(whole, tmp_path, moment, count)
+    assert_same_run(tmp_path / "run", whole / "run")
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_with_vllm(tmp_path) -> None:
+    pytest.importorskip("vllm")
+    done = run([*tiny_arguments(tmp_path, "vllm"), "--run.dir", "whole"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for moment, count in (("rollout", 7), ("update", 6), ("checkpoint", 8)):
+        folder = tmp_path / moment
+        folder.mkdir()
+        killed_then_resumed(tmp_path, folder, moment, count, "vllm")
+        assert_same_run(folder / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_says_how_to_go_on(whole, tmp_path, number) -> None:
+    arguments = [*tiny_arguments(whole), "--run.dir", str(tmp_path / "run"), "--checkpoint.every", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gadcore.run", *arguments], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, stderr
+    (message,) = [line for line in stderr.splitlines() if line.startswith("gadcore: ")]
+    assert "--resume auto" in message and "saved" in message
+    command = message.split("go on with: ")[1].split()
+    assert command[:3] == ["python", "-m", "gadcore.run"]
+    resumed = run([*command[3:], "--checkpoint.every", "2"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "run", whole / "run")
+
+
+def test_resume_before_the_first_checkpoint_starts_again(whole, tmp_path) -> None:
+    killed_then_resumed(whole, tmp_path, "update", 1)
+    assert_same_run(tmp_path / "run", whole / "run")
+
+
+def test_seqkd_runs_and_resumes(whole, tmp_path) -> None:
+    done = run(["seqkd", *tiny_arguments(whole), "--run.dir", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert list(summary["evaluations"]) == ["before", "after_seqkd"]
+    assert not (tmp_path / "run/discriminator").exists()
+    ces = [row["student/ce"] for row in records(tmp_path / "run")]
+    assert len(ces) == 3 and ces[-1] < ces[0]
