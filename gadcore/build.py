@@ -183,7 +183,7 @@ def _device(config: Config) -> torch.device:
 
 
 def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
-    model = models.load_causal_lm(inputs.student_path, config.student.dtype).to(device)
+    model = models.load_causal_lm(inputs.student_path, config.student.dtype, device)
     return Student(
         model,
         config.student,
@@ -204,10 +204,15 @@ def _discriminator(config: Config, inputs: Inputs, device: torch.device) -> Disc
     tokenizer = models.load_tokenizer(path)
     template = ChatTemplate(tokenizer, system_prompt=config.data.system_prompt)
     model = models.load_discriminator(
-        path, config.discriminator.dtype, seed=config.run.seed, end_id=template.end_id, tokenizer=tokenizer
+        path,
+        config.discriminator.dtype,
+        device=device,
+        seed=config.run.seed,
+        end_id=template.end_id,
+        tokenizer=tokenizer,
     )
     return Discriminator(
-        model.to(device),
+        model,
         template,
         config.discriminator,
         same_vocabulary=path == inputs.student_path,

@@ -44,7 +44,8 @@ class DataSettings(Section):
         "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
     )
     long_response: Literal["cut", "drop", "error"] = Field(
-        "cut", description="A teacher response above the limit: cut as a student's sample would be, dropped, or refused."
+        "cut",
+        description="A longer teacher response is cut, as a student's sample would be, dropped, or refused.",
     )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")

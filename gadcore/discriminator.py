@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from gadcore.config import DiscriminatorSettings
@@ -99,7 +100,7 @@ class Discriminator:
         batch = collate([row for group in rows for row in group], self.template.end_id, self.model.device)
         with autocast(self.settings.autocast, self.model.device):
             hidden = backbone_hidden(self.model, batch.input_ids)
-        head = self.model.score
+        head: nn.Linear = self.model.score  # type: ignore[assignment]
         layout = GroupLayout.of([len(group) - 1 for group in rows], teacher=True, device=self.model.device)
         return bt_score(
             hidden.flatten(0, 1), batch.last_index, head.weight[0], head.bias, layout, denominator=denominator

@@ -121,7 +121,7 @@ def micro_batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> Iterat
 
 
 def row_micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
-    """Cuts rows that need no company into micro-batches: indices of rows of similar length, so that little is padded."""
+    """Micro-batches of rows that need no company, as indices: rows of similar length, so that little is padded."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     for cut in micro_batches([(1, len(rows[i])) for i in order], token_budget):
         yield [order[i] for i in cut]

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -104,7 +105,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot load a tokenizer from {path}: {first_line(e)}") from e
 
 
-def _load(auto: type, path: str, dtype: str, **kwargs: object) -> tuple[PreTrainedModel, dict]:
+def _load(auto: Any, path: str, dtype: str, device: torch.device, **kwargs: object) -> tuple[PreTrainedModel, dict]:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
         _no_dropout(config)
@@ -120,7 +121,7 @@ def _load(auto: type, path: str, dtype: str, **kwargs: object) -> tuple[PreTrain
     except (OSError, ValueError) as e:
         raise UserError(f"cannot load the model {path}: {first_line(e)}") from e
     # eval() for good: nothing in GAD wants the stochastic behaviour of train().
-    return model.eval(), info
+    return model.to(device).eval(), info
 
 
 def first_line(e: Exception) -> str:
@@ -134,9 +135,9 @@ def _no_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def load_causal_lm(path: str, dtype: str) -> PreTrainedModel:
+def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """The student, checked: its logits must be the output head applied to the backbone's hidden states."""
-    model, info = _load(AutoModelForCausalLM, path, dtype)
+    model, info = _load(AutoModelForCausalLM, path, dtype, device)
     if info["missing_keys"]:
         raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
     _check_head(model, path)
@@ -146,7 +147,7 @@ def load_causal_lm(path: str, dtype: str) -> PreTrainedModel:
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, path: str) -> None:
     # Models that scale or cap their logits (Gemma 2, Cohere, Granite) would train on wrong log-probs.
-    ids = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
     expected = nn.functional.linear(backbone_hidden(model, ids), head.weight, head.bias)
     if not torch.allclose(model(ids).logits, expected, rtol=1e-3, atol=1e-3):
@@ -156,20 +157,23 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
         )
 
 
-def load_discriminator(path: str, dtype: str, seed: int, end_id: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_discriminator(
+    path: str, dtype: str, *, device: torch.device, seed: int, end_id: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """A scalar-headed model: the weights at `path` with a fresh head, or with the head that is stored there.
 
     Sets a padding token that is not the end marker on model and tokenizer: Hugging Face scores the last token
     that is not padding, and must not skip the end marker.
     """
-    model, info = _load(AutoModelForSequenceClassification, path, dtype, num_labels=1)
+    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
     if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
         raise UserError(f"the model {path} lacks the weights {sorted(unexpected)[:3]}")
     if info["missing_keys"]:
         generator = torch.Generator().manual_seed(seed)
         std = getattr(model.config, "initializer_range", 0.02)
+        head: nn.Linear = model.score  # type: ignore[assignment]
         with torch.no_grad():
-            model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator) * std)
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
     pad_id = padding_id(tokenizer, end_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id

@@ -1,12 +1,12 @@
 """The command line: python -m gadcore.run [train | seqkd | report] [settings].
 
-    python -m gadcore.run                                   the default job, preset smollm2-cpu
-    python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
-    python -m gadcore.run --config mine.toml --dry-run      print the resolved plan and stop
-    python -m gadcore.run --resume auto                     go on with the newest run
-    python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
-    python -m gadcore.run report [RUN_FOLDER]               write report.html again
-    python -m gadcore.run --help                            every setting
+python -m gadcore.run                                   the default job, preset smollm2-cpu
+python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
+python -m gadcore.run --config mine.toml --dry-run      print the resolved plan and stop
+python -m gadcore.run --resume auto                     go on with the newest run
+python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
+python -m gadcore.run report [RUN_FOLDER]               write report.html again
+python -m gadcore.run --help                            every setting
 """
 
 from __future__ import annotations

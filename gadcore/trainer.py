@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,7 +155,9 @@ class Trainer:
         progress = self.progress
         progress.step += 1
         progress.stage_step = step
-        due = self.config.checkpoint.every and progress.step % self.config.checkpoint.every == 0
+        every = self.config.checkpoint.every
+        # The end of a stage has a checkpoint of its own.
+        due = every and progress.step % every == 0 and step < self.stage_steps[stage]
         values = step_metrics(groups, stats, student_norm, judgement, discriminator_norm)
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
@@ -168,9 +169,10 @@ class Trainer:
         if due or reason:
             self.save()
         if reason:
+            command = "seqkd " if "seqkd" in self.stage_steps else ""
             raise Interrupted(
                 f"stopped by {reason} after step {progress.step}, saved; go on with: "
-                f"python -m gadcore.run {'' if 'seqkd' not in self.stage_steps else 'seqkd '}--run.dir {self.folder.path} --resume auto"
+                f"python -m gadcore.run {command}--run.dir {self.folder.path} --resume auto"
             )
 
     def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:

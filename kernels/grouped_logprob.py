@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens out of hidden states, without ever holding [T, V].
 
-    z_t = (W h_t + bias) / temperature          logprob_t = z_t[y_t] - logsumexp(z_t)
-    entropy_t = logsumexp(z_t) - sum_v softmax(z_t)_v z_t[v]
+z_t = (W h_t + bias) / temperature          logprob_t = z_t[y_t] - logsumexp(z_t)
+entropy_t = logsumexp(z_t) - sum_v softmax(z_t)_v z_t[v]
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from gadcore.kernels.selected_logprob import selected_logprob
 
 CHUNK_TOKENS = 1024
 
@@ -20,15 +22,12 @@ def _chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    lse = logits.logsumexp(-1)
-    keep = targets != IGNORED
-    picked = logits.gather(-1, targets.where(keep, 0)[:, None]).squeeze(-1)
-    logprob = torch.where(keep, picked - lse, 0.0)
+    logprob, lse = selected_logprob(logits, targets, temperature)
     if not entropy:
         return logprob, None
     with torch.no_grad():
-        return logprob, lse - ((logits - lse[:, None]).exp() * logits).sum(-1)
+        z = logits.to(lse.dtype) / temperature
+        return logprob, lse - ((z - lse[:, None]).exp_() * z).sum(-1)
 
 
 def grouped_logprob(

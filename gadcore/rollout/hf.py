@@ -50,7 +50,9 @@ class HFEngine:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(request.seed)
-            out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+            out = self.model.generate(  # type: ignore[operator]
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
         scale = 1.0 if greedy else temperature
         logits = torch.stack(out.logits, 1).float() / scale
         responses = []

@@ -34,7 +34,7 @@ class Slice:
 def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
     # vLLM's own CPU layers repack their weights and empty the originals; later updates then fail, one of them
     # (the tied output head) without an error.
-    layer.cpu_linear = nn.functional.linear
+    layer.cpu_linear = nn.functional.linear  # type: ignore[assignment]
 
 
 def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-def]

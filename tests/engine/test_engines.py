@@ -18,11 +18,11 @@ from gadcore.student import Student
 VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
 
 
-def make_config(engine: str) -> Config:
+def make_config(engine: str, dtype: str = "float32") -> Config:
     return Config.model_validate(
         {
             "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
-            "rollout": {"engine": engine, "group_size": 4, "max_num_seqs": 32},
+            "rollout": {"engine": engine, "dtype": dtype, "group_size": 4, "max_num_seqs": 32},
             "algorithm": {"kl_coef": 0.0},
         }
     )
@@ -35,7 +35,7 @@ class Sampled:
         pytest.importorskip("vllm") if engine == "vllm" else None
         config = make_config(engine)
         path = str(save_tiny(directory, kind, tied=tied))
-        self.model = load_causal_lm(path, "float32")
+        self.model = load_causal_lm(path, "float32", torch.device("cpu"))
         self.engine = make_engine(config, path, self.model, TEMPLATE)
         self.student = Student(
             self.model, config.student, config.algorithm, temperature=0.8, pad_id=2, micro_batch_tokens=4096
@@ -131,9 +131,8 @@ def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
     """Trainer fp32, engine bf16, as on a GPU: the update copies into vLLM's own storage."""
     pytest.importorskip("vllm")
     path = str(save_tiny(tmp_path))
-    model = load_causal_lm(path, "float32")
-    config = make_config("vllm").model_copy(deep=True)
-    config = Config.model_validate({**config.model_dump(), "rollout": {**config.rollout.model_dump(), "dtype": "bfloat16"}})
+    model = load_causal_lm(path, "float32", torch.device("cpu"))
+    config = make_config("vllm", dtype="bfloat16")
     engine = make_engine(config, path, model, TEMPLATE)
     assert not engine.shared
     with torch.no_grad():

@@ -6,13 +6,19 @@ import pytest
 import torch
 from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
 from naive import bt_loss, score
+from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from gadcore.groups import Group
 from gadcore.models import load_discriminator, save_model
-from tiny import save_tiny, tiny_tokenizer
 
 TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-11), torch.float32: dict(rtol=2e-3, atol=2e-5)}
+
+
+def fresh(path, seed, tokenizer=None):
+    tokenizer = tokenizer or tiny_tokenizer()
+    cpu = torch.device("cpu")
+    return load_discriminator(str(path), "float32", device=cpu, seed=seed, end_id=TEMPLATE.end_id, tokenizer=tokenizer)
 
 
 def as_tuples(batch: list[Group]) -> list[tuple]:
@@ -102,7 +108,7 @@ def test_exported_discriminator_scores_the_same_through_transformers(tmp_path) -
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == TEMPLATE.end_id
     d = discriminator(tmp_path)
-    d.model = load_discriminator(str(path), "float32", seed=3, end_id=TEMPLATE.end_id, tokenizer=tokenizer)
+    d.model = fresh(path, 3, tokenizer)
     batch = groups(2, 2)
     judgement = d.judge(batch, backward=False)
     save_model(d.model, tokenizer, tmp_path / "exported")
@@ -119,11 +125,8 @@ def test_exported_discriminator_scores_the_same_through_transformers(tmp_path) -
 
 
 def test_fresh_head_depends_on_the_seed_alone(tmp_path) -> None:
-    path = str(save_tiny(tmp_path / "base"))
-    heads = [
-        load_discriminator(path, "float32", seed=seed, end_id=2, tokenizer=tiny_tokenizer()).score.weight
-        for seed in (1, 1, 2)
-    ]
+    path = save_tiny(tmp_path / "base")
+    heads = [fresh(path, seed).score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
@@ -134,7 +137,7 @@ def test_dropout_is_off(tmp_path) -> None:
     assert "0.5" in config
     (path / "config.json").write_text(config)
     d = discriminator(tmp_path)
-    d.model = load_discriminator(str(path), "float32", seed=3, end_id=2, tokenizer=tiny_tokenizer())
+    d.model = fresh(path, 3)
     batch = groups(2, 2)
     d.model.train()
     assert d.judge(batch, backward=True).rewards == d.judge(batch, backward=True).rewards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from gadcore.config import AlgorithmSettings, DiscriminatorSettings, StudentSettings
@@ -12,7 +13,6 @@ from gadcore.discriminator import Discriminator
 from gadcore.groups import Group, Prompt, Response
 from gadcore.student import Student
 from gadcore.template import ChatTemplate
-from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())
 TEXTS = ["Paris.", "It is a city on the Seine.", "Zero", "one hundred degrees", "Stop; then write a short answer."]
@@ -31,7 +31,9 @@ def groups(count: int = 3, samples: int = 3, seed: int = 0, *, ragged: bool = Fa
         messages = ({"role": "user", "content": " ".join(rng.choices(TEXTS, k=1 + index % 3))},)
         prompt = Prompt(index, messages, TEMPLATE.prompt_ids(messages))
         n = 2 + index % samples if ragged else samples
-        drawn = [response(" ".join(rng.choices(TEXTS, k=rng.randint(1, 3))), finished=rng.random() < 0.7) for _ in range(n)]
+        drawn = [
+            response(" ".join(rng.choices(TEXTS, k=rng.randint(1, 3))), finished=rng.random() < 0.7) for _ in range(n)
+        ]
         made.append(Group(prompt, response(rng.choice(TEXTS)), drawn))
     return made
 
@@ -65,7 +67,11 @@ def discriminator(tmp_path, dtype: torch.dtype = torch.float64, *, micro_batch_t
         generator = torch.Generator().manual_seed(5)
         model.score.weight.copy_(torch.randn(model.score.weight.shape, generator=generator))
     return Discriminator(
-        exact_norms(model) if dtype == torch.float64 else model, TEMPLATE, DiscriminatorSettings(), same_vocabulary=True, micro_batch_tokens=micro_batch_tokens
+        exact_norms(model) if dtype == torch.float64 else model,
+        TEMPLATE,
+        DiscriminatorSettings(),
+        same_vocabulary=True,
+        micro_batch_tokens=micro_batch_tokens,
     )
 
 
@@ -87,4 +93,6 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def assert_same_gradients(actual: dict, expected: dict, *, rtol: float, atol: float) -> None:
     assert actual.keys() == expected.keys() and actual
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )

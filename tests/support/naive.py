@@ -1,4 +1,4 @@
-"""The specification, transcribed literally: one sequence at a time, full logits, everything that is repeated repeated."""
+"""The specification, transcribed literally: one sequence at a time, full logits, all repetitions."""
 
 from __future__ import annotations
 

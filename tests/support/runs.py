@@ -61,9 +61,7 @@ def run(arguments: list[str], cwd: Path, *, command: list[str] | None = None, **
     start = command or [sys.executable, "-m", "gadcore.run"]
     # Threads by the environment: a wrapper around gadcore.run has imported torch before it reads run.threads.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
-    return subprocess.run(
-        [*start, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=280, **kwargs
-    )
+    return subprocess.run([*start, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=280, **kwargs)
 
 
 def records(path: Path) -> list[dict]:
