@@ -56,12 +56,14 @@ def tiny_arguments(folder: Path, engine: str = "hf") -> list[str]:
     return ["--preset", "smollm2-cpu", *(str(item) for k, v in settings.items() for item in (f"--{k}", v))]
 
 
-def run(arguments: list[str], cwd: Path, *, command: list[str] | None = None, **kwargs) -> subprocess.CompletedProcess:
+def run(
+    arguments: list[str], cwd: Path, *, command: list[str] | None = None, timeout: float = 280
+) -> subprocess.CompletedProcess:
     """python -m gadcore.run (or another command line) in `cwd`; never raises."""
     start = command or [sys.executable, "-m", "gadcore.run"]
     # Threads by the environment: a wrapper around gadcore.run has imported torch before it reads run.threads.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
-    return subprocess.run([*start, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=280, **kwargs)
+    return subprocess.run([*start, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def records(path: Path) -> list[dict]:
