@@ -144,7 +144,7 @@ MACHINERY = (
         "Seconds per step",
         "Where the time goes. A phase that grows from step to step is worth a look.",
         [("time/rollout", "rollout"), ("time/discriminator", "discriminator"), ("time/student", "student"),
-         ("time/sync", "sync"), ("time/checkpoint", "checkpoint")], stacked=True, unit="s",
+         ("time/checkpoint", "checkpoint")], stacked=True, unit="s",
     ),
     Spec(
         "Tokens per second",
@@ -154,8 +154,9 @@ MACHINERY = (
     ),
     Spec(
         "Tokens per step",
-        "Sampled by the student, and trained on by both models.",
-        [("tokens/sampled", "sampled"), ("tokens/trained", "trained")], zero=True,
+        "Sampled by the student, and read by each model in training, prompts included.",
+        [("tokens/sampled", "sampled"), ("tokens/discriminator", "discriminator"), ("tokens/student", "student")],
+        zero=True,
     ),
 )  # fmt: skip
 SECTIONS = (
@@ -165,8 +166,9 @@ SECTIONS = (
     ("optimisation", "Optimisation", "Losses, gradients and the sharpness of the student.", OPTIMISATION),
     ("machinery", "Machinery", "Whether sampler and trainer agree, and what the time is spent on.", MACHINERY),
 )  # fmt: skip
-# time/total is the sum that the stacked chart shows.
-NAMED = {"time/total"} | {key for _, _, _, specs in SECTIONS for spec in specs for key, _ in spec.series}
+# Sums of what the charts show.
+SUMS = {"time/total", "tokens/trained"}
+NAMED = SUMS | {key for _, _, _, specs in SECTIONS for spec in specs for key, _ in spec.series}
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:

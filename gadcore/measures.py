@@ -32,13 +32,16 @@ class Measure:
         if value is None:
             return "–"
         if signed:
-            return f"{100 * value:+.1f} pp" if self.share else f"{value:+.3f}"
+            # Adding 0.0 turns a rounded -0.0 into 0.0.
+            return f"{round(100 * value, 1) + 0.0:+.1f} pp" if self.share else f"{round(value, 3) + 0.0:+.3f}"
         return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
 
     def change(self, first: float | None, last: float | None) -> str | None:
-        """ "better", "worse" or "same"; None where that cannot be told."""
+        """ "better", "worse", or "same" where no difference shows; None where that cannot be told."""
         if first is None or last is None or self.better == "judge":
             return None
+        if self.show(first) == self.show(last):
+            return "same"
         if self.better == "near 1":
             first, last = -abs(first - 1), -abs(last - 1)
         elif self.better == "lower":

@@ -113,6 +113,8 @@ def set_environment(config: Config) -> None:
     # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Advice from below torch's Python side (vLLM's memory policy) would tear the view of the run.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 if __name__ == "__main__":

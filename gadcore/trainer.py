@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,17 +32,19 @@ from gadcore.template import ChatTemplate
 from gadcore.terminal import View
 from gadcore.tracking import Tracker
 
-log = logging.getLogger(__name__)
+TIME_FORMAT = "%Y-%m-%d %H:%M"
 
 
 @dataclass
 class Progress:
     """Where the run stands; all of it is in every checkpoint.
 
+    started: local time of the run's start.
     step: global, over stages. stage, stage_step: the last finished step. done: finished stages.
     evaluations: held-out results by name. seconds: per phase. tokens: sampled and trained.
     """
 
+    started: str = field(default_factory=lambda: time.strftime(TIME_FORMAT))
     step: int = 0
     stage: str = ""
     stage_step: int = 0
@@ -314,6 +316,8 @@ class Trainer:
         seconds = self.phases.seconds
         return {
             "run": self.config.run.name,
+            "started": self.progress.started,
+            "finished": time.strftime(TIME_FORMAT),
             "stages": list(self.stage_steps),
             "seconds": {**seconds, "total": sum(seconds.values())},
             "steps": self.stage_steps,
