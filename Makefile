@@ -27,7 +27,8 @@ gpu-test: $(READY)
 
 # PyPI's torchvision does not fit torch's CPU build and breaks transformers when it is there, and pip cannot leave a
 # package out: so the lock file, which leaves it out, is installed without dependencies.
-# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again.
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
+# nothing: torch carries a file in the syntax of a newer Python.
 $(READY): requirements/cpu.lock setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp)
 	@$(PY) -c 'import sys; sys.exit("gadcore needs Python 3.11 to 3.13, $(PY) is %d.%d: set PY=/path/to/python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
@@ -38,7 +39,7 @@ else
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements/cpu.lock || { echo "gadcore: not every pinned package was found; torch==2.13.0+cpu lies on PyTorch's own CPU index: name it by PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" >&2; exit 2; }
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 endif
-	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m compileall -q -j 0 $(VENV)/lib gadcore kernels
+	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m compileall -qq -j 0 $(VENV)/lib gadcore kernels || true
 	touch $@
 
 # For maintainers: pins the CPU environment anew (needs uv; PIP_FIND_LINKS or an index with torch's CPU build).

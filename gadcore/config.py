@@ -33,7 +33,7 @@ class DataSettings(Section):
     """Rows, templates and limits."""
 
     train: str = Field("house", description="File (.jsonl, .jsonl.gz, .parquet), directory, hub id, or 'house'.")
-    eval: str | None = Field("house", description="Held-out rows, in the same forms; null: no evaluation.")
+    eval: str | None = Field("house", description='Held-out rows, in the same forms; "none": no evaluation.')
     columns: dict[str, str] = Field(
         default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
     )

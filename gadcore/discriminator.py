@@ -53,7 +53,7 @@ class Discriminator:
         self.settings = settings
         self.same_vocabulary = same_vocabulary
         self.micro_batch_tokens = micro_batch_tokens
-        self.optimizer = Optimizer(model, settings, lr=settings.lr)
+        self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="discriminator")
 
     def rows(self, group: Group) -> list[Row]:
         """[x | y_t], [x | y_s^1], .. in D's own vocabulary.

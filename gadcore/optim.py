@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 from gadcore.config import DiscriminatorSettings, StudentSettings
+from gadcore.errors import UserError
 
 
 class Optimizer:
-    """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm."""
+    """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm.
 
-    def __init__(self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float) -> None:
+    owner: what the model is called in errors.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float, owner: str
+    ) -> None:
+        self.owner = owner
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
@@ -26,8 +33,13 @@ class Optimizer:
             group["lr"] = lr
 
     def step(self) -> float:
-        """Clips, steps, clears; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip, error_if_nonfinite=True)
+        """Clips, steps, clears; returns the gradient norm before clipping. UserError where it is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient of the {self.owner} is not finite, its weights are as they were before this step: "
+                "lower its learning rate, or go on from the last checkpoint with other settings"
+            )
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm.item()

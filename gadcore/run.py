@@ -60,6 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print(f"gadcore: {error}", file=sys.stderr)
         return 128 + (signals.received or signal.SIGINT)
+    except KeyboardInterrupt:
+        print("gadcore: stopped at once; go on from the last checkpoint with --resume auto", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        # A full disk, a folder that may not be written: the user's to mend, where the file is known.
+        if error.filename is None:
+            raise
+        print(f"gadcore: {error.filename}: {error.strerror}; mend that and start again", file=sys.stderr)
+        return 2
 
 
 def _report(arguments: list[str]) -> int:

@@ -39,10 +39,14 @@ class RunFolder:
             raise UserError(
                 f"{path} already holds another run: choose another run.dir, or go on with it by --resume auto"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.toml").write_text(dump(config), encoding="utf-8")
-        _point_latest(path)
-        return cls._at(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _point_latest(path)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{error.filename} is a file where a folder is needed: choose another run.dir") from error
+        folder = cls._at(path)
+        folder._write("config.toml", dump(config))
+        return folder
 
     @classmethod
     def existing(cls, directory: str | None) -> RunFolder:
@@ -75,7 +79,8 @@ class RunFolder:
         target = self.path / name
         target.parent.mkdir(exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
+        # A lone half of a surrogate pair, which a tokenizer can produce, has no UTF-8.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, target)
 
 

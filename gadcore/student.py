@@ -61,7 +61,7 @@ class Student:
         self.temperature = temperature
         self.pad_id = pad_id
         self.micro_batch_tokens = micro_batch_tokens
-        self.optimizer = Optimizer(model, settings, lr=settings.lr)
+        self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="student")
 
     def freeze_reference(self) -> None:
         """Makes the student as it is now the reference policy; none is kept where no KL is asked for."""

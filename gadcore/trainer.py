@@ -17,7 +17,7 @@ import torch
 from gadcore import checkpoint
 from gadcore.config import Config
 from gadcore.discriminator import Discriminator, Judgement
-from gadcore.errors import Interrupted
+from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.heldout import evaluate
 from gadcore.groups import Group
 from gadcore.loader import Loader
@@ -89,6 +89,7 @@ class Trainer:
         self.tracker = tracker
         self.stop_requested = stop_requested
         self.facts = facts
+        self._reference_saved = False
         self.progress = Progress()
 
     @property
@@ -231,6 +232,7 @@ class Trainer:
         """A checkpoint of everything that the rest of the run depends on."""
         self.view.status("saving a checkpoint")
         with self.phases("checkpoint"):
+            self._save_reference()
             self.progress.seconds = dict(self.phases.seconds)
             tensors = {}
             for name, model in self._models().items():
@@ -239,7 +241,12 @@ class Trainer:
                 tensors[f"{name}-optimizer"] = checkpoint.optimizer_tensors(model.optimizer.adamw, parameters)
             rng = checkpoint.rng_state()
             tensors["rng"] = rng.tensors
-            state = {"progress": asdict(self.progress), "loader": self.loader.state(), "rng": rng.state}
+            state = {
+                "stages": list(self.stage_steps),
+                "progress": asdict(self.progress),
+                "loader": self.loader.state(),
+                "rng": rng.state,
+            }
             path = checkpoint.save(
                 self.folder.checkpoints, self.progress.step, tensors, state, self.config.checkpoint.keep
             )
@@ -259,10 +266,20 @@ class Trainer:
         self.view.message(f"resumed: {where}")
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        if saved.state["stages"] != list(self.stage_steps):
+            raise UserError(
+                f"{self.folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
+                f"{' and '.join(self.stage_steps)}: resume it with the command that it was started with"
+            )
         self.loader.restore(saved.state["loader"])
         with torch.no_grad():
             for name, model in self._models().items():
                 parameters = dict(model.model.named_parameters())
+                here = {n: p.shape for n, p in parameters.items()}
+                if here != {n: t.shape for n, t in saved.tensors[name].items()}:
+                    raise UserError(
+                        f"the checkpoint holds another {name} than {model.model.config.name_or_path}: keep {name}.model"
+                    )
                 for n, p in parameters.items():
                     p.copy_(saved.tensors[name][n])
                 checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
@@ -278,25 +295,31 @@ class Trainer:
         return models
 
     def ensure_reference(self) -> None:
-        """The reference policy: the student as it was when the GAD stage began."""
-        if self.config.algorithm.kl_coef == 0:
-            return
+        """The reference policy: the student as it was when the GAD stage began.
+
+        It is saved beside the first checkpoint of the stage, once.
+        """
         self.student.freeze_reference()
         reference = self.student.reference
-        assert reference is not None
-        tensors = dict(reference.named_parameters())
-        if self.progress.stage == "gad" and self.progress.stage_step > 0:
-            path = checkpoint.latest(self.folder.reference)
-            if path is None:
-                raise RuntimeError(f"the reference policy is missing from {self.folder.reference}")
-            saved = checkpoint.load(path).tensors["reference"]
-            with torch.no_grad():
-                for name, p in tensors.items():
-                    p.copy_(saved[name])
-        elif self.config.checkpoint.every:
-            with self.phases("checkpoint"):
-                checkpoint.save(self.folder.reference, self.progress.step, {"reference": tensors}, {}, keep=1)
-            self.phases.take_step()
+        if reference is None or self.progress.stage != "gad" or self.progress.stage_step == 0:
+            return
+        path = checkpoint.latest(self.folder.reference)
+        if path is None:
+            raise UserError(
+                f"the reference policy is missing from {self.folder.reference}: resume from a checkpoint "
+                "of the warmup, or start a new run"
+            )
+        saved = checkpoint.load(path).tensors["reference"]
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                p.copy_(saved[name])
+        self._reference_saved = True
+
+    def _save_reference(self) -> None:
+        if self.student.reference is not None and not self._reference_saved:
+            tensors = dict(self.student.reference.named_parameters())
+            checkpoint.save(self.folder.reference, self.progress.step, {"reference": tensors}, {}, keep=1)
+            self._reference_saved = True
 
     def finish(self) -> None:
         """Exports both models as ordinary Hugging Face directories, and writes summary and report."""

@@ -15,9 +15,6 @@ from gadcore.kernels.selected_logprob import selected_logprob
 CHUNK_TOKENS = 1024
 
 
-IGNORED = -100
-
-
 def _chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -27,7 +24,8 @@ def _chunk(
         return logprob, None
     with torch.no_grad():
         z = logits.to(lse.dtype) / temperature
-        return logprob, lse - ((z - lse[:, None]).exp_() * z).sum(-1)
+        # xlogy-like: a logit of -inf has probability 0 and adds 0, not 0 * inf.
+        return logprob, lse - ((z - lse[:, None]).exp_() * z.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
 
 
 def grouped_logprob(

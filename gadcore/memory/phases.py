@@ -22,6 +22,8 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        if name not in self.seconds:
+            raise ValueError(f"unknown phase {name}: use one of {', '.join(PHASES)}")
         if self._current is not None:
             raise RuntimeError(f"phase {name} begins inside phase {self._current}")
         self._current = name

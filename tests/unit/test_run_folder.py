@@ -148,7 +148,7 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch)
     folder = RunFolder.create(config("mine"))
     folder.write_summary({"step": 1})
 
-    def torn(path: Path, text: str, encoding: str) -> None:
+    def torn(path: Path, text: str, encoding: str, errors: str) -> None:
         path.write_bytes(text.encode(encoding)[:5])
         raise OSError("disk full")
 
