@@ -9,6 +9,7 @@ import torch
 from builders import assert_same_gradients, gradients, groups, student
 from naive import grpo_loss, token_logprobs
 
+from gadcore.errors import UserError
 from gadcore.groups import Row, collate
 from gadcore.kernels.grpo_loss import group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
@@ -178,3 +179,12 @@ def test_reference_is_the_student_when_it_was_frozen() -> None:
     assert ours.reference is not None
     for name, p in ours.reference.named_parameters():
         assert torch.equal(p, before[name]) and not p.requires_grad
+
+
+def test_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
+    ours = student(kl_coef=0.0)
+    before = {n: p.clone() for n, p in ours.model.named_parameters()}
+    ours.grpo_backward(groups(2, 3), [[1.0, float("inf"), 4.0]] * 2)
+    with pytest.raises(UserError, match="gradient of the student is not finite"):
+        ours.step(1e-2)
+    assert all(torch.equal(p, before[n]) for n, p in ours.model.named_parameters())

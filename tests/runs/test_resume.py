@@ -65,15 +65,16 @@ def test_sigkill_and_resume_with_vllm(tmp_path) -> None:
         assert_same_run(folder / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_and_says_how_to_go_on(whole, tmp_path, number) -> None:
+@pytest.mark.parametrize(("number", "rows"), [(signal.SIGTERM, 1), (signal.SIGINT, 4)])
+def test_signal_finishes_the_step_and_says_how_to_go_on(whole, tmp_path, number, rows) -> None:
+    """During the warmup, and inside the GAD stage, where the reference must be saved too."""
     arguments = [*tiny_arguments(whole), "--run.dir", str(tmp_path / "run"), "--checkpoint.every", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", "gadcore.run", *arguments], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and not metrics.exists():
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < rows):
         time.sleep(0.02)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
@@ -92,7 +93,7 @@ def test_resume_before_the_first_checkpoint_starts_again(whole, tmp_path) -> Non
     assert_same_run(tmp_path / "run", whole / "run")
 
 
-def test_seqkd_runs_and_resumes(whole, tmp_path) -> None:
+def test_seqkd_runs_and_is_resumed_only_as_such(whole, tmp_path) -> None:
     done = run(["seqkd", *tiny_arguments(whole), "--run.dir", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -100,3 +101,10 @@ def test_seqkd_runs_and_resumes(whole, tmp_path) -> None:
     assert not (tmp_path / "run/discriminator").exists()
     ces = [row["student/ce"] for row in records(tmp_path / "run")]
     assert len(ces) == 3 and ces[-1] < ces[0]
+
+    refused = run(["--run.dir", "run", "--resume", "auto"], tmp_path)
+    assert refused.returncode == 2
+    assert "is a run of seqkd, not of warmup and gad" in refused.stderr
+    resumed = run(["seqkd", "--run.dir", "run", "--resume", "auto"], tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["student/ce"] for row in records(tmp_path / "run")] == ces

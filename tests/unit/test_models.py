@@ -273,3 +273,12 @@ def test_hidden_states_do_not_see_the_padding_behind_them() -> None:
     padded = models.backbone_hidden(model, torch.cat([ids, torch.tensor([[9, 9, 9]])], 1))
     torch.testing.assert_close(padded[:, :4], alone)
     torch.testing.assert_close(model.lm_head(alone), model(ids).logits)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_weights_are_a_sentence(tmp_path, content) -> None:
+    path = save_tiny(tmp_path / "model")
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=str(path)) as caught:
+        models.load_causal_lm(str(path), "float32", torch.device("cpu"))
+    assert "\n" not in str(caught.value)
