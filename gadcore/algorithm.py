@@ -77,4 +77,5 @@ def train(trainer: Trainer) -> None:
         if not trainer.is_done(stage):
             STAGES[stage](trainer)
             trainer.end_stage(stage)
+        trainer.evaluate(f"after_{stage}")
     trainer.finish()

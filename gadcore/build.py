@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -48,14 +47,17 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(config: Config) -> Inputs:
+def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     """Reads the data through the student's chat template. Raises UserError for whatever is wrong with it."""
     _quiet()
     data = config.data
     # The rows first: a broken line is told before a model is looked for.
     train_rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
+    _device(config)
     path = models.resolve_model(config.student.model)
+    if has_discriminator(stages):
+        models.resolve_model(_discriminator_name(config))
     _check_context(config, path)
     template = ChatTemplate(models.load_tokenizer(path), system_prompt=data.system_prompt)
     train, report = build_prompts(train_rows, template, data)
@@ -113,15 +115,17 @@ def build(
         with phases("setup"):
             view = make_view(config.tracking.view)
             stack.callback(view.close)
+            # Checked before anything slow is loaded.
+            start = checkpoint.latest(folder.checkpoints) if config.run.resume else None
+            saved = checkpoint.load(start) if start else None
             device = _device(config)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-            has_discriminator = tuple(stages) != ("seqkd",)
             view.start(
                 Plan(
                     run=config.run.name,
                     folder=folder.path,
                     student=config.student.model,
-                    discriminator=_discriminator_name(config) if has_discriminator else "none",
+                    discriminator=_discriminator_name(config) if has_discriminator(stages) else "none",
                     device=str(device),
                     stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
                 )
@@ -131,14 +135,12 @@ def build(
             view.status("loading the student")
             student = _student(config, inputs, device)
             discriminator = None
-            if has_discriminator:
+            if has_discriminator(stages):
                 view.status("loading the discriminator")
                 discriminator = _discriminator(config, inputs, device)
             view.status(f"starting the sampler ({config.rollout.engine})")
             engine = make_engine(config, inputs.student_path, student.model, inputs.template)
             stack.callback(engine.close)
-            start = checkpoint.latest(folder.checkpoints) if config.run.resume else None
-            saved = checkpoint.load(start) if start else None
             tracker = make_tracker(
                 config.tracking.tracker,
                 config.tracking.project,
@@ -167,8 +169,15 @@ def build(
             )
             if config.run.resume:
                 trainer.resume(saved)
+            # Its tensors are mapped from files that later checkpoints replace.
+            del saved
         phases.take_step()
         yield trainer
+
+
+def has_discriminator(stages: Sequence[str]) -> bool:
+    """Whether a run of these stages trains a discriminator: all but the baseline do."""
+    return tuple(stages) != ("seqkd",)
 
 
 def _device(config: Config) -> torch.device:
@@ -178,6 +187,10 @@ def _device(config: Config) -> torch.device:
         device = torch.device(config.run.device)
     except RuntimeError as error:
         raise UserError(f"run.device = {config.run.device!r} is not a device: use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda") or device.index is not None:
+        raise UserError(
+            f"run.device = {config.run.device!r} is not one of auto, cpu, cuda: CUDA_VISIBLE_DEVICES chooses the GPU"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"run.device = {config.run.device!r}, but torch sees no CUDA device: use cpu or auto")
     return device
@@ -266,6 +279,5 @@ def _quiet() -> None:
     # Progress bars and advice of the libraries below would tear the view of the run; their errors still raise.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

@@ -24,7 +24,9 @@ class RunSettings(Section):
     name: str = "gad"
     dir: str | None = Field(None, description="Run folder; default runs/<name>-<date>-<time>.")
     seed: NonNegative = 0
-    resume: str | None = Field(None, description='"auto": go on from the newest checkpoint of the run folder.')
+    resume: Literal["auto"] | None = Field(
+        None, description='"auto": go on from the newest checkpoint of the run folder.'
+    )
     device: str = Field("auto", description='"auto": cuda where there is one, else cpu; or a torch device.')
     threads: NonNegative = Field(0, description="CPU threads; 0: what the environment says.")
 
@@ -150,6 +152,10 @@ class Config(Section):
     def context_tokens(self) -> int:
         """Tokens that the sampler's context holds."""
         return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
+
+    def started_new(self) -> Config:
+        """These settings as a run folder keeps them: to start a run with, not to resume this one."""
+        return self.model_copy(update={"run": self.run.model_copy(update={"resume": None, "dir": None})})
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

@@ -218,5 +218,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer."""
     # On the CPU and contiguous, whatever the parameters are views into.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    try:
+        model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    except SafetensorError as e:
+        raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then --resume auto") from e
     tokenizer.save_pretrained(path)

@@ -21,7 +21,6 @@ class Optimizer:
         self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float, owner: str
     ) -> None:
         self.owner = owner
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
         self.adamw = torch.optim.AdamW(

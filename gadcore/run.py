@@ -11,6 +11,7 @@ python -m gadcore.run --help                            every setting
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = number
+        print("gadcore: finishing the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gadcore: stopped at once; go on from the last checkpoint with --resume auto", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        # A full disk, a folder that may not be written: the user's to mend, where the file is known.
-        if error.filename is None:
+        # A full disk (which names no file) or a folder that may not be written is the user's to mend.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        print(f"gadcore: {error.filename}: {error.strerror}; mend that and start again", file=sys.stderr)
+        where = error.filename or "the run folder"
+        print(f"gadcore: {where}: {error.strerror}; mend that and go on with --resume auto", file=sys.stderr)
         return 2
 
 
@@ -91,7 +94,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, stages)
     if dry_run:
         print(f"{settings.dump(config)}\n{describe_plan(config, stages, inputs)}")
         return 0
@@ -107,9 +110,10 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     if "--run.resume" not in flags or flags & {"--config", "--preset"}:
         return arguments
     directory = None
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--run.dir"):
-            directory = argument.partition("=")[2] or arguments[i + 1]
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == "--run.dir":
+            directory = value if equals else following
     return ["--config", str(RunFolder.existing(directory).path / "config.toml"), *arguments]
 
 
@@ -122,6 +126,7 @@ def set_environment(config: Config) -> None:
     # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Advice from below torch's Python side (vLLM's memory policy) would tear the view of the run.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 

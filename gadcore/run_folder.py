@@ -41,11 +41,11 @@ class RunFolder:
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _point_latest(path)
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{error.filename} is a file where a folder is needed: choose another run.dir") from error
         folder = cls._at(path)
-        folder._write("config.toml", dump(config))
+        folder._write("config.toml", dump(config.started_new()))
+        _point_latest(path)
         return folder
 
     @classmethod
@@ -56,7 +56,6 @@ class RunFolder:
             raise UserError(
                 f"there is no run to resume in {path}: give its folder by --run.dir, or leave --resume away"
             )
-        _point_latest(path)
         return cls._at(path)
 
     @property
@@ -67,6 +66,14 @@ class RunFolder:
     def reference(self) -> Path:
         """The saved reference policy of the GAD stage."""
         return self.path / "reference"
+
+    def keep_config(self, config: Config, step: int) -> None:
+        """Writes the settings that a resumed run goes on with; the ones before are kept as config-<step>.toml."""
+        current, kept = self.path / "config.toml", dump(config.started_new())
+        if current.read_text(encoding="utf-8") != kept:
+            os.replace(current, self.path / f"config-{step:06d}.toml")
+            self._write("config.toml", kept)
+        _point_latest(self.path)
 
     def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

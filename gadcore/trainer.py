@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -107,6 +108,7 @@ class Trainer:
             self.progress.stage, self.progress.stage_step = stage, 0
         self.view.stage(stage, total)
         while self.progress.stage_step < total:
+            self._stop_if_asked()
             yield self.progress.stage_step + 1, next(self.loader)
 
     def is_done(self, stage: str) -> bool:
@@ -114,9 +116,20 @@ class Trainer:
 
     def end_stage(self, stage: str) -> None:
         self.progress.done.append(stage)
-        self.evaluate(f"after_{stage}")
-        if stage != list(self.stage_steps)[-1] and self.config.checkpoint.every:
+        if self.config.checkpoint.every:
             self.save()
+
+    def _stop_if_asked(self) -> None:
+        reason = self.stop_requested()
+        if reason is None:
+            return
+        if self.progress.step:
+            self.save()
+        command = "seqkd " if "seqkd" in self.stage_steps else ""
+        raise Interrupted(
+            f"stopped by {reason} after step {self.progress.step}, saved; go on with: "
+            f"{sys.executable} -m gadcore.run {command}--run.dir {self.folder.path} --resume auto"
+        )
 
     # Sampling
 
@@ -154,7 +167,7 @@ class Trainer:
         judgement: Judgement | None = None,
         discriminator_norm: float | None = None,
     ) -> None:
-        """Ends a step: metrics, a sample triplet now and then, a checkpoint when due, a stop when asked for."""
+        """Ends a step: metrics, a sample triplet now and then, a checkpoint when due."""
         progress = self.progress
         progress.step += 1
         progress.stage_step = step
@@ -168,15 +181,8 @@ class Trainer:
         every = self.config.tracking.sample_every
         if judgement is not None and every and step % every == 0:
             self._log_triplet(stage, groups[0], judgement)
-        reason = self.stop_requested()
-        if due or reason:
+        if due:
             self.save()
-        if reason:
-            command = "seqkd " if "seqkd" in self.stage_steps else ""
-            raise Interrupted(
-                f"stopped by {reason} after step {progress.step}, saved; go on with: "
-                f"python -m gadcore.run {command}--run.dir {self.folder.path} --resume auto"
-            )
 
     def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:
         taken = self.phases.take_step()
@@ -215,6 +221,7 @@ class Trainer:
         """Held-out evaluation of the student (and of D) as they are now, once per name."""
         if not self.held_out or name in self.progress.evaluations:
             return
+        self._stop_if_asked()
         self.view.status(f"evaluating on {len(self.held_out)} held-out prompts")
         with self.phases("evaluation"):
             groups = [Group(g.prompt, g.teacher) for g in self.held_out]
@@ -262,6 +269,7 @@ class Trainer:
             self._restore(saved)
         self.folder.metrics.truncate_after(self.progress.step)
         self.folder.samples.truncate_after(self.progress.step)
+        self.folder.keep_config(self.config, self.progress.step)
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.view.message(f"resumed: {where}")
 

@@ -38,7 +38,7 @@ class HFEngine:
             temperature=1.0 if greedy else temperature,
             top_k=self.model.config.get_text_config().vocab_size,
             top_p=1.0,
-            min_p=None,
+            min_p=0.0,
             repetition_penalty=1.0,
             num_return_sequences=1 if greedy else request.n,
             eos_token_id=self.template.end_id,

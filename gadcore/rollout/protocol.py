@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,13 +73,16 @@ def make_engine(config: Config, model_path: str, model: PreTrainedModel, templat
     return VLLMEngine(config, model_path, model, template)
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A checksum of the exact bits of all weights, the same whatever order and storage they come in."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(weights.items()):
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> int:
+    """A checksum over the bits of named weights, the same in whatever order and storage they come.
+
+    Takes the tensors one by one, so they may be made on the way. Built from sums over rows: it sees rows that differ or
+    were exchanged, but not two columns exchanged everywhere.
+    """
+    total = 0
+    for name, tensor in weights:
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         rows = tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
-        # The second sum weighs rows by their number, so that exchanged rows are seen too.
         numbers = torch.arange(1, len(rows) + 1, device=rows.device)
-        digest.update(f"{name} {int(rows.sum())} {int((rows * numbers).sum())}\n".encode())
-    return digest.hexdigest()
+        total += xxhash.xxh3_128_intdigest(f"{name} {int(rows.sum())} {int((rows * numbers).sum())}".encode())
+    return total % 2**128

@@ -86,6 +86,7 @@ class VLLMEngine:
         if self.shared:
             self._share(model)
         self.update_weights(model)
+        self.sleep()
 
     def _share(self, model: PreTrainedModel) -> None:
         views = self.weights()
@@ -138,8 +139,8 @@ class VLLMEngine:
             with torch.no_grad():
                 for name, p in trainer.items():
                     weights[name].copy_(p)
-            expected = {name: p.detach().to(weights[name].dtype) for name, p in trainer.items()}
-            if fingerprint(self.weights()) != fingerprint(expected):
+            expected = ((name, p.detach().to(weights[name].dtype)) for name, p in trainer.items())
+            if fingerprint(weights.items()) != fingerprint(expected):
                 raise RuntimeError("vLLM's weights differ from the trainer's after an update")
         # Cached keys and values belong to the old weights.
         if not self.llm.reset_prefix_cache():

@@ -136,6 +136,8 @@ def test_14_prompt_limit_above_the_context(start) -> None:
 
 def test_nothing_is_left_behind(start, tmp_path) -> None:
     start("--data.train", "nowhere.jsonl")
+    says(start("--discriminator.model", "./nowhere"), "./nowhere")
+    says(start("--run.device", "cuda:1"), "cuda:1", "CUDA_VISIBLE_DEVICES")
     assert not (tmp_path / "runs").exists()
 
 

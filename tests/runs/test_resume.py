@@ -79,10 +79,11 @@ def test_signal_finishes_the_step_and_says_how_to_go_on(whole, tmp_path, number,
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 128 + number, stderr
-    (message,) = [line for line in stderr.splitlines() if line.startswith("gadcore: ")]
+    notice, message = [line for line in stderr.splitlines() if line.startswith("gadcore: ")]
+    assert "finishing the step" in notice
     assert "--resume auto" in message and "saved" in message
     command = message.split("go on with: ")[1].split()
-    assert command[:3] == ["python", "-m", "gadcore.run"]
+    assert command[:3] == [sys.executable, "-m", "gadcore.run"]
     resumed = run([*command[3:], "--checkpoint.every", "2"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(tmp_path / "run", whole / "run")
@@ -108,3 +109,4 @@ def test_seqkd_runs_and_is_resumed_only_as_such(whole, tmp_path) -> None:
     resumed = run(["seqkd", "--run.dir", "run", "--resume", "auto"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["student/ce"] for row in records(tmp_path / "run")] == ces
+    assert "\nstep " not in resumed.stdout, "a finished run has nothing left to train"

@@ -44,7 +44,9 @@ def test_the_config_comes_back_equal() -> None:
         schedule=ScheduleSettings(gad_steps=5, warmup_steps=None),
     )
     folder = RunFolder.create(made)
-    assert load(["--config", str(folder.path / "config.toml")]) == made
+    # Without the folder: fed back, the settings start a run of their own.
+    assert load(["--config", str(folder.path / "config.toml"), "--run.dir", "some where/else"]) == made
+    assert load(["--config", str(folder.path / "config.toml")]).run.dir is None
 
 
 def test_two_runs_of_one_second_get_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +107,21 @@ def test_an_existing_run_is_found_by_name_or_as_the_newest(here: Path) -> None:
     assert RunFolder.existing(None).path == second.path.resolve()
     named = RunFolder.existing(str(first.path))
     assert named.path == first.path
-    # The run that is worked on is the latest.
+    # Looking is not working: only a run that goes on becomes the latest.
+    assert RunFolder.existing(None).path == second.path.resolve()
+    named.keep_config(config(here / "first"), 3)
     assert RunFolder.existing(None).path == first.path.resolve()
+
+
+def test_settings_of_a_resumed_run_are_kept_with_the_old_ones_beside_them(here: Path) -> None:
+    folder = RunFolder.create(config(here / "run"))
+    before = (folder.path / "config.toml").read_text()
+    folder.keep_config(config(here / "run"), 3)
+    assert not list(folder.path.glob("config-*.toml"))
+    changed = Config(run=RunSettings(dir=str(here / "run")), schedule=ScheduleSettings(gad_steps=5))
+    folder.keep_config(changed, 7)
+    assert (folder.path / "config-000007.toml").read_text() == before
+    assert load(["--config", str(folder.path / "config.toml")]).schedule.gad_steps == 5
 
 
 @pytest.mark.parametrize("directory", [None, "nowhere", "empty"])
