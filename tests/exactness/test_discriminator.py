@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
-from naive import bt_loss, score
-from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
+from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
 from gadcore.groups import Group
 from gadcore.models import load_discriminator, save_model
+from naive import bt_loss, score
+from tiny import save_tiny, tiny_tokenizer
 
 TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-11), torch.float32: dict(rtol=2e-3, atol=2e-5)}
 

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from builders import assert_same_gradients, gradients, groups, student
-from naive import grpo_loss, token_logprobs
 
+from builders import assert_same_gradients, gradients, groups, student
 from gadcore.errors import UserError
 from gadcore.groups import Row, collate
 from gadcore.kernels.grpo_loss import group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
+from naive import grpo_loss, token_logprobs
 
 TOLERANCE = {torch.float64: dict(rtol=1e-8, atol=1e-10), torch.float32: dict(rtol=5e-3, atol=2e-5)}
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import run, tiny_arguments
-from tiny import save_tiny
 
 from gadcore.run import main
+from runs import run, tiny_arguments
+from tiny import save_tiny
 
 GOOD = {"prompt": "Name a city.", "teacher_response": "Paris."}
 

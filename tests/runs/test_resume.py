@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import ROOT, records, run, tiny_arguments
 
 FILES = ["student/model.safetensors", "discriminator/model.safetensors", "samples.jsonl"]

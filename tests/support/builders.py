@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from gadcore.config import AlgorithmSettings, DiscriminatorSettings, StudentSettings
@@ -13,6 +12,7 @@ from gadcore.discriminator import Discriminator
 from gadcore.groups import Group, Prompt, Response
 from gadcore.student import Student
 from gadcore.template import ChatTemplate
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())
 TEXTS = ["Paris.", "It is a city on the Seine.", "Zero", "one hundred degrees", "Stop; then write a short answer."]

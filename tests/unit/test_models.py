@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -22,6 +21,7 @@ from transformers import (
 
 from gadcore import models
 from gadcore.errors import UserError
+from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
