@@ -123,11 +123,13 @@ class Trainer:
         reason = self.stop_requested()
         if reason is None:
             return
+        saved = "before the first step"
         if self.progress.step:
             self.save()
+            saved = f"after step {self.progress.step}, saved"
         command = "seqkd " if "seqkd" in self.stage_steps else ""
         raise Interrupted(
-            f"stopped by {reason} after step {self.progress.step}, saved; go on with: "
+            f"stopped by {reason} {saved}; go on with: "
             f"{sys.executable} -m gadcore.run {command}--run.dir {self.folder.path} --resume auto"
         )
 
