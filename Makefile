@@ -1,5 +1,5 @@
 # make run    sets everything up and runs the default job        ARGS="..." adds settings
-# make test   sets everything up and runs all tests
+# make test   sets everything up and runs all tests            ARGS="..." goes to pytest
 VENV ?= .venv
 PY ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PYTHON := $(VENV)/bin/python
@@ -7,12 +7,17 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test setup lint lock clean gpu-test
+.PHONY: run test test-triton setup lint lock clean kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
 test: $(READY)
 	$(PYTHON) -m pytest $(ARGS)
+	$(MAKE) --no-print-directory test-triton
+
+# Triton's interpreter needs a process of its own; more than one OpenBLAS thread makes its small products 700 times slower.
+test-triton: $(READY)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/triton tests/kernels/test_grid.py
 
 setup: $(READY)
 
@@ -22,8 +27,21 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# Compiles every Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed) and fails where one spills or does not fit.
+kernels-aot: $(READY)
+	$(PYTHON) -m bench aot $(ARGS)
+
+# Timings on the CPU, then memory traffic under the interpreter, then docs/kernels.md from all results.
+bench: $(READY)
+	$(PYTHON) -m bench kernels $(ARGS)
+	$(PYTHON) -m bench traffic
+	$(PYTHON) -m bench tables
+
 gpu-test: $(READY)
 	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+gpu-bench: $(READY)
+	$(PYTHON) -m bench gpu $(ARGS)
 
 # PyPI's torchvision does not fit torch's CPU build and breaks transformers when it is there, and pip cannot leave a
 # package out: so the lock file, which leaves it out, is installed without dependencies.

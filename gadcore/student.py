@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from gadcore.config import AlgorithmSettings, StudentSettings
 from gadcore.groups import Group, Row, RowBatch, collate, row_micro_batches
+from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
-from gadcore.kernels.grpo_loss import group_advantages, grpo_ratio_loss
+from gadcore.kernels.grpo_ratio_loss import group_advantages
 from gadcore.kernels.layout import GroupLayout
 from gadcore.models import backbone_hidden
 from gadcore.optim import Optimizer, autocast
@@ -68,16 +69,16 @@ class Student:
         if self.algorithm.kl_coef > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
 
-    def logprobs(
-        self, model: PreTrainedModel, batch: RowBatch, temperature: float, *, entropy: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) [T] of all response tokens under softmax(logits / temperature), in fp32."""
+    def hidden_states(self, model: PreTrainedModel, batch: RowBatch) -> Tensor:
+        """Last hidden states [T, H] at the positions that predict the response tokens of the batch."""
         with autocast(self.settings.autocast, model.device):
-            hidden = backbone_hidden(model, batch.input_ids).flatten(0, 1)[batch.predict_index]
-            head = model.get_output_embeddings()
-            return grouped_logprob(
-                hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature, return_entropy=entropy
-            )
+            return backbone_hidden(model, batch.input_ids).flatten(0, 1)[batch.predict_index]
+
+    def logprobs(self, model: PreTrainedModel, batch: RowBatch, temperature: float) -> Tensor:
+        """Log-probs [T] of all response tokens under softmax(logits / temperature), in fp32."""
+        hidden, head = self.hidden_states(model, batch), model.get_output_embeddings()
+        with autocast(self.settings.autocast, model.device):
+            return grouped_logprob(hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature)
 
     def seqkd_backward(self, groups: Sequence[Group]) -> SeqKDStats:
         """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
@@ -86,7 +87,7 @@ class Student:
         ce = 0.0
         for cut in row_micro_batches(rows, self.micro_batch_tokens):
             batch = collate([rows[i] for i in cut], self.pad_id, self.model.device)
-            logprob, _ = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
+            logprob = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
             loss.backward()
             ce += loss.item()
@@ -96,7 +97,7 @@ class Student:
         """Adds the gradient of the GRPO loss on the samples of the batch; rewards[g][i] is of groups[g].samples[i].
 
         The batch gets exactly one optimizer step, so the old policy is the policy itself and no pass for old
-        log-probs is needed (kernels/grpo_loss.py).
+        log-probs is needed (kernels/grpo_ratio_loss.py).
         """
         algorithm = self.algorithm
         samples = [sample for group in groups for sample in group.samples]
@@ -113,26 +114,34 @@ class Student:
             ref_logprob = None
             if self.reference is not None:
                 with torch.no_grad():
-                    ref_logprob, _ = self.logprobs(self.reference, batch, self.temperature)
-            logprob, token_entropy = self.logprobs(self.model, batch, self.temperature, entropy=True)
-            assert token_entropy is not None
-            result = grpo_ratio_loss(
-                logprob,
-                advantages[cut].repeat_interleave(torch.tensor(batch.lengths)).to(logprob),
-                ref_logprob=ref_logprob,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                kl_coef=algorithm.kl_coef,
-                denominator=response_tokens,
-            )
+                    ref_logprob = self.logprobs(self.reference, batch, self.temperature)
+            hidden, head = self.hidden_states(self.model, batch), self.model.get_output_embeddings()
+            with autocast(self.settings.autocast, self.model.device):
+                result = grouped_grpo_loss(
+                    hidden,
+                    head.weight,
+                    batch.targets,
+                    # The advantages are known, so a cut may separate the samples of a group.
+                    GroupLayout.of([len(cut)], teacher=False, lengths=batch.lengths, device=hidden.device),
+                    bias=head.bias,
+                    advantages=advantages[cut].to(hidden.device),
+                    ref_logprob=ref_logprob,
+                    temperature=self.temperature,
+                    clip_low=algorithm.clip_low,
+                    clip_high=algorithm.clip_high,
+                    kl_coef=algorithm.kl_coef,
+                    denominator=response_tokens,
+                    return_entropy=True,
+                )
             result.loss.backward()
             sampled = torch.tensor([logprob for i in cut for logprob in samples[i].logprobs])
-            difference = (logprob.detach().cpu() - sampled).abs()
+            metrics = result.metrics
+            difference = (metrics.logprob.cpu() - sampled).abs()
             loss += result.loss.item()
-            kl += result.kl_sum.item() / response_tokens
-            entropy += token_entropy.sum().item() / response_tokens
-            clipped += result.clipped_sum.item() / response_tokens
-            ratio_max = max(ratio_max, result.ratio_max.item())
+            kl += metrics.kl_sum.item() / response_tokens
+            entropy += metrics.entropy_sum.item() / response_tokens
+            clipped += metrics.clipped_sum.item() / response_tokens
+            ratio_max = max(ratio_max, metrics.ratio_max.item())
             diff += difference.sum().item() / response_tokens
             diff_max = max(diff_max, difference.max().item())
         tokens = sum(map(len, rows))

@@ -13,33 +13,33 @@ from gadcore.kernels.layout import GroupLayout
 
 F64 = torch.float64
 # Groups: teacher + 2 samples; 3 samples without a teacher; teacher + 1 sample; a teacher alone.
-MIXED = GroupLayout(torch.tensor([0, 3, 6, 8, 9]), torch.tensor([True, False, True, True]))
+MIXED = GroupLayout.of([2, 3, 1, 0], teacher=[True, False, True, True])
 PAIRS = [(0, 1), (0, 2), (6, 7)]
 
 
 def inputs(layout: GroupLayout, width: int = 4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden with rows that no sequence ends in, last_index out of order, weight, bias."""
     generator = torch.Generator().manual_seed(1)
-    sequences = int(layout.offsets[-1])
+    sequences = layout.sequences
     hidden = torch.randn(2 * sequences, width, generator=generator, dtype=F64)
     last_index = torch.randperm(2 * sequences, generator=generator)[:sequences]
     return hidden, last_index, torch.randn(width, generator=generator, dtype=F64), torch.tensor(0.7, dtype=F64)
 
 
 def of_scores(*scores: float, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    """margin and accuracy of sequences with these scores."""
+    """margin and accuracy of the pairs among sequences with these scores."""
     hidden = torch.tensor(scores, dtype=F64)[:, None]
     result = bt_score(hidden, torch.arange(len(scores)), torch.ones(1, dtype=F64), None, layout, denominator=1)
-    return result.margin, result.accuracy
+    return result.margin[result.paired], result.accuracy[result.paired]
 
 
 def test_layout_of_uniform_groups() -> None:
     with_teacher = GroupLayout.of([2, 1, 3], teacher=True)
-    assert with_teacher.offsets.tolist() == [0, 3, 5, 9]
+    assert with_teacher.group_offsets.tolist() == [0, 3, 5, 9]
     assert with_teacher.group_of.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     assert with_teacher.is_teacher.nonzero().flatten().tolist() == [0, 3, 5]
     without = GroupLayout.of([2, 1, 3], teacher=False)
-    assert without.offsets.tolist() == [0, 2, 3, 6]
+    assert without.group_offsets.tolist() == [0, 2, 3, 6]
     assert without.group_of.tolist() == [0, 0, 1, 2, 2, 2]
     assert not without.is_teacher.any() and not without.has_teacher.any()
 
@@ -60,10 +60,12 @@ def test_ragged_groups_some_without_a_teacher(with_bias: bool, denominator: floa
     ]
     assert result.scores.tolist() == pytest.approx(scores, rel=1e-12)
     margins = [scores[t] - scores[s] for t, s in PAIRS]
-    assert result.margin.tolist() == pytest.approx(margins, rel=1e-12)
+    assert result.paired.nonzero().flatten().tolist() == [s for _, s in PAIRS]
+    assert result.margin[result.paired].tolist() == pytest.approx(margins, rel=1e-12)
+    assert result.margin[~result.paired].eq(0).all() and result.accuracy[~result.paired].eq(0).all()
     loss = sum(math.log1p(math.exp(-m)) for m in margins) / denominator
     assert result.loss.item() == pytest.approx(loss, rel=1e-12)
-    assert result.accuracy.tolist() == [float(m > 0) for m in margins]
+    assert result.accuracy[result.paired].tolist() == [float(m > 0) for m in margins]
     assert not result.margin.requires_grad and not result.accuracy.requires_grad
 
 
@@ -83,7 +85,7 @@ def test_the_teacher_gets_the_gradient_of_all_its_pairs_and_the_bias_none() -> N
     result = bt_score(hidden, last_index, weight, bias, MIXED, denominator=3)
     result.loss.backward()
     expected = torch.zeros_like(hidden)
-    for (t, s), margin in zip(PAIRS, result.margin, strict=True):
+    for (t, s), margin in zip(PAIRS, result.margin[result.paired], strict=True):
         slope = -torch.sigmoid(-margin) / 3 * weight
         expected[last_index[t]] += slope
         expected[last_index[s]] -= slope
@@ -102,7 +104,7 @@ def test_groups_without_any_teacher_are_scored_and_have_no_loss() -> None:
     hidden, last_index, weight, bias = inputs(layout)
     result = bt_score(hidden, last_index, weight, bias, layout, denominator=5)
     assert result.scores.shape == (5,) and result.loss == 0
-    assert result.margin.shape == result.accuracy.shape == (0,)
+    assert not result.paired.any() and result.margin.eq(0).all() and result.accuracy.eq(0).all()
 
 
 @pytest.mark.parametrize("score", [1e4, -1e4])
@@ -134,4 +136,4 @@ def test_equal_rows_score_equally_to_the_bit_wherever_they_lie() -> None:
         layout = GroupLayout.of([sequences - 1], teacher=True)
         weight = torch.randn(577, generator=generator)
         result = bt_score(hidden, torch.arange(sequences), weight, None, layout, denominator=1)
-        assert (result.scores == result.scores[0]).all() and (result.accuracy == 0.5).all()
+        assert (result.scores == result.scores[0]).all() and (result.accuracy[1:] == 0.5).all()

@@ -254,10 +254,10 @@ def test_wrong_arguments() -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     logits, targets, _, _ = _data(3, 10)
-    for cached in (_native.why_missing, _native._load, _native._notice):
-        cached.cache_clear()
+    _native._notice.cache_clear()
     monkeypatch.setattr(_native, "LIBRARY", tmp_path / "_native.so")
     monkeypatch.delenv("GADCORE_NO_NATIVE", raising=False)
+    monkeypatch.setattr(_native, "_unusable", _native._load())
     try:
         with pytest.warns(UserWarning, match=r"_native\.so was not built"):
             result = selected_logprob(logits, targets)
@@ -269,13 +269,11 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         with pytest.raises(RuntimeError, match="was not built: build it with"):
             selected_logprob(logits, targets, impl="cpu")
         _native.LIBRARY.write_bytes(b"not a library")
-        _native._load.cache_clear()
-        _native.why_missing.cache_clear()
+        monkeypatch.setattr(_native, "_unusable", _native._load())
         with pytest.raises(RuntimeError, match="cannot be loaded"):
             selected_logprob(logits, targets, impl="cpu")
     finally:
-        for cached in (_native.why_missing, _native._load, _native._notice):
-            cached.cache_clear()
+        _native._notice.cache_clear()
 
 
 @needs_native

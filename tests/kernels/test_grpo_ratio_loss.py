@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels.grpo_loss import GRPOLoss, group_advantages, grpo_ratio_loss
+from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
 
 F64 = torch.float64
@@ -85,11 +85,11 @@ def test_loss_and_figures_against_the_formulas(count: int, beta: float) -> None:
     expected = literal(logprob, old, ref, advantages, beta)
     assert result.loss.item() == pytest.approx(sum(expected) / denominator, rel=1e-12)
     k3 = [math.exp(r - p) - (r - p) - 1 for r, p in zip(ref.tolist(), logprob.tolist(), strict=True)]
-    assert result.kl_sum.item() == pytest.approx(sum(k3), rel=1e-12)
+    assert result.metrics.kl_sum.item() == pytest.approx(sum(k3), rel=1e-12)
     ratios = (logprob - old).exp()
-    assert result.ratio_max == ratios.max()
+    assert result.metrics.ratio_max == ratios.max()
     lost = ((ratios > 1 + HIGH) & (advantages > 0)) | ((ratios < 1 - LOW) & (advantages < 0))
-    assert result.clipped_sum == lost.sum()
+    assert result.metrics.clipped_sum == lost.sum()
     if count == 9:
         assert 0 < lost.sum() < count
 
@@ -112,7 +112,7 @@ def test_one_token_by_hand(rho: float, advantage: float, value: float, slope: fl
     result.loss.backward()
     assert result.loss.item() == pytest.approx(value)
     assert logprob.grad is not None and logprob.grad.item() == pytest.approx(slope)
-    assert int(result.clipped_sum) == (slope == 0 and advantage != 0)
+    assert int(result.metrics.clipped_sum) == (slope == 0 and advantage != 0)
 
 
 def test_gradcheck() -> None:
@@ -132,7 +132,7 @@ def test_without_old_logprobs_the_gradient_is_the_policy_gradient() -> None:
     result.loss.backward()
     expected = (-advantages + 0.3 * (1 - (ref - logprob.detach()).exp())) / 5
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-14)
-    assert result.ratio_max == 1 and result.clipped_sum == 0
+    assert result.metrics.ratio_max == 1 and result.metrics.clipped_sum == 0
 
 
 def test_losses_and_gradients_of_micro_batches_add_up() -> None:
@@ -146,9 +146,13 @@ def test_losses_and_gradients_of_micro_batches_add_up() -> None:
             parts[cut], advantages[cut], old_logprob=old[cut], ref_logprob=ref[cut], kl_coef=0.3, denominator=9
         )
         part.loss.backward()
-        losses, kl, clipped = losses + part.loss.item(), kl + part.kl_sum.item(), clipped + part.clipped_sum.item()
+        losses, kl, clipped = (
+            losses + part.loss.item(),
+            kl + part.metrics.kl_sum.item(),
+            clipped + part.metrics.clipped_sum.item(),
+        )
     assert losses == pytest.approx(result.loss.item(), rel=1e-12)
-    assert (kl, clipped) == pytest.approx((result.kl_sum.item(), result.clipped_sum.item()))
+    assert (kl, clipped) == pytest.approx((result.metrics.kl_sum.item(), result.metrics.clipped_sum.item()))
     torch.testing.assert_close(parts.grad, whole.grad)
 
 
@@ -156,15 +160,15 @@ def test_only_the_loss_has_a_gradient_and_no_gradient_reaches_the_others() -> No
     logprob, old, ref, advantages = (each.float().requires_grad_() for each in tokens())
     result = ratio_loss(logprob, advantages.detach(), old_logprob=old.detach(), ref_logprob=ref.detach(), kl_coef=0.3)
     assert result.loss.requires_grad and result.loss.dtype == torch.float32
-    assert not any(each.requires_grad for each in result[1:])
+    assert not any(each.requires_grad for each in result.metrics)
 
 
 def test_a_reference_without_kl_is_measured_and_does_not_count() -> None:
     logprob, old, ref, advantages = tokens()
     measured = ratio_loss(logprob, advantages, old_logprob=old, ref_logprob=ref)
     plain = ratio_loss(logprob, advantages, old_logprob=old)
-    assert measured.loss == plain.loss and measured.kl_sum > 0 and plain.kl_sum == 0
-    assert ratio_loss(logprob, advantages, ref_logprob=logprob).kl_sum == 0
+    assert measured.loss == plain.loss and measured.metrics.kl_sum > 0 and plain.metrics.kl_sum == 0
+    assert ratio_loss(logprob, advantages, ref_logprob=logprob).metrics.kl_sum == 0
 
 
 def test_kl_without_a_reference_is_an_error() -> None:

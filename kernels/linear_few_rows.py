@@ -1,0 +1,50 @@
+"""y = x W^T + bias for the few rows of a decoding step, on CPUs.
+
+A sampler that decodes M sequences multiplies [M, K] by [N, K]^T for every layer and token. For M up to 64 the time
+goes into reading the weight, and general matrix products, which copy it into another order first, are slow at that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gadcore.kernels.dispatch import Impl, choose, implementation
+
+MAX_ROWS = 64
+
+
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """F.linear(x, weight, bias) for inference.
+
+    x: [M, K]; weight: [N, K]; bias: [N] or None. Returns [M, N] in their dtype. "cpu" computes float32 on the CPU for
+    1 <= M <= 64 and has no gradient; "auto" takes it there when no gradient is wanted, and F.linear ("reference")
+    otherwise. Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that is not there.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must be [M, K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}")
+    wants_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
+    )
+    few = 1 <= len(x) <= MAX_ROWS
+    if impl == "auto" and (wants_gradient or not few):
+        return F.linear(x, weight, bias)
+    chosen = choose("linear_few_rows", impl, x, native="cpu_linear_few_rows", triton=False, dtypes=(torch.float32,))
+    if chosen == "reference":
+        return F.linear(x, weight, bias)
+    if not few:
+        raise ValueError(f'linear_few_rows: impl="cpu" takes 1 to {MAX_ROWS} rows, got {len(x)}')
+    if wants_gradient:
+        raise ValueError('linear_few_rows: impl="cpu" has no gradient: call it under torch.no_grad()')
+    return _op(x, weight, bias, chosen)
+
+
+@torch.library.custom_op("gadcore::linear_few_rows", mutates_args=())
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    return implementation(impl, "cpu_linear_few_rows", "", "")(x, weight, bias)
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))

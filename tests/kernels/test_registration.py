@@ -1,0 +1,196 @@
+"""The ops as torch sees them (schemas, meta tensors, autograd, torch.compile), and how an implementation is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gadcore.kernels import _native, dispatch
+from gadcore.kernels.bt_score import bt_score
+from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
+from gadcore.kernels.grouped_logprob import grouped_logprob
+from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
+from gadcore.kernels.layout import GroupLayout
+from gadcore.kernels.linear_few_rows import linear_few_rows
+
+T, H, V = 6, 8, 11
+LAYOUT = GroupLayout.of([2, 1], teacher=False, lengths=[3, 1, 2])
+CLIP = dict(clip_low=0.2, clip_high=0.2)
+
+
+def leaf(*shape: int, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+
+def targets(device: str = "cpu") -> Tensor:
+    return torch.tensor([0, 10, -100, 3, 4, 5], device=device)
+
+
+def grpo(hidden: Tensor, weight: Tensor, device: str = "cpu", layout: GroupLayout = LAYOUT) -> Tensor:
+    return grouped_grpo_loss(
+        hidden,
+        weight,
+        targets(device),
+        layout,
+        advantages=torch.tensor([1.0, -1.0, 0.5], device=device),
+        ref_logprob=torch.full((T,), -2.0, device=device),
+        kl_coef=0.1,
+        denominator=T,
+        **CLIP,
+    ).loss
+
+
+OPS: dict[str, Callable[[], tuple]] = {
+    "grouped_logprob": lambda: (leaf(T, H), leaf(V, H), leaf(V), targets(), 0.8, True, "cpu"),
+    "grouped_grpo": lambda: (
+        *(leaf(T, H), leaf(V, H), leaf(V), targets(), torch.ones(T), torch.full((T,), -2.0), None),
+        *(0.8, 0.2, 0.2, 0.1, 6.0, True, True, True, True, "cpu"),
+    ),
+    "grpo_ratio_loss": lambda: (leaf(T), torch.ones(T), None, torch.zeros(T), 0.2, 0.2, 0.0, 6.0, "cpu"),
+    "bt_score": lambda: (
+        *(leaf(T, H), torch.tensor([1, 3, 5]), leaf(H), leaf(1)),
+        *(torch.tensor([0, 3]), torch.tensor([True]), 2.0, "cpu"),
+    ),
+    "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None, "cpu"),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch, by torch's own checker."""
+    op = getattr(torch.ops.gadcore, name).default
+    # grouped_grpo computes its gradients beside the loss: an AOT graph of the op alone would return them as results.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, OPS[name](), test_utils=tests)
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_meta_tensors(device: str) -> None:
+    hidden, weight = leaf(T, H, device=device), leaf(V, H, device=device)
+    logprob, entropy = grouped_logprob(hidden, weight, targets(device), return_entropy=True)
+    assert logprob.shape == entropy.shape == (T,) and logprob.dtype == torch.float32
+    logprob.sum().backward()
+    assert weight.grad is not None and weight.grad.shape == (V, H)
+    layout = GroupLayout.of([2, 1], teacher=False, lengths=[3, 1, 2], device=device)
+    loss = grpo(hidden, weight, device, layout)
+    loss.backward()
+    assert loss.shape == () and hidden.grad is not None and hidden.grad.shape == (T, H)
+    ratio = grpo_ratio_loss(
+        leaf(T, device=device), torch.ones(T, device=device), ref_logprob=None, kl_coef=0.0, denominator=1, **CLIP
+    )
+    assert ratio.loss.device.type == "meta"
+    pairs = GroupLayout.of([2], teacher=True, device=device)
+    scored = bt_score(
+        hidden, torch.zeros(3, dtype=torch.int64, device=device), leaf(H, device=device), None, pairs, denominator=2
+    )
+    assert scored.scores.shape == scored.margin.shape == (3,)
+    assert linear_few_rows(hidden.detach(), weight.detach()).shape == (T, V)
+
+
+def test_compiled_without_a_graph_break_gives_the_same_loss_and_gradients() -> None:
+    def step(hidden: Tensor, weight: Tensor, head: Tensor) -> Tensor:
+        scored = bt_score(hidden, torch.tensor([1, 3, 5]), head, None, PAIRS, denominator=2)
+        return grpo(hidden, weight) + scored.loss + grouped_logprob(hidden, weight, targets()).mean()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    inputs = leaf(T, H), leaf(V, H), leaf(H)
+    eager, traced = step(*inputs), compiled(*inputs)
+    torch.testing.assert_close(traced, eager)
+    for one, other in zip(torch.autograd.grad(traced, inputs), torch.autograd.grad(eager, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+PAIRS = GroupLayout.of([2], teacher=True)
+
+
+def test_gradients_are_handed_out_once_and_not_copied() -> None:
+    hidden, weight = leaf(T, H), leaf(V, H)
+    loss = grpo(hidden, weight)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="handed out already"):
+        loss.backward()
+    assert weight.grad is not None and weight.grad.is_contiguous()
+
+
+def test_an_unused_gradient_is_not_computed() -> None:
+    hidden, weight = leaf(T, H), leaf(V, H).detach()
+    loss = grpo(hidden, weight)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert grad.shape == hidden.shape and weight.grad is None
+    with torch.no_grad():
+        assert not grpo(hidden, weight).requires_grad
+
+
+def test_autocast_does_not_round_what_is_computed_in_float32() -> None:
+    hidden, weight = leaf(T, H), leaf(V, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = grouped_logprob(hidden, weight, targets())
+    expected = grouped_logprob(hidden.bfloat16(), weight.bfloat16(), targets())
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, actual.bfloat16().float())
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
+def test_what_does_not_fit_is_refused_by_name(impl: dispatch.Impl) -> None:
+    hidden, weight = leaf(T, H), leaf(V, H)
+    for message, call in {
+        "hidden must be": lambda: grouped_logprob(hidden[0], weight, targets(), impl=impl),
+        r"weight must be \[V, 8\]": lambda: grouped_logprob(hidden, weight.T, targets(), impl=impl),
+        "targets must be int64": lambda: grouped_logprob(hidden, weight, targets().int(), impl=impl),
+        r"bias must be \[11\]": lambda: grouped_logprob(hidden, weight, targets(), bias=leaf(3), impl=impl),
+        "temperature must be above 0": lambda: grouped_logprob(hidden, weight, targets(), temperature=0.0, impl=impl),
+        "of one dtype": lambda: grouped_logprob(hidden, weight.bfloat16(), targets(), impl=impl),
+        "either rewards or advantages": lambda: grouped_grpo_loss(
+            hidden, weight, targets(), LAYOUT, ref_logprob=None, kl_coef=0, denominator=1, impl=impl, **CLIP
+        ),
+        "groups must own 6 tokens, own 3": lambda: grouped_grpo_loss(
+            hidden,
+            weight,
+            targets(),
+            GroupLayout.of([1], teacher=False, lengths=[3]),
+            rewards=torch.ones(1),
+            ref_logprob=None,
+            kl_coef=0,
+            denominator=1,
+            impl=impl,
+            **CLIP,
+        ),
+        "last_index must be int64": lambda: bt_score(hidden, targets(), leaf(H), None, PAIRS, denominator=1, impl=impl),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_target_outside_the_vocabulary_is_an_error(impl: dispatch.Impl) -> None:
+    wrong = torch.tensor([0, V, 1, 2, 3, 4])
+    with pytest.raises((RuntimeError, IndexError)):
+        grouped_logprob(leaf(T, H), leaf(V, H), wrong, impl=impl)
+
+
+def test_an_implementation_asked_for_by_name_and_not_there_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = leaf(T, H), leaf(V, H)
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, cpu, triton, is 'fast'"):
+        grouped_logprob(hidden, weight, targets(), impl="fast")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
+        grouped_logprob(hidden, weight, targets(), impl="triton")
+    with pytest.raises(ValueError, match="computes in torch.float32, torch.bfloat16, torch.float16, got torch.float64"):
+        grouped_logprob(hidden.double(), weight.double(), targets(), impl="cpu")
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: "the package triton is not installed")
+    with pytest.raises(RuntimeError, match="not available: the package triton is not installed"):
+        grouped_logprob(hidden, weight, targets(), impl="triton")
+    monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
+    with pytest.raises(RuntimeError, match="cpu_grouped_logprob is not available: it was not built"):
+        grouped_logprob(hidden, weight, targets(), impl="cpu")
+
+
+@pytest.mark.filterwarnings("ignore:native CPU ops are not in use")
+def test_auto_falls_back_to_the_reference_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = leaf(T, H), leaf(V, H)
+    expected = grouped_logprob(hidden, weight, targets(), impl="reference")
+    monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
+    assert torch.equal(grouped_logprob(hidden, weight, targets()), expected)

@@ -1,0 +1,221 @@
+"""What every implementation of every kernel is checked for, case by case; see kernel_grid.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gadcore.kernels.bt_score import bt_score
+from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
+from gadcore.kernels.grouped_logprob import grouped_logprob
+from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_ratio_loss
+from kernel_grid import (
+    F64,
+    GROUP_CASES,
+    RECORD,
+    GroupCase,
+    HeadCase,
+    RatioCase,
+    around,
+    gradients,
+    grpo64,
+    leaves64,
+    logprob64,
+    pairs,
+    split,
+    weighted,
+)
+
+CLIP = dict(clip_low=0.1, clip_high=0.3)
+
+
+def to(device: str, tensor: Tensor | None) -> Any:
+    """The tensor on the device; gradients come back to where it was."""
+    return None if tensor is None else tensor.to(device)
+
+
+def check_grouped_logprob(case: HeadCase, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    hidden, weight, bias, targets = case.inputs(dtype)
+    leaves = leaves64(hidden, weight, bias)
+    truth, true_entropy = logprob64(*leaves, targets, case.temperature)
+    of = weighted(truth)
+    head = [to(device, tensor) for tensor in (hidden, weight, targets)]
+    options: Any = dict(bias=to(device, bias), temperature=case.temperature, impl=impl)
+    logprob, entropy = grouped_logprob(*head, return_entropy=True, **options)
+    plain = grouped_logprob(*head, **options)
+    assert not entropy.requires_grad and torch.equal(plain, logprob)
+    RECORD.check(
+        "grouped_logprob",
+        impl,
+        dtype,
+        pairs((logprob, entropy), (truth.detach(), true_entropy.detach())),
+        pairs(gradients(of(logprob), hidden, weight, bias), gradients(of(truth), *leaves)),
+    )
+
+
+def check_grouped_grpo_loss(
+    case: HeadCase, ratio: RatioCase, impl: Any, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    hidden, weight, bias, targets = case.inputs(dtype)
+    generator = torch.Generator().manual_seed(case.tokens)
+    groups = GroupCase((3, 1, 4), (False, False, False))
+    lengths = split(case.tokens, 8, generator)
+    layout = groups.layout(lengths)
+    rewards = torch.randn(8, generator=generator, dtype=torch.float32)
+    leaves = leaves64(hidden, weight, bias)
+    truth, true_entropy = logprob64(*leaves, targets, case.temperature)
+    old = around(truth, dtype, generator) if ratio.old else None
+    ref = around(truth, dtype, generator) if ratio.ref else None
+    per_token = group_advantages(rewards, layout).to(F64)[layout.sequence_of]
+    counted = targets != -100
+    total, kl, clipped, ratio_max = grpo64(truth, per_token, old, ref, counted, kl_coef=ratio.kl_coef, **CLIP)
+    denominator = case.tokens + 3
+    result = grouped_grpo_loss(
+        to(device, hidden),
+        to(device, weight),
+        to(device, targets),
+        groups.layout(lengths, device),
+        rewards=to(device, rewards),
+        ref_logprob=to(device, ref),
+        old_logprob=to(device, old),
+        bias=to(device, bias),
+        temperature=case.temperature,
+        kl_coef=ratio.kl_coef,
+        denominator=denominator,
+        return_entropy=True,
+        impl=impl,
+        **CLIP,
+    )
+    metrics = result.metrics
+    assert metrics.clipped_sum.item() == clipped.item() and metrics.tokens.item() == counted.sum().item()
+    count = max(1, int(counted.sum()))
+    RECORD.check(
+        "grouped_grpo_loss",
+        impl,
+        dtype,
+        pairs(
+            (metrics.logprob, metrics.kl_sum / count, metrics.ratio_max, metrics.entropy_sum / count),
+            (truth.detach(), kl / count, ratio_max, true_entropy.sum().detach() / count),
+        ),
+        # An upstream gradient other than 1 must scale.
+        pairs(gradients(result.loss * 2.5, hidden, weight, bias), gradients(total * 2.5 / denominator, *leaves)),
+    )
+    # The loss is a difference of large sums: its error is measured in the tokens' magnitude.
+    scale = per_token.abs().max().item() + 1
+    assert abs(result.loss.item() - total.item() / denominator) <= (1e-12 if dtype == F64 else 1e-5) * scale * 10
+
+
+def check_grpo_ratio_loss(tokens: int, ratio: RatioCase, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    logprob = (-torch.rand(tokens, generator=generator, dtype=F64) * 5).to(dtype).requires_grad_()
+    advantages = torch.randn(tokens, generator=generator, dtype=F64).to(dtype)
+    (leaf,) = leaves64(logprob)
+    old = around(leaf, dtype, generator) if ratio.old else None
+    ref = around(leaf, dtype, generator) if ratio.ref else None
+    every = torch.ones(tokens, dtype=torch.bool)
+    total, kl, clipped, ratio_max = grpo64(leaf, advantages.to(F64), old, ref, every, kl_coef=ratio.kl_coef, **CLIP)
+    result = grpo_ratio_loss(
+        to(device, logprob),
+        to(device, advantages),
+        ref_logprob=to(device, ref),
+        old_logprob=to(device, old),
+        kl_coef=ratio.kl_coef,
+        denominator=11,
+        impl=impl,
+        **CLIP,
+    )
+    assert isinstance(result, GRPOLoss) and result.metrics.clipped_sum.item() == clipped.item()
+    RECORD.check(
+        "grpo_ratio_loss",
+        impl,
+        dtype,
+        pairs((result.metrics.kl_sum / tokens, result.metrics.ratio_max), (kl / tokens, ratio_max)),
+        pairs(gradients(result.loss * 2.5, logprob), gradients(total * 2.5 / 11, leaf)),
+    )
+    assert abs(result.loss.item() - total.item() / 11) <= (1e-12 if dtype == F64 else 1e-6) * tokens
+
+
+def check_bt_score(case: GroupCase, width: int, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    layout, generator = case.layout(), torch.Generator().manual_seed(width)
+    sequences = layout.sequences
+    rows = 2 * sequences + 1
+    hidden = torch.randn(rows, width + 3, generator=generator, dtype=F64).to(dtype)[:, :width].detach().requires_grad_()
+    # Two sequences may end in one row: a response that is empty ends where its prompt does.
+    last_index = torch.randint(rows, (sequences,), generator=generator)
+    weight = (torch.randn(width, generator=generator, dtype=F64) / width**0.5).to(dtype).requires_grad_()
+    bias = torch.tensor(0.7, dtype=dtype).requires_grad_()
+    leaves = leaves64(hidden, weight, bias)
+
+    scores = leaves[0][last_index] @ leaves[1] + leaves[2]
+    margins, losses = [], []
+    for start, end, has_teacher in zip(
+        layout.group_offsets[:-1].tolist(), layout.group_offsets[1:].tolist(), case.teachers, strict=True
+    ):
+        for i in range(start, end):
+            paired = has_teacher and i > start
+            margins.append(scores[start] - scores[i] if paired else torch.zeros((), dtype=F64))
+            losses.append(torch.log1p(torch.exp(-margins[-1])) if paired else torch.zeros((), dtype=F64))
+    denominator = max(1, sum(case.samples))
+    truth = torch.stack(losses).sum() / denominator
+    of = weighted(scores)
+
+    operands = [to(device, tensor) for tensor in (hidden, last_index, weight, bias)]
+    result = bt_score(*operands, case.layout(device=device), denominator=denominator, impl=impl)
+    margin = torch.stack(margins).detach()
+    # The mean of all rows' scores is a second thing with a gradient, as a reward model's owner may want.
+    actual = gradients(result.loss + of(result.scores), hidden, weight, bias)
+    RECORD.check(
+        "bt_score",
+        impl,
+        dtype,
+        pairs((result.scores, result.margin, result.loss), (scores.detach(), margin, truth.detach())),
+        pairs(actual, gradients(truth + of(scores), *leaves)),
+    )
+    correct = (result.margin > 0) + 0.5 * (result.margin == 0)
+    assert torch.equal(result.accuracy, correct.where(result.paired, 0.0).to(result.accuracy.dtype))
+
+
+def check_equal_rows(impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    generator = torch.Generator().manual_seed(2)
+    for case in GROUP_CASES:
+        sequences = case.layout().sequences
+        row = torch.randn(1, 577, generator=generator, dtype=F64).to(dtype)
+        weight = torch.randn(577, generator=generator, dtype=F64).to(dtype)
+        rows, last_index = to(device, row.repeat(sequences, 1)), torch.arange(sequences, device=device)
+        layout = case.layout(device=device)
+        result = bt_score(rows, last_index, to(device, weight), None, layout, denominator=1, impl=impl)
+        assert (result.scores == result.scores[0]).all() and (result.accuracy == 0.5 * result.paired).all()
+
+
+def check_tied_weights(impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(61, 24, generator=generator, dtype=F64).to(dtype).requires_grad_()
+    tokens, targets = (torch.randint(61, (19,), generator=generator) for _ in range(2))
+    (leaf,) = leaves64(weight)
+    groups = GroupCase((2,), (False,)).layout([12, 7])
+    advantages = torch.tensor([1.0, -0.5])
+
+    def loss(w: Tensor) -> Tensor:
+        hidden, y = w[tokens.to(device)], targets.to(device)
+        result = grouped_grpo_loss(
+            hidden,
+            w,
+            y,
+            GroupCase((2,), (False,)).layout([12, 7], device),
+            advantages=advantages.to(device),
+            ref_logprob=None,
+            kl_coef=0.0,
+            denominator=19,
+            impl=impl,
+            **CLIP,
+        )
+        return result.loss + grouped_logprob(hidden, w, y, impl=impl).mean()
+
+    truth, _ = logprob64(leaf[tokens], leaf, None, targets, 1.0)
+    per_token = advantages.to(F64)[groups.sequence_of]
+    total, *_ = grpo64(truth, per_token, None, None, targets != -100, kl_coef=0.0, **CLIP)
+    (actual,) = gradients(loss(to(device, weight)), weight)
+    (expected,) = gradients(total / 19 + truth.mean(), leaf)
+    RECORD.check("tied weights", impl, dtype, [], [(actual, expected)])
