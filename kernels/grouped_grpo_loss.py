@@ -167,6 +167,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
+    # Else autograd makes zeros for what carries no gradient, [V, H] among them.
+    ctx.set_materialize_grads(False)
     # Not save_for_backward: that keeps a reference, for which autograd would copy a gradient of [V, H] instead of
     # taking it.
     ctx.gradients = gradients

@@ -1,0 +1,49 @@
+"""The memory that a call needs on top of what is there before it.
+
+On Linux: the peak of the resident set (VmHWM) since it was last reset, which writing 5 to /proc/self/clear_refs does.
+Freed memory that the allocator keeps is given back first, or the call would reuse it unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+R = TypeVar("R")
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def extra_peak(call: Callable[[], R]) -> tuple[R, int | None]:
+    """What `call` returns, and the peak of its extra resident memory in bytes; None where it cannot be measured."""
+    gc.collect()
+    _give_back()
+    if not _reset():
+        return call(), None
+    before = _kib("VmRSS")
+    result = call()
+    return result, max(0, _kib("VmHWM") - before) * 1024
+
+
+def _reset() -> bool:
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _kib(field: str) -> int:
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1])
+
+
+def _give_back() -> None:
+    libc = ctypes.CDLL(None)
+    # glibc's; other C libraries keep little.
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,1 @@
+"""One module a suite, each with run(quick) -> rows for bench/results."""
