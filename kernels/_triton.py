@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -13,9 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 INTERPRETED = triton.knobs.runtime.interpret
 IGNORED = tl.constexpr(-100)
 LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
 
 # Figures of an H100, for tensors that lie on no GPU (the interpreter, meta tensors).
 DEFAULT_SMS, DEFAULT_L2_BYTES = 132, 50 << 20
@@ -24,6 +28,17 @@ SHARED_BYTES = {80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}
 LEAST_SHARED_BYTES = 101376
 # A tile of this many fp32 accumulators takes half of an SM's registers with its epilogue; two such programs fit.
 HALF_SM_TILE = 128 * 128
+
+
+def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs a function with the device of its first argument current: Triton launches there, wherever tensors lie."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @functools.cache
@@ -149,7 +164,6 @@ def logits_tile(
     BV: tl.constexpr,
     BK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """[BT, BV] of hidden @ weight.T in fp32. Rows and columns past the end hold finite or copied values: mask them."""
     z = tl.zeros((BT, BV), dtype=tl.float32)
@@ -157,7 +171,7 @@ def logits_tile(
         for k in range(0, H, BK):
             a = hidden.load([first_row, k])
             b = weight.load([first_column, k])
-            z = tl.dot(a, b.T, z, input_precision=PRECISION)
+            z = tl.dot(a, b.T, z, input_precision="ieee")
     else:
         # Rows past the end read the last one once more, which costs less than a mask. 64 bits: rows * stride is large.
         rows = tl.minimum(first_row + tl.arange(0, BT), T - 1).to(tl.int64)
@@ -165,7 +179,7 @@ def logits_tile(
         a_ptrs = hidden + rows[:, None] * stride_hidden + tl.arange(0, BK)[None, :]
         b_ptrs = weight + columns[None, :] * stride_weight + tl.arange(0, BK)[:, None]
         for _ in range(0, H, BK):
-            z = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), z, input_precision=PRECISION)
+            z = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), z, input_precision="ieee")
             a_ptrs += BK
             b_ptrs += BK
     return z
@@ -241,7 +255,6 @@ def operands(hidden: Tensor, weight: Tensor, T: int) -> Operands:
     constants = {
         "H": triton.cdiv(hidden.shape[1], DEPTH) * DEPTH,
         "DESCRIPTORS": descriptors,
-        "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32",
         "TOKENS": token_bucket(T),
     }
     return Operands(a, b, *strides, constants)

@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gadcore.kernels._triton import IGNORED, LOG2E, mm_into
+from gadcore.kernels._triton import IGNORED, LN2, LOG2E, mm_into, on_its_device
 
 # Scratch for the logits of a chunk. Each chunk after the first reads and writes the fp32 d_weight once more, which at
 # 4096 tokens a chunk takes about a fifteenth of the time of its products.
 LOGITS_BYTES = 2 << 30
-LN2 = tl.constexpr(0.6931471805599453)
 BLOCK = 4096
 
 
@@ -181,6 +180,7 @@ def chunk_tokens(T: int, row_bytes: int) -> int:
     return triton.cdiv(T, chunks)
 
 
+@on_its_device
 def grouped_grpo(
     hidden: Tensor,
     weight: Tensor,
@@ -204,8 +204,8 @@ def grouped_grpo(
 
     Rows of stats: loss (not divided), log-prob, k3 (0 without ref), ratio (1 without old), clipped (0 or 1), entropy (0
     when not asked); all 0 where the target is -100, all NaN but `clipped` where it is another one outside [0, V).
-    hidden: [T, H]; weight: [V, H] of the same dtype (fp32, bf16, fp16), any strides (copied where the last one is not
-    1); bias: [V] or None; targets: [T] int64; advantages, ref_logprob, old_logprob: [T] fp32.
+    hidden: [T, H]; weight: [V, H]; bias: [V] or None; all fp32, bf16 or fp16, any strides; targets: [T] int64;
+    advantages, ref_logprob, old_logprob: [T] fp32.
     Logits may be -inf, as long as each row has a finite one. d logits is rounded to the dtype of `hidden`, before the
     division by the denominator, so that fp16 does not lose it; everything is added up in fp32.
     """
@@ -266,6 +266,7 @@ def grouped_grpo(
     return stats, d_hidden, d_weight.to(weight.dtype), d_bias
 
 
+@on_its_device
 def ratio_loss(
     logprob: Tensor,
     advantages: Tensor,

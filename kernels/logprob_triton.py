@@ -24,6 +24,7 @@ from torch import Tensor
 from gadcore.kernels._triton import (
     HALF_SM_TILE,
     IGNORED,
+    LN2,
     LOG2E,
     add_bias,
     aligned,
@@ -33,6 +34,7 @@ from gadcore.kernels._triton import (
     logits_tile,
     mm_into,
     num_sms,
+    on_its_device,
     operands,
     place,
     tile_bias,
@@ -41,8 +43,8 @@ from gadcore.kernels._triton import (
 # Scratch for d logits in backward. Each chunk reads and writes the fp32 d_hidden once more.
 DLOGITS_BYTES = 512 << 20
 COLUMNS = 256  # chunks are multiples of it, so that every chunk starts on a tile and is aligned
-LN2 = tl.constexpr(0.6931471805599453)
-_KEY = ["V", "H", "TOKENS", "DESCRIPTORS"]
+# V is not in it: chunks of backward differ by the number of tokens.
+_KEY = ["H", "TOKENS", "DESCRIPTORS"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -54,13 +56,14 @@ def forward_grid(T: int, V: int, num_sms: int, BT: int, BV: int) -> tuple[int, i
     blocks, tiles = triton.cdiv(T, BT), triton.cdiv(V, BV)
     slots = num_sms * (2 if BT * BV <= HALF_SM_TILE else 1)
     most = min(tiles, triton.cdiv(16 * slots, blocks))
-    steps = [triton.cdiv(blocks * splits, slots) * triton.cdiv(tiles, splits) for splits in range(1, most + 1)]
+    # -(-a // b) rounds up as triton.cdiv does, without the time that this takes in Python.
+    steps = [-(-blocks * splits // slots) * -(-tiles // splits) for splits in range(1, most + 1)]
     best = min(steps)
     return blocks, 1 + next(i for i, count in enumerate(steps) if count <= 1.02 * best)
 
 
-@autotune_tiles(key=[*_KEY, "ENTROPY"])
-@triton.jit(do_not_specialize=["T", "splits", "group_tokens"])
+@autotune_tiles(key=[*_KEY, "V", "ENTROPY"])
+@triton.jit(do_not_specialize=["T", "field_stride", "group_tokens"])
 def _partials_kernel(
     hidden,
     weight,
@@ -77,7 +80,6 @@ def _partials_kernel(
     H: tl.constexpr,
     ENTROPY: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
@@ -101,7 +103,7 @@ def _partials_kernel(
     for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
         first = tile * BV
         z = logits_tile(
-            hidden, weight, block * BT, first, T, V, stride_hidden, stride_weight, H, BT, BV, BK, DESCRIPTORS, PRECISION
+            hidden, weight, block * BT, first, T, V, stride_hidden, stride_weight, H, BT, BV, BK, DESCRIPTORS
         )
         z = add_bias(z, bias, first, V, BV)
         # Most tiles hold no target of this block: a test of BT numbers saves three instructions a logit.
@@ -133,7 +135,7 @@ def _partials_kernel(
         tl.store(out + 3 * field_stride, weighted, mask=rows < T)
 
 
-@triton.jit(do_not_specialize=["T", "splits"])
+@triton.jit(do_not_specialize=["T", "field_stride", "splits"])
 def _combine_kernel(
     parts,
     field_stride,
@@ -205,7 +207,6 @@ def _dlogits_kernel(
     inverse_temperature,
     H: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
     TOKENS: tl.constexpr,
     BT: tl.constexpr,
     BV: tl.constexpr,
@@ -214,9 +215,7 @@ def _dlogits_kernel(
     """out: d logits of one chunk: weight and bias are its V rows, `first_column` is where it starts."""
     block, tile = place(T, tl.cdiv(V, BV), group_tokens, BT)
     first = tile * BV
-    z = logits_tile(
-        hidden, weight, block * BT, first, T, V, stride_hidden, stride_weight, H, BT, BV, BK, DESCRIPTORS, PRECISION
-    )
+    z = logits_tile(hidden, weight, block * BT, first, T, V, stride_hidden, stride_weight, H, BT, BV, BK, DESCRIPTORS)
     z = add_bias(z, bias, first, V, BV)
     rows = block * BT + tl.arange(0, BT)
     columns = first + tl.arange(0, BV)
@@ -237,15 +236,16 @@ def _dlogits_kernel(
     tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None])
 
 
+@on_its_device
 def forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logprob [T], row_max [T], log_sum [T], entropy [T] or [0]), all fp32.
 
-    hidden: [T, H]; weight: [V, H] of the same dtype (fp32, bf16, fp16), any strides (copied where the last one is
-    not 1); bias: [V] or None; targets: [T] int64: -100 gives logprob and entropy 0, others outside [0, V) a
-    logprob of NaN.
-    Logits may be -inf, as long as each row has a finite one.
+    hidden: [T, H]; weight: [V, H]; bias: [V] or None; all fp32, bf16 or fp16. Any strides, but where `aligned` cannot
+    read them (rows not contiguous, or not on 16 bytes) hidden or weight is copied. targets: [T] int64: -100 gives
+    logprob and entropy 0, others outside [0, V) a logprob of NaN. Logits may be -inf, as long as each row has a
+    finite one.
     """
     hidden, weight = aligned(hidden), aligned(weight)
     (T, H), V, device = hidden.shape, weight.shape[0], hidden.device
@@ -304,6 +304,7 @@ def chunk_columns(T: int, V: int, itemsize: int) -> int:
     return triton.cdiv(triton.cdiv(V, chunks), COLUMNS) * COLUMNS
 
 
+@on_its_device
 def backward(
     grad_logprob: Tensor,
     hidden: Tensor,
@@ -320,8 +321,8 @@ def backward(
     """(d hidden [T, H], d weight [V, H], d bias [V]) in the dtypes of what they belong to; [0] where not needed.
 
     grad_logprob: [T] fp32; row_max, log_sum: forward's. d logits is rounded to the dtype of `hidden`, a chunk of the
-    vocabulary at a time (DLOGITS_BYTES); everything is added up in fp32. Three products, with the two of the
-    gradients in cuBLAS.
+    vocabulary at a time (DLOGITS_BYTES); everything is added up in fp32 (see `mm_into`). Three products, the two of
+    the gradients by cuBLAS. In fp16 small probabilities vanish unless grad_logprob is of the order of 1: scale the loss.
     """
     targets, grad_logprob = targets.contiguous(), grad_logprob.contiguous()
     (T, H), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype

@@ -1,0 +1,71 @@
+"""What is particular to the Triton kernels, run by Triton's interpreter on CPU tensors, in a process of its own:
+
+    TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest tests/triton
+
+In any other process everything here is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class NotInterpreted(pytest.File):
+    """Stands for a test file in a process where its kernels would be compiled for a GPU."""
+
+    def collect(self) -> Any:
+        pytest.skip("needs a process of its own, started with TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    return None if INTERPRETED else NotInterpreted.from_parent(parent, path=module_path)
+
+
+def make_bench_importable() -> None:
+    """As `import bench` from the repository root, without a root on sys.path that would make kernels/ a package too."""
+    if importlib.util.find_spec("bench") is None:
+        spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["bench"])
+
+
+make_bench_importable()
+
+if INTERPRETED:
+    # First of all: it refuses kernels that were defined before it.
+    import torch
+
+    import bench.offline.interpreter as interpreter
+    from bench.offline.guard import Guard
+    from bench.offline.guard import guarded as guard_launches
+
+    @pytest.fixture(autouse=True)
+    def uninitialised_memory_is_nan() -> Iterator[None]:
+        """torch.empty gives NaN (integers: the largest), so that an element that no program stored shows."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(before)
+
+    @pytest.fixture
+    def guarded() -> Iterator[Guard]:
+        """Raises on an out-of-bounds access at once, and at the end of the test on races and doubled stores."""
+        with guard_launches() as guard:
+            yield guard
+
+    @pytest.fixture
+    def shuffled_programs() -> Callable[[int], AbstractContextManager[None]]:
+        """`with shuffled_programs(seed):` runs the programs of every launch in the block in a random order."""
+        return interpreter.shuffled
