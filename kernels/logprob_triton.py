@@ -322,7 +322,7 @@ def backward(
 
     grad_logprob: [T] fp32; row_max, log_sum: forward's. d logits is rounded to the dtype of `hidden`, a chunk of the
     vocabulary at a time (DLOGITS_BYTES); everything is added up in fp32 (see `mm_into`). Three products, the two of
-    the gradients by cuBLAS. In fp16 small probabilities vanish unless grad_logprob is of the order of 1: scale the loss.
+    the gradients by cuBLAS. In fp16 small probabilities vanish where grad_logprob is far below 1: scale the loss.
     """
     targets, grad_logprob = targets.contiguous(), grad_logprob.contiguous()
     (T, H), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype

@@ -1,10 +1,10 @@
 // The Bradley-Terry last-token op; kernels/bt_triton.py states the mathematics, and does the same in Triton.
 //
-// What CUDA C++ adds here: the forward launch also sums the loss (the last block to finish sums what the groups left, in
-// a fixed order; an integer counts the blocks), where Triton's result needs a second launch for that; and a first call
-// compiles nothing. What it does not add: bytes. Both versions read S H elements forward, and read S H and write T H
-// backward, by 128-bit accesses; for T much above S the backward launch is a memset in either, and the choice between
-// them is one of launch overhead. Neither has been timed against the other yet.
+// What CUDA C++ adds here: the forward launch also sums the loss (the last block to finish sums what the groups left,
+// in a fixed order; an integer counts the blocks), where Triton's result needs a second launch for that; and a first
+// call compiles nothing. What it does not add: bytes. Both versions read S H elements forward, and read S H and write
+// T H backward, by 128-bit accesses; for T much above S the backward launch is a memset in either, and the choice
+// between them is one of launch overhead. Neither has been timed against the other yet.
 //
 // The order of every sum is fixed by the arguments' shapes: the same bits on every run.
 #include <type_traits>
@@ -61,7 +61,8 @@ __device__ __forceinline__ void load_weight(const float* weight, int column, flo
 
 // w . row, by one warp, in every lane. fma by name: the same instructions for every row, so equal rows score equally.
 template <int N, class T>
-__device__ __forceinline__ float score_of(const T* row, int64_t column_stride, const float* weight, int width, int lane) {
+__device__ __forceinline__ float score_of(
+    const T* row, int64_t column_stride, const float* weight, int width, int lane) {
   // So many loads are asked for before the first is waited for: a warp has its row to itself.
   constexpr int kBatch = 4;
   float sum = 0.0f;
@@ -309,8 +310,8 @@ void forward(
 
 template <class T>
 void backward(
-    const LastRows<T>& rows, const float* grad_scores, const float* weight, int64_t tokens, int sequences, void* d_hidden,
-    float* d_weight, float* d_bias, void* stream) {
+    const LastRows<T>& rows, const float* grad_scores, const float* weight, int64_t tokens, int sequences,
+    void* d_hidden, float* d_weight, float* d_bias, void* stream) {
   constexpr int kVector = 16 / sizeof(T);
   const bool vectors = by_vectors(rows, weight);
   const int columns = vectors ? 128 / static_cast<int>(sizeof(T)) : 32;
@@ -318,8 +319,8 @@ void backward(
   const unsigned blocks = weight_blocks + static_cast<unsigned>((tokens + kOutRows - 1) / kOutRows);
   T* const out = static_cast<T*>(d_hidden);
   if (vectors) {
-    GADCORE_LAUNCH((bt_backward_kernel<T, kVector>), blocks, kBackwardThreads, stream, rows, grad_scores, weight, tokens,
-                   sequences, weight_blocks, out, d_weight, d_bias);
+    GADCORE_LAUNCH((bt_backward_kernel<T, kVector>), blocks, kBackwardThreads, stream, rows, grad_scores, weight,
+                   tokens, sequences, weight_blocks, out, d_weight, d_bias);
   } else {
     GADCORE_LAUNCH((bt_backward_kernel<T, 1>), blocks, kBackwardThreads, stream, rows, grad_scores, weight, tokens,
                    sequences, weight_blocks, out, d_weight, d_bias);

@@ -1,12 +1,12 @@
 // Many copies and casts in one launch: how a step's weights go, cast, into the rollout engine's own tensors.
 //
-// What CUDA C++ adds here over Triton: a copy's types and alignment are data, looked up in a table by whoever runs it, so
-// one kernel serves every mixture without compiling for it. torch._foreach_copy_ is launched once per pair wherever
-// dtypes differ or a target is a slice of a fused tensor.
+// What CUDA C++ adds here over Triton: a copy's types and alignment are data, looked up in a table by whoever runs it,
+// so one kernel serves every mixture without compiling for it. Over torch._foreach_copy_: slices of fused tensors, for
+// which that falls back to a launch for each pair.
 //
 // A copy is cut into units, each N neighbouring elements of a row (N makes 16 bytes of the wider type, or is 1 where
-// addresses do not allow that, and for the ends of rows, which are copies of their own in the table), and the units into
-// chunks. Blocks take chunks in turn, so that the work is even whatever the sizes of the tensors are.
+// addresses do not allow that, and for the ends of rows, which are copies of their own in the table), and the units
+// into chunks. Blocks take chunks in turn, so that the work is even whatever the sizes of the tensors are.
 #include <type_traits>
 
 #include "device.cuh"
@@ -31,9 +31,18 @@ struct Copy {
 };
 static_assert(sizeof(Copy) == 64, "the layout that the wrapper writes");
 
-// Twice one of these, and 1 more where units are vectors; or kCopy plus the power of two of the bytes in an element, for
-// a copy within a dtype: of whatever bits, so that a NaN keeps its payload.
-enum Kind : int { kF32ToBf16, kF32ToF16, kBf16ToF32, kF16ToF32, kBf16ToF16, kF16ToBf16, kConversions, kCopy = 2 * kConversions };
+// Twice one of the conversions, and 1 more where units are vectors; or kCopy plus the power of two of the bytes in an
+// element, for a copy within a dtype: of whatever bits, so that a NaN keeps its payload.
+enum Kind : int {
+  kF32ToBf16,
+  kF32ToF16,
+  kBf16ToF32,
+  kF16ToF32,
+  kBf16ToF16,
+  kF16ToBf16,
+  kConversions,
+  kCopy = 2 * kConversions,
+};
 
 using Bytes16 = Vector<uint32_t, 4>;
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// N neighbours that one instruction loads or stores; N * sizeof(T) is 16 bytes or less, and the address a multiple of it.
+// N neighbours that one instruction loads or stores: N * sizeof(T) is 16 bytes or less, the address a multiple of it.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];

@@ -4,8 +4,8 @@
 //
 // How: a thread of a block is a fiber (ucontext) with a stack of its own. It runs until it waits for others: at
 // __syncthreads for the whole block, in a shuffle for its warp. The blocks of a launch run one after the other. Blocks,
-// and the threads of a block between two barriers, run in ascending order or in a random one (simt::seed): a result that
-// changes with the seed, or with a thread that runs far ahead of the others, is a missing barrier or a race.
+// and the threads of a block between two barriers, run in ascending order or in a random one (simt::seed): a result
+// that changes with the seed, or with a thread that runs far ahead of the others, is a missing barrier or a race.
 //
 // What it tells: threads that wait at different barriers or leave while others wait, shuffles without the whole warp,
 // misaligned vector accesses. Each ends the launch with an error code, as cudaGetLastError would give one.
@@ -13,8 +13,8 @@
 // What it cannot tell: anything about time; orders of memory weaker than a CPU's (a missing __threadfence); blocks that
 // run at the same time; addresses out of bounds (the tests put canaries around what they hand out).
 //
-// Only what the kernels here use is there. Shared memory is `static`, so a kernel finds in it what the block before left
-// there, as on a GPU. Build with -fno-strict-aliasing: like nvcc, kernels see one array as scalars and as vectors.
+// Only what the kernels here use is there. Shared memory is `static`, so a kernel finds in it what the block before
+// left there, as on a GPU. Build with -fno-strict-aliasing: like nvcc, kernels see one array as scalars and as vectors.
 #pragma once
 
 // The libraries hide everything else: two emulated ones in a process would share their machine.

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from importable import make_bench_importable
 from kernel_grid import RECORD
 
