@@ -48,19 +48,21 @@ class _Scalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# An H100's.
-PROPERTIES = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20)
+H100_L2_BYTES = 50 << 20
+# An H100's. One object, changed in place: code may well keep what it was given.
+_properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=H100_L2_BYTES)
 
 
 @contextmanager
-def as_cuda(real: str, *, scalars: float | None = None) -> Iterator[None]:
+def as_cuda(real: str, *, scalars: float | None = None, l2_bytes: int = H100_L2_BYTES) -> Iterator[None]:
     """Code that takes another way on CUDA takes that way in the block, on tensors of the device `real` ("cpu", "meta").
 
-    It finds an H100. scalars: what `.item()` of a meta tensor gives.
+    It finds an H100, with l2_bytes of L2. scalars: what `.item()` of a meta tensor gives.
     """
     before = {name: getattr(torch.cuda, name) for name in ("get_device_capability", "get_device_properties")}
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.get_device_properties = lambda device=None: PROPERTIES
+    torch.cuda.get_device_properties = lambda device=None: _properties
+    _properties.L2_cache_size = l2_bytes
     try:
         with contextlib.ExitStack() as modes:
             modes.enter_context(_SaysCuda(torch.device(real)))
@@ -68,5 +70,6 @@ def as_cuda(real: str, *, scalars: float | None = None) -> Iterator[None]:
                 modes.enter_context(_Scalars(scalars))
             yield
     finally:
+        _properties.L2_cache_size = H100_L2_BYTES
         for name, function in before.items():
             setattr(torch.cuda, name, function)

@@ -2,9 +2,9 @@
 
 Shapes are production's (T = 4096, H = 3584, V = 151936) divided by SCALE in every direction, and scratch buffers by
 its square, so that the parts of the traffic (logits, weight, hidden) and the number of chunks keep their proportions,
-and the weight is still larger than an H100's L2. "At production width" is grouped_logprob forward again, with T and H
-as they are and V cut until the weight is just larger than L2; numbers are not computed there. bt_score has a hidden
-state larger than L2. All in bfloat16.
+and the weight is still larger than an H100's L2. "On production's grid" is grouped_logprob forward again, with T and V
+and so the programs as they are, and H and L2 divided by the same number; numbers are not computed there. bt_score has a
+hidden state larger than L2. All in bfloat16.
 
 A row is one kernel (or aten operator) of an op, summed over its launches; rows named "all" are the whole op. `minimum`
 is what the op cannot do without: every byte of its inputs once and of its outputs once. Columns as in
@@ -70,13 +70,13 @@ class Sizes:
     bt_groups: int
     group: int
     cache_bytes: int
-    wide: tuple[int, int, int]  # T, H, V at production width
+    grid: tuple[int, int, int, int]  # T, H, V, and bytes of L2, of the op that runs on production's grid
 
     @classmethod
     def of(cls, quick: bool) -> Sizes:
         if quick:
-            return cls(256, 128, 5440, 2, 512, 256, 4, 9, 1 << 20, (256, 512, 2048))
-        return cls(1024, 832, 35264, 4, 8192, 3584, 16, 9, 50 << 20, (4096, 3584, 8192))
+            return cls(256, 128, 5440, 2, 512, 256, 4, 9, 1 << 20, (256, 64, 2048, 64 << 10))
+        return cls(1024, 832, 35264, 4, 8192, 3584, 16, 9, 50 << 20, (4096, 256, 151936, (50 << 20) // 14))
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def measured(sizes: Sizes) -> list[Measured]:
     """Everything, in this process, which must be one for the interpreter."""
     # First of all: it refuses kernels that were defined before it.
     import bench.offline.interpreter  # noqa: F401  # isort: skip
-    from bench.suites.traffic_ops import head_ops, score_ops, wide_op
+    from bench.suites.traffic_ops import head_ops, production_grid, score_ops
 
-    return [*head_ops(sizes), *wide_op(sizes), *score_ops(sizes)]
+    return [*head_ops(sizes), *production_grid(sizes), *score_ops(sizes)]
 
 
 def table(results: Sequence[Measured]) -> list[dict[str, Any]]:

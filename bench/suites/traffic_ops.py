@@ -31,9 +31,8 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 
 class _Bench:
-    def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
-        self.cache = Cache(bytes=sizes.cache_bytes, resident=RESIDENT)
+    def __init__(self, l2_bytes: int) -> None:
+        self.cache = Cache(bytes=l2_bytes, resident=RESIDENT)
         self.results: list[Measured] = []
 
     def meter(
@@ -47,7 +46,7 @@ class _Bench:
         limited: bool = False,
     ) -> tuple[Tensor, ...]:
         """Runs a side as if on CUDA, counts, and compares its outputs with what is expected of them, if anything is."""
-        with as_cuda("cpu"), metered(self.cache) as meter:
+        with as_cuda("cpu", l2_bytes=self.cache.bytes), metered(self.cache) as meter:
             outputs = call()
         rows: list[Traffic] = meter.rows
         error = None
@@ -59,16 +58,16 @@ class _Bench:
         return outputs
 
 
-def wide_op(sizes: Sizes) -> list[Measured]:
-    """grouped_logprob forward at the width of a real model: its addresses, without its numbers."""
+def production_grid(sizes: Sizes) -> list[Measured]:
+    """grouped_logprob forward with the programs and waves of a real model's: its addresses, without its numbers."""
     from gadcore.kernels import logprob_triton
 
-    bench = _Bench(sizes)
-    T, H, V = sizes.wide
+    T, H, V, l2_bytes = sizes.grid
+    bench = _Bench(l2_bytes)
     hidden, weight, targets = torch.zeros(T, H, dtype=BF16), torch.zeros(V, H, dtype=BF16), torch.randint(V, (T,))
     with interpreter.addresses_only():
         bench.meter(
-            "grouped_logprob forward at production width",
+            "grouped_logprob forward on production's grid",
             "triton",
             f"T={T} H={H} V={V}",
             lambda: logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False),
@@ -86,7 +85,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
 
     from gadcore.kernels import grpo_triton, logprob_triton
 
-    bench = _Bench(sizes)
+    bench = _Bench(sizes.cache_bytes)
     T, H, V, B = sizes.T, sizes.H, sizes.V, sizes.rows
     logprob_triton.DLOGITS_BYTES = int(logprob_triton.DLOGITS_BYTES / SCALE**2)
     grpo_triton.LOGITS_BYTES = int(grpo_triton.LOGITS_BYTES / SCALE**2)
@@ -226,7 +225,7 @@ def score_ops(sizes: Sizes) -> list[Measured]:
     """bt_score, each way, and grpo_ratio_loss. Liger has nothing for the same work."""
     from gadcore.kernels import bt_triton, grpo_triton
 
-    bench = _Bench(sizes)
+    bench = _Bench(sizes.cache_bytes)
     T, H, G, N = sizes.bt_tokens, sizes.bt_width, sizes.bt_groups, sizes.group
     S, shape = G * N, f"T={T} H={H} S={G * N}"
     torch.manual_seed(0)

@@ -175,7 +175,7 @@ def test_the_suite_on_small_shapes() -> None:
     assert all(row["gate"] == "pass" for row in ours.values()), ours
     assert {row["op"] for row in ours.values() if row["limit"]} == {
         "grouped_logprob forward",
-        "grouped_logprob forward at production width",
+        "grouped_logprob forward on production's grid",
         "bt_score forward",
         "bt_score backward",
         "grpo_ratio_loss",
