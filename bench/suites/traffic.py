@@ -37,7 +37,7 @@ MB = 1e6
 RESIDENT = {
     "_combine_kernel": 16,
     "_rows_kernel": 4,
-    "_ratio_kernel": 4,
+    "_ratio_kernel": 16,
     "_backward_kernel": 2,
     "_selective_log_softmax_kernel": 25,
     "_grpo_loss_fwd_kernel": 25,
@@ -59,7 +59,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """T, H, V of the head; rows and SEQUENCE = T / rows of Liger's GRPO; tokens, width, groups of bt_score; L2."""
+    """T, H, V of the head; rows: sequences of the GRPO loss; bt_*, group: of bt_score, group with its teacher."""
 
     T: int
     H: int

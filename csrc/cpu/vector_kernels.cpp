@@ -179,7 +179,7 @@ struct Loops {
     return V::largest(m0);
   }
 
-  static GADCORE_INLINE float row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {
+  static GADCORE_INLINE double row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {
     const F s = V::splat(shift), scale = V::splat(inv_t);
     F a0 = V::splat(0.0f), a1 = a0;
     int64_t i = 0;
@@ -189,7 +189,13 @@ struct Loops {
     }
     for (; i + W <= n; i += W) a0 = a0 + V::exp_shifted((V::load(x + i) - s) * scale);
     if (i < n) a1 = a1 + V::exp_shifted((V::load_tail(x + i, n - i, -kInf) - s) * scale);
-    return V::sum(a0 + a1);
+    // In double: beside the 1 of a sure model the rest of the vocabulary would be rounded away.
+    float lanes[2 * W];
+    V::store(lanes, a0);
+    V::store(lanes + W, a1);
+    double sum = 0;
+    for (float lane : lanes) sum += lane;
+    return sum;
   }
 
   static GADCORE_INLINE void row_softmax(const float* x, float* out, int64_t n, float shift, float inv_t,
@@ -235,7 +241,7 @@ struct Loops {
   }                                                                                                                    \
   TARGET void ratio_loss(const RatioLoss& a, int64_t begin, int64_t end) { Loops<W>::ratio_loss(a, begin, end); }      \
   TARGET float row_max(const float* x, int64_t n) { return Loops<W>::row_max(x, n); }                                  \
-  TARGET float row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {                                      \
+  TARGET double row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {                                     \
     return Loops<W>::row_exp_sum(x, n, shift, inv_t);                                                                  \
   }                                                                                                                    \
   TARGET void row_softmax(const float* x, float* out, int64_t n, float shift, float inv_t, float log_sum,              \

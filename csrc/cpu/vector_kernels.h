@@ -49,7 +49,7 @@ struct VectorKernels {
   // Rows.
   float (*row_max)(const float* x, int64_t n);
   // sum of exp((x - shift) / T)
-  float (*row_exp_sum)(const float* x, int64_t n, float shift, float inv_t);
+  double (*row_exp_sum)(const float* x, int64_t n, float shift, float inv_t);
   // out = scale * exp((x - shift) / T - log_sum)
   void (*row_softmax)(const float* x, float* out, int64_t n, float shift, float inv_t, float log_sum, float scale);
   float (*dot)(const float* a, const float* b, int64_t n);
