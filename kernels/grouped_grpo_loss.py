@@ -24,8 +24,7 @@ from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, wit
 from gadcore.kernels.grouped_logprob import check_head, grouped_logprob_reference, head_gradients
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, check_tokens, group_advantages, ratio_terms
 from gadcore.kernels.layout import GroupLayout
-
-IGNORED = -100
+from gadcore.kernels.selected_logprob import IGNORED
 
 
 def grouped_grpo_loss(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, without_autocast
-from gadcore.kernels.selected_logprob import selected_logprob_reference
+from gadcore.kernels.selected_logprob import IGNORED, selected_logprob_reference
 
 # Tokens whose logits the reference holds at a time.
 CHUNK_TOKENS = 1024
@@ -110,7 +110,7 @@ def _chunk(
         p = z.softmax(-1)
         # A logit of -inf has probability 0 and adds 0, not 0 * inf.
         entropy = z.logsumexp(-1) - (p * z.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
-        return logprob, entropy.masked_fill(targets == -100, 0.0)
+        return logprob, entropy.masked_fill(targets == IGNORED, 0.0)
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> None:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _native
+from gadcore.kernels.dispatch import Impl, choose
 
 IGNORED = -100
-
-Impl = Literal["auto", "reference", "cpu"]
 
 
 class SelectedLogprob(NamedTuple):
@@ -47,14 +45,9 @@ def selected_logprob(logits: Tensor, targets: Tensor, temperature: float = 1.0, 
         raise ValueError(f"targets must be int64 [{logits.shape[0]}], got {targets.dtype} {list(targets.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, is {temperature}")
-    fits = logits.device.type == "cpu" and logits.dtype == torch.float32
-    if impl == "cpu":
-        if not fits:
-            raise ValueError(f'impl="cpu" computes in float32 on the CPU, got {logits.dtype} on {logits.device}')
-        _native.require("selected_logprob")
-    elif impl not in ("auto", "reference"):
-        raise ValueError(f'impl must be "auto", "reference" or "cpu", is {impl!r}')
-    if impl == "cpu" or (impl == "auto" and fits and _native.available("selected_logprob")):
+    chosen = choose("selected_logprob", impl, logits, native="selected_logprob", triton=False, dtypes=(torch.float32,))
+    # The op has no shapes of its own for meta tensors before the library is there.
+    if chosen == "cpu" and not logits.is_meta:
         logprob, lse, _, _ = _op()(logits, targets, float(temperature))
         return SelectedLogprob(logprob, lse)
     return selected_logprob_reference(logits, targets, temperature)

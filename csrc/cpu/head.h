@@ -1,7 +1,7 @@
 // What the ops on a language-model head share: its matrix products and the sums over its vocabulary.
 //
 // Logits are computed transposed, z[v, t] = sum_h weight[v, h] hidden[t, h] (vector_kernels.h, "lanes"). With row-major
-// hidden and weight all products then read and write contiguous rows, for which MKL needs 5 % less time on AVX2.
+// hidden and weight all products then read and write contiguous rows.
 #pragma once
 
 #include <ATen/core/Tensor.h>

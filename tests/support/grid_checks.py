@@ -164,7 +164,7 @@ def check_bt_score(case: GroupCase, width: int, impl: Any, dtype: torch.dtype, d
     operands = [to(device, tensor) for tensor in (hidden, last_index, weight, bias)]
     result = bt_score(*operands, case.layout(device=device), denominator=denominator, impl=impl)
     margin = torch.stack(margins).detach()
-    # The mean of all rows' scores is a second thing with a gradient, as a reward model's owner may want.
+    # Scores have a gradient of their own beside the loss's, as a reward model's owner may want.
     actual = gradients(result.loss + of(result.scores), hidden, weight, bias)
     RECORD.check(
         "bt_score",

@@ -7,9 +7,7 @@ In any other process everything here is skipped.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from importable import make_bench_importable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -30,15 +29,6 @@ class NotInterpreted(pytest.File):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     return None if INTERPRETED else NotInterpreted.from_parent(parent, path=module_path)
-
-
-def make_bench_importable() -> None:
-    """As `import bench` from the repository root, without a root on sys.path that would make kernels/ a package too."""
-    if importlib.util.find_spec("bench") is None:
-        spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules["bench"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["bench"])
 
 
 make_bench_importable()
