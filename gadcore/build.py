@@ -203,7 +203,6 @@ def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
         config.student,
         config.algorithm,
         temperature=config.rollout.temperature,
-        pad_id=inputs.template.end_id,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
     )
 

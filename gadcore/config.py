@@ -116,7 +116,7 @@ class ScheduleSettings(Section):
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
     seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
-    micro_batch_tokens: Positive = Field(16384, description="Padded tokens per forward pass.")
+    micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
 
 
 class CheckpointSettings(Section):

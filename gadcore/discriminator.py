@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gadcore.backbone import cost_of, last_hidden_states, prune_last_layer, use_packed_attention
 from gadcore.config import DiscriminatorSettings
-from gadcore.groups import Group, Row, collate, micro_batches
+from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models import backbone_hidden
 from gadcore.optim import Optimizer, autocast
 from gadcore.template import ChatTemplate
 
@@ -48,15 +48,18 @@ class Discriminator:
         same_vocabulary: bool,
         micro_batch_tokens: int,
     ) -> None:
+        use_packed_attention(model)
         self.model = model
         self.template = template
         self.settings = settings
         self.same_vocabulary = same_vocabulary
         self.micro_batch_tokens = micro_batch_tokens
+        self.cost = cost_of(model)
+        prune_last_layer(model)
         self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="discriminator")
 
-    def rows(self, group: Group) -> list[Row]:
-        """[x | y_t], [x | y_s^1], .. in D's own vocabulary.
+    def tokens(self, group: Group) -> GroupTokens:
+        """[x | y_t | y_s^1 | ..] in D's own vocabulary.
 
         Both sides are encoded from text by the same call, with the same end marker: nothing but the text and
         whether it ended by itself can tell teacher from student.
@@ -64,10 +67,12 @@ class Discriminator:
         prompt = group.prompt
         # The student's ids where the vocabulary is shared: a prompt that was truncated stays truncated.
         prompt_ids = prompt.token_ids if self.same_vocabulary else self.template.prompt_ids(prompt.messages)
-        return [
-            Row(prompt_ids, self.template.response_ids(r.text, finished=r.finished))
-            for r in (group.teacher, *group.samples)
-        ]
+        return GroupTokens(
+            tuple(prompt_ids),
+            tuple(
+                tuple(self.template.response_ids(r.text, finished=r.finished)) for r in (group.teacher, *group.samples)
+            ),
+        )
 
     def judge(self, groups: Sequence[Group], *, backward: bool) -> Judgement:
         """Scores every response of the batch in one pass, and with `backward` adds the BT gradient.
@@ -75,36 +80,33 @@ class Discriminator:
         The reward of a sample is the score inside this step's BT loss, so no separate scoring pass is needed;
         the weights do not change until step().
         """
-        rows = [self.rows(group) for group in groups]
+        tokens = [self.tokens(group) for group in groups]
         pairs = sum(len(group.samples) for group in groups)
-        sizes = [(len(r), max(map(len, r))) for r in rows]
-        rewards: list[list[float]] = []
-        teachers: list[float] = []
+        rewards = [[0.0] * len(group.samples) for group in groups]
+        teachers = [0.0] * len(groups)
         loss = accuracy = margin = 0.0
-        for cut in micro_batches(sizes, self.micro_batch_tokens):
+        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=True):
             with torch.set_grad_enabled(backward):
-                result = self._score([rows[i] for i in cut], denominator=pairs)
+                result = self._score(select(tokens, parts), denominator=pairs)
             if backward:
                 result.loss.backward()
             loss += result.loss.item()
             accuracy += result.accuracy.sum().item() / pairs
             margin += result.margin.sum().item() / pairs
             scores = iter(result.scores.tolist())
-            for i in cut:
-                teachers.append(next(scores))
-                rewards.append([next(scores) for _ in groups[i].samples])
-        tokens = sum(len(row) for group_rows in rows for row in group_rows)
-        return Judgement(rewards, teachers, loss, accuracy, margin, tokens)
+            for part in parts:
+                teachers[part.group] = next(scores)
+                for i in part.responses[1:]:
+                    rewards[part.group][i - 1] = next(scores)
+        return Judgement(rewards, teachers, loss, accuracy, margin, sum(group.tokens for group in tokens))
 
-    def _score(self, rows: Sequence[Sequence[Row]], denominator: int) -> BTScore:
-        batch = collate([row for group in rows for row in group], self.template.end_id, self.model.device)
+    def _score(self, groups: Sequence[GroupTokens], denominator: int) -> BTScore:
+        batch = GroupedBatch.of(groups, last_tokens=True, device=self.model.device)
         with autocast(self.settings.autocast, self.model.device):
-            hidden = backbone_hidden(self.model, batch.input_ids)
+            hidden = last_hidden_states(self.model, batch)
         head: nn.Linear = self.model.score  # type: ignore[assignment]
-        layout = GroupLayout.of([len(group) - 1 for group in rows], teacher=True, device=self.model.device)
-        return bt_score(
-            hidden.flatten(0, 1), batch.last_index, head.weight[0], head.bias, layout, denominator=denominator
-        )
+        layout = GroupLayout.of([len(group.responses) - 1 for group in groups], teacher=True, device=hidden.device)
+        return bt_score(hidden, batch.packed_as, head.weight[0], head.bias, layout, denominator=denominator)
 
     def step(self) -> float:
         """One optimizer step on the gradient that judge() left; returns the gradient norm before clipping."""

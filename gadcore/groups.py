@@ -1,16 +1,18 @@
 """Groups: the unit that everything in gadcore computes on.
 
-One group is a prompt x, the teacher's response y_t and N student samples y_s^1..y_s^N. The student's rows are
-[x | y_s^i], the discriminator's rows are [x | y_t], [x | y_s^1], .., [x | y_s^N].
+One group is a prompt x, the teacher's response y_t and N student samples y_s^1..y_s^N. It is packed into one row, its
+prompt once: [x | y_s^1 | .. | y_s^N] for the student, [x | y_t | y_s^1 | .. | y_s^N] for the discriminator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from gadcore.kernels.prefix_layout import PrefixLayout
 
 
 @dataclass(frozen=True)
@@ -53,75 +55,178 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sequence for one forward pass: prompt tokens, then response tokens (at least one of each)."""
+class GroupTokens:
+    """A prompt and responses to it as token ids, at least one token each."""
 
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+    @property
+    def tokens(self) -> int:
+        """Packed tokens: the prompt counts once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of causal attention: every response sees the whole prompt and itself."""
+        prompt = len(self.prompt)
+        return _triangle(prompt) + sum(len(r) * prompt + _triangle(len(r)) for r in self.responses)
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
 
 
 @dataclass(frozen=True)
-class RowBatch:
-    """Rows padded on the right to one rectangle.
+class Part:
+    """Responses of one group that pass through a model together, behind their prompt.
 
-    With causal attention nothing looks to its right, so padding at the end needs no attention mask.
+    group: position of the group in the batch. responses: positions of the responses in their group.
+    """
 
-    input_ids: [B, L] int64.
-    predict_index: [T] int64 into the flattened [B * L] positions: the position that predicts each response token.
-    targets: [T] int64, the response tokens, row after row.
-    last_index: [B] int64 into [B * L]: the last response token of each row.
-    lengths: response tokens per row; sum(lengths) == T.
+    group: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of a model, relative to each other: per packed token, and per (query, key) pair."""
+
+    per_token: float
+    per_pair: float
+
+    def of(self, tokens: GroupTokens) -> float:
+        return self.per_token * tokens.tokens + self.per_pair * tokens.pairs
+
+
+@dataclass(frozen=True)
+class GroupedBatch:
+    """Prompts, each with its responses behind it, packed into one row of T tokens without padding.
+
+    Equal responses to a prompt are packed once: they cost nothing twice, and get the same results to the bit.
+
+    input_ids: [1, T] int64. layout: who sees whom, and every token's position in its own sequence.
+    predict_index: [R] int64 into the T tokens: the token that predicts each response token.
+    targets: [R] int64, the response tokens, response after response.
+    last_index: [U] int64 into the T tokens: the last token of each response that was packed; empty without last tokens.
+    packed_as: [S] int64 into the U packed responses, for every response in order; empty without last tokens.
+    lengths: tokens per response, S of them; sum(lengths) == R.
     """
 
     input_ids: Tensor
+    layout: PrefixLayout
     predict_index: Tensor
     targets: Tensor
     last_index: Tensor
+    packed_as: Tensor
     lengths: tuple[int, ...]
 
+    @classmethod
+    def of(
+        cls, groups: Sequence[GroupTokens], *, last_tokens: bool, device: torch.device | str = "cpu"
+    ) -> GroupedBatch:
+        """Packs groups. last_tokens: whether the last token of each response is an input as well.
 
-def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> RowBatch:
-    """Pads rows into one RowBatch; `pad_id` is never attended to nor scored, any valid id will do."""
-    width = max(len(row) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    predict, targets, last = [], [], []
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row.prompt_ids + row.response_ids)
-        start = i * width + len(row.prompt_ids)
-        predict.append(torch.arange(start - 1, start - 1 + len(row.response_ids)))
-        targets.append(torch.tensor(row.response_ids))
-        last.append(i * width + len(row) - 1)
-    return RowBatch(
-        input_ids.to(device),
-        torch.cat(predict).to(device),
-        torch.cat(targets).to(device),
-        torch.tensor(last, device=device),
-        tuple(len(row.response_ids) for row in rows),
-    )
+        For scores it is, they are read there; for log-probs nothing is predicted from it, and it costs nothing when
+        it is left out.
+        """
+        ids: list[int] = []
+        predict: list[Tensor] = []
+        last: list[int] = []
+        packed_as: list[int] = []
+        kept: list[list[int]] = []
+        for group in groups:
+            ids += group.prompt
+            prompt_end = len(ids) - 1
+            kept.append([])
+            first: dict[tuple[int, ...], tuple[int, int]] = {}
+            for response in group.responses:
+                length = len(response) if last_tokens else len(response) - 1
+                if response not in first:
+                    first[response] = len(ids), len(last)
+                    ids += response[:length]
+                    if length:
+                        kept[-1].append(length)
+                    if last_tokens:
+                        last.append(len(ids) - 1)
+                begin, unique = first[response]
+                predict.append(torch.arange(begin - 1, begin - 1 + len(response)))
+                predict[-1][0] = prompt_end
+                if last_tokens:
+                    packed_as.append(unique)
+        return cls(
+            torch.tensor([ids], device=device),
+            PrefixLayout.of([len(group.prompt) for group in groups], kept, device),
+            torch.cat(predict).to(device),
+            torch.tensor([token for group in groups for r in group.responses for token in r], device=device),
+            torch.tensor(last, dtype=torch.int64, device=device),
+            torch.tensor(packed_as, dtype=torch.int64, device=device),
+            tuple(len(response) for group in groups for response in group.responses),
+        )
 
 
-def micro_batches(sizes: Sequence[tuple[int, int]], token_budget: int) -> Iterator[range]:
-    """Cuts consecutive items into micro-batches of at most `token_budget` padded tokens.
+def select(groups: Sequence[GroupTokens], parts: Sequence[Part]) -> list[GroupTokens]:
+    """The tokens of `parts`."""
+    return [
+        GroupTokens(groups[part.group].prompt, tuple(groups[part.group].responses[i] for i in part.responses))
+        for part in parts
+    ]
 
-    sizes: (rows, longest row) per item; an item is a row or a whole group and is never split: one that is larger than
-    the budget forms a micro-batch of its own. Loss and gradients do not depend on the cut, because every denominator
-    is counted over the whole batch.
+
+def micro_batches(
+    groups: Sequence[GroupTokens], token_budget: int, cost: Cost, *, teacher: bool, multiple_of: int = 1
+) -> list[list[Part]]:
+    """Cuts a batch into micro-batches of at most `token_budget` packed tokens and nearly equal cost.
+
+    Groups stay whole where they fit; a larger one is split by responses, its prompt repeated in every part, and where
+    `teacher` is set so is its first response, which every other one is compared with. A part of one response (beside
+    the teacher's) that is still too large forms a micro-batch of its own. Loss and gradients do not depend on the cut,
+    because every denominator is counted over the whole batch. Parts keep the order of the batch inside their
+    micro-batch.
+
+    multiple_of: the number of micro-batches is a multiple of this, some perhaps empty, for ranks that take one each.
     """
-    start, rows, longest = 0, 0, 0
-    for i, (item_rows, item_longest) in enumerate(sizes):
-        rows, longest = rows + item_rows, max(longest, item_longest)
-        if i > start and rows * longest > token_budget:
-            yield range(start, i)
-            start, rows, longest = i, item_rows, item_longest
-    if start < len(sizes):
-        yield range(start, len(sizes))
+    parts = [part for g, group in enumerate(groups) for part in _split(g, group, token_budget, teacher)]
+    items = list(zip(parts, select(groups, parts), strict=True))
+    costs = [cost.of(tokens) for _, tokens in items]
+    order = sorted(range(len(items)), key=lambda i: (-costs[i], i))
+    count = _round_up(-(-sum(tokens.tokens for _, tokens in items) // token_budget), multiple_of)
+    while True:
+        loads, room = [0.0] * count, [token_budget] * count
+        cuts: list[list[int]] = [[] for _ in range(count)]
+        for i in order:
+            tokens = items[i][1].tokens
+            fits = [b for b in range(count) if tokens <= room[b] or not cuts[b]]
+            if not fits:
+                break
+            lightest = min(fits, key=lambda b: (loads[b], b))
+            loads[lightest] += costs[i]
+            room[lightest] -= tokens
+            cuts[lightest].append(i)
+        else:
+            return [[parts[i] for i in sorted(cut)] for cut in cuts if cut or multiple_of > 1]
+        count += multiple_of
 
 
-def row_micro_batches(rows: Sequence[Row], token_budget: int) -> Iterator[list[int]]:
-    """Micro-batches of rows that need no company, as indices: rows of similar length, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    for cut in micro_batches([(1, len(rows[i])) for i in order], token_budget):
-        yield [order[i] for i in cut]
+def _round_up(n: int, multiple: int) -> int:
+    return max(1, -(-n // multiple)) * multiple
+
+
+def _split(index: int, group: GroupTokens, token_budget: int, teacher: bool) -> list[Part]:
+    everything = tuple(range(len(group.responses)))
+    if group.tokens <= token_budget:
+        return [Part(index, everything)]
+    shared, rest = (everything[:1], everything[1:]) if teacher else ((), everything)
+    fixed = len(group.prompt) + sum(len(group.responses[i]) for i in shared)
+    parts: list[tuple[int, ...]] = []
+    room: list[int] = []
+    for i in rest:
+        length = len(group.responses[i])
+        fits = next((p for p, left in enumerate(room) if length <= left), None)
+        if fits is None:
+            parts.append((*shared, i))
+            room.append(token_budget - fixed - length)
+        else:
+            parts[fits] += (i,)
+            room[fits] -= length
+    return [Part(index, part) for part in parts or [everything]]

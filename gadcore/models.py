@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gadcore.backbone import ATTENTION, check_packing
 from gadcore.errors import UserError
 
 # name -> (Python package that carries the weights, file inside it)
@@ -127,7 +128,7 @@ def _load(auto: Any, path: str, dtype: str, device: torch.device, **kwargs: obje
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
@@ -152,6 +153,7 @@ def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedMod
     model, info = _load(AutoModelForCausalLM, path, dtype, device)
     if info["missing_keys"]:
         raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
+    check_packing(model, path)
     _check_head(model, path)
     return model
 
@@ -161,7 +163,8 @@ def _check_head(model: PreTrainedModel, path: str) -> None:
     # Models that scale or cap their logits (Gemma 2, Cohere, Granite) would train on wrong log-probs.
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
-    expected = nn.functional.linear(backbone_hidden(model, ids), head.weight, head.bias)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = nn.functional.linear(hidden, head.weight, head.bias)
     text_config = model.config.get_text_config()
     # By name as well: a cap far above the logits of these few tokens would not show.
     changes = [getattr(text_config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
@@ -191,6 +194,7 @@ def load_discriminator(
         head: nn.Linear = model.score  # type: ignore[assignment]
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    check_packing(model, path)
     pad_id = padding_id(tokenizer, end_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
@@ -204,14 +208,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int) -> int:
         if candidate is not None and candidate != end_id:
             return candidate
     raise UserError("the tokenizer has no special token besides its end marker that could serve as padding")
-
-
-def backbone_hidden(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Hidden states [B, L, H] after the final norm, of rows [B, L] that are padded on the right.
-
-    No attention mask: attention is causal, so no real token sees the padding behind it.
-    """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

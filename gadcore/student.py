@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gadcore.backbone import cost_of, hidden_states, use_packed_attention
 from gadcore.config import AlgorithmSettings, StudentSettings
-from gadcore.groups import Group, Row, RowBatch, collate, row_micro_batches
+from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import group_advantages
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models import backbone_hidden
 from gadcore.optim import Optimizer, autocast
 
 
@@ -52,16 +52,16 @@ class Student:
         algorithm: AlgorithmSettings,
         *,
         temperature: float,
-        pad_id: int,
         micro_batch_tokens: int,
     ) -> None:
+        use_packed_attention(model)
         self.model = model
         self.reference: PreTrainedModel | None = None
         self.settings = settings
         self.algorithm = algorithm
         self.temperature = temperature
-        self.pad_id = pad_id
         self.micro_batch_tokens = micro_batch_tokens
+        self.cost = cost_of(model)
         self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="student")
 
     def freeze_reference(self) -> None:
@@ -69,29 +69,29 @@ class Student:
         if self.algorithm.kl_coef > 0:
             self.reference = copy.deepcopy(self.model).requires_grad_(False)
 
-    def hidden_states(self, model: PreTrainedModel, batch: RowBatch) -> Tensor:
-        """Last hidden states [T, H] at the positions that predict the response tokens of the batch."""
+    def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
+        """Last hidden states [R, H] of the tokens that predict the response tokens of the batch."""
         with autocast(self.settings.autocast, model.device):
-            return backbone_hidden(model, batch.input_ids).flatten(0, 1)[batch.predict_index]
+            return hidden_states(model, batch).index_select(0, batch.predict_index)
 
-    def logprobs(self, model: PreTrainedModel, batch: RowBatch, temperature: float) -> Tensor:
-        """Log-probs [T] of all response tokens under softmax(logits / temperature), in fp32."""
-        hidden, head = self.hidden_states(model, batch), model.get_output_embeddings()
+    def logprobs(self, model: PreTrainedModel, batch: GroupedBatch, temperature: float) -> Tensor:
+        """Log-probs [R] of all response tokens under softmax(logits / temperature), in fp32."""
+        hidden, head = self.predicting_states(model, batch), model.get_output_embeddings()
         with autocast(self.settings.autocast, model.device):
             return grouped_logprob(hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature)
 
     def seqkd_backward(self, groups: Sequence[Group]) -> SeqKDStats:
         """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
-        rows = [Row(group.prompt.token_ids, group.teacher.token_ids) for group in groups]
-        response_tokens = sum(len(row.response_ids) for row in rows)
+        tokens = [GroupTokens(group.prompt.token_ids, (group.teacher.token_ids,)) for group in groups]
+        response_tokens = sum(len(group.teacher.token_ids) for group in groups)
         ce = 0.0
-        for cut in row_micro_batches(rows, self.micro_batch_tokens):
-            batch = collate([rows[i] for i in cut], self.pad_id, self.model.device)
+        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=False):
+            batch = GroupedBatch.of(select(tokens, parts), last_tokens=False, device=self.model.device)
             logprob = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
             loss.backward()
             ce += loss.item()
-        return SeqKDStats(ce, sum(map(len, rows)))
+        return SeqKDStats(ce, sum(group.tokens for group in tokens))
 
     def grpo_backward(self, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> PolicyStats:
         """Adds the gradient of the GRPO loss on the samples of the batch; rewards[g][i] is of groups[g].samples[i].
@@ -100,31 +100,35 @@ class Student:
         log-probs is needed (kernels/grpo_ratio_loss.py).
         """
         algorithm = self.algorithm
-        samples = [sample for group in groups for sample in group.samples]
-        rows = [Row(group.prompt.token_ids, sample.token_ids) for group in groups for sample in group.samples]
+        tokens = [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
         advantages = group_advantages(
             torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
             GroupLayout.of([len(group.samples) for group in groups], teacher=False),
             normalise=algorithm.normalise_advantage,
-        )
-        response_tokens = sum(len(row.response_ids) for row in rows)
+        ).split([len(group.samples) for group in groups])
+        response_tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
         loss = kl = entropy = clipped = diff = ratio_max = diff_max = 0.0
-        for cut in row_micro_batches(rows, self.micro_batch_tokens):
-            batch = collate([rows[i] for i in cut], self.pad_id, self.model.device)
+        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=False):
+            batch = GroupedBatch.of(select(tokens, parts), last_tokens=False, device=self.model.device)
             ref_logprob = None
             if self.reference is not None:
                 with torch.no_grad():
                     ref_logprob = self.logprobs(self.reference, batch, self.temperature)
-            hidden, head = self.hidden_states(self.model, batch), self.model.get_output_embeddings()
+            hidden, head = self.predicting_states(self.model, batch), self.model.get_output_embeddings()
             with autocast(self.settings.autocast, self.model.device):
                 result = grouped_grpo_loss(
                     hidden,
                     head.weight,
                     batch.targets,
-                    # The advantages are known, so a cut may separate the samples of a group.
-                    GroupLayout.of([len(cut)], teacher=False, lengths=batch.lengths, device=hidden.device),
+                    GroupLayout.of(
+                        [len(part.responses) for part in parts],
+                        teacher=False,
+                        lengths=batch.lengths,
+                        device=hidden.device,
+                    ),
                     bias=head.bias,
-                    advantages=advantages[cut].to(hidden.device),
+                    # Known for the whole batch, so a cut may separate the samples of a group.
+                    advantages=torch.cat([advantages[p.group][list(p.responses)] for p in parts]).to(hidden.device),
                     ref_logprob=ref_logprob,
                     temperature=self.temperature,
                     clip_low=algorithm.clip_low,
@@ -134,7 +138,8 @@ class Student:
                     return_entropy=True,
                 )
             result.loss.backward()
-            sampled = torch.tensor([logprob for i in cut for logprob in samples[i].logprobs])
+            samples = [groups[part.group].samples[i] for part in parts for i in part.responses]
+            sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
             metrics = result.metrics
             difference = (metrics.logprob.cpu() - sampled).abs()
             loss += result.loss.item()
@@ -144,8 +149,7 @@ class Student:
             ratio_max = max(ratio_max, metrics.ratio_max.item())
             diff += difference.sum().item() / response_tokens
             diff_max = max(diff_max, difference.max().item())
-        tokens = sum(map(len, rows))
-        return PolicyStats(loss, kl, entropy, clipped, ratio_max, diff, diff_max, tokens)
+        return PolicyStats(loss, kl, entropy, clipped, ratio_max, diff, diff_max, sum(group.tokens for group in tokens))
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradient that is there; returns its norm before clipping."""

@@ -7,7 +7,7 @@ import torch
 
 from builders import TEMPLATE, groups
 from gadcore.config import Config
-from gadcore.groups import Row, collate
+from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.models import load_causal_lm
 from gadcore.rollout import SampleRequest, make_engine
 from gadcore.rollout.hf import HFEngine
@@ -37,9 +37,7 @@ class Sampled:
         path = str(save_tiny(directory, kind, tied=tied))
         self.model = load_causal_lm(path, "float32", torch.device("cpu"))
         self.engine = make_engine(config, path, self.model, TEMPLATE)
-        self.student = Student(
-            self.model, config.student, config.algorithm, temperature=0.8, pad_id=2, micro_batch_tokens=4096
-        )
+        self.student = Student(self.model, config.student, config.algorithm, temperature=0.8, micro_batch_tokens=4096)
         self.requests = [SampleRequest(g.prompt.token_ids, 4, 1000 + 10 * i) for i, g in enumerate(groups(5))]
 
     def optimizer_step(self) -> None:
@@ -81,7 +79,8 @@ def test_sampler_logprobs_are_the_trainers(sampled) -> None:
     drawn = sampled.engine.generate(sampled.requests, temperature=0.8, max_tokens=24)
     differences = []
     for request, samples in zip(sampled.requests, drawn, strict=True):
-        batch = collate([Row(request.prompt_ids, s.token_ids) for s in samples], pad_id=2)
+        tokens = GroupTokens(request.prompt_ids, tuple(s.token_ids for s in samples))
+        batch = GroupedBatch.of([tokens], last_tokens=False)
         with torch.no_grad():
             logprob = sampled.student.logprobs(sampled.model, batch, 0.8)
         differences.append((logprob - torch.tensor([lp for s in samples for lp in s.logprobs])).abs())

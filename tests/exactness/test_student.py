@@ -9,7 +9,7 @@ import torch
 
 from builders import assert_same_gradients, gradients, groups, student
 from gadcore.errors import UserError
-from gadcore.groups import Row, collate
+from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.kernels.grpo_ratio_loss import group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
 from naive import grpo_loss, token_logprobs
@@ -150,7 +150,7 @@ def test_cross_entropy_is_a_global_token_mean(budget) -> None:
 def test_end_marker_is_a_target() -> None:
     (group,) = groups(1, 2)
     assert group.teacher.token_ids[-1] == 2
-    batch = collate([Row(group.prompt.token_ids, group.teacher.token_ids)], pad_id=2)
+    batch = GroupedBatch.of([GroupTokens(group.prompt.token_ids, (group.teacher.token_ids,))], last_tokens=False)
     assert batch.targets[-1] == 2 and len(batch.targets) == len(group.teacher.token_ids)
 
 
@@ -158,7 +158,7 @@ def test_entropy_and_temperature() -> None:
     (group,) = groups(1, 2)
     ours = student(kl_coef=0.0)
     sample = group.samples[0]
-    batch = collate([Row(group.prompt.token_ids, sample.token_ids)], pad_id=2)
+    batch = GroupedBatch.of([GroupTokens(group.prompt.token_ids, (sample.token_ids,))], last_tokens=False)
     for temperature in (0.5, 0.8, 1.0):
         logprob = ours.logprobs(ours.model, batch, temperature)
         expected = token_logprobs(ours.model, group.prompt.token_ids, sample.token_ids, temperature)

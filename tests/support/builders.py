@@ -43,25 +43,32 @@ def student(
     *,
     kind: str = "llama",
     tied: bool = True,
+    kv_heads: int = 1,
     temperature: float = 0.8,
     kl_coef: float = 0.05,
     micro_batch_tokens: int = 10**6,
 ) -> Student:
-    model = tiny_model(kind, tied=tied).to(dtype)
+    model = tiny_model(kind, tied=tied, kv_heads=kv_heads).to(dtype)
     return Student(
         exact_norms(model) if dtype == torch.float64 else model,
         StudentSettings(),
         AlgorithmSettings(kl_coef=kl_coef),
         temperature=temperature,
-        pad_id=TEMPLATE.end_id,
         micro_batch_tokens=micro_batch_tokens,
     )
 
 
-def discriminator(tmp_path, dtype: torch.dtype = torch.float64, *, micro_batch_tokens: int = 10**6) -> Discriminator:
-    directory = tmp_path / "tiny"
+def discriminator(
+    tmp_path,
+    dtype: torch.dtype = torch.float64,
+    *,
+    kind: str = "llama",
+    kv_heads: int = 1,
+    micro_batch_tokens: int = 10**6,
+) -> Discriminator:
+    directory = tmp_path / f"{kind} {kv_heads}"
     if not directory.exists():
-        save_tiny(directory)
+        save_tiny(directory, kind, kv_heads=kv_heads)
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).eval().to(dtype)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(5)
@@ -75,14 +82,25 @@ def discriminator(tmp_path, dtype: torch.dtype = torch.float64, *, micro_batch_t
     )
 
 
+class _ExactNorm(torch.nn.Module):
+    """An RMS norm in the dtype of its input. shifted: scales by 1 + weight, as Gemma does."""
+
+    def __init__(self, weight: torch.nn.Parameter, eps: float, *, shifted: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.shifted = weight, eps, shifted
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normed * (1 + self.weight if self.shifted else self.weight)
+
+
 def exact_norms(model):
     """Replaces norms that round to fp32 inside, as Hugging Face's do, so that an fp64 model is fp64 throughout."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if "RMSNorm" in type(child).__name__:
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(parent, name, norm)
+                eps = child.eps if hasattr(child, "eps") else child.variance_epsilon
+                setattr(parent, name, _ExactNorm(child.weight, eps, shifted="Gemma" in type(child).__name__))
     return model
 
 

@@ -6,7 +6,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -39,15 +53,38 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, layers: int = 2):
-    """A random model over the tiny tokenizer's vocabulary: kind "llama" or "qwen2" (attention bias)."""
+# What makes each family a case of its own: attention bias, q/k norm, a sliding window that hides tokens of the tiny
+# texts (in all layers, or in every second one beside norms after attention and MLP), layers without positions.
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, dict(head_dim=32)),
+    "llama with bias": (LlamaForCausalLM, LlamaConfig, dict(head_dim=32, attention_bias=True)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, dict(head_dim=32)),
+    "mistral": (MistralForCausalLM, MistralConfig, dict(head_dim=32, sliding_window=9)),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        dict(
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=9,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+    ),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, dict(no_rope_layers=[1, 0])),
+}
+
+
+def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1):
+    """A random model of two layers over the tiny tokenizer's vocabulary; kind: one of FAMILIES."""
+    model, config, special = FAMILIES[kind]
     shape = dict(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=layers,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         initializer_range=0.1,
@@ -56,18 +93,18 @@ def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, layers:
         pad_token_id=2,
     )
     torch.manual_seed(seed)
-    if kind == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**shape)).eval()
-    return LlamaForCausalLM(LlamaConfig(head_dim=32, **shape)).eval()
-
-
-def save_tiny(directory: Path, kind: str = "llama", *, tied: bool = True, seed: int = 0) -> Path:
-    """A model directory as a user would have it."""
-    model = tiny_model(kind, tied=tied, seed=seed)
+    made = model(config(**shape, **special)).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                p.normal_(std=0.1)
+        # Norms and biases as training leaves them: at 1 and 0 their mistakes would not show.
+        for name, p in made.named_parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn_like(p), alpha=0.1 if name.endswith("bias") else 0.02)
+    return made
+
+
+def save_tiny(directory: Path, kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1) -> Path:
+    """A model directory as a user would have it."""
+    model = tiny_model(kind, tied=tied, seed=seed, kv_heads=kv_heads)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

@@ -1,94 +1,101 @@
-"""Groups: rows become rectangles whose indices point where they say, and cuts lose nothing."""
+"""Groups: packed rows whose indices point where they say, and cuts that lose nothing."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadcore.groups import Row, collate, micro_batches, row_micro_batches
+from gadcore.groups import Cost, GroupedBatch, GroupTokens, Part, micro_batches, select
 
-PAD = 0
 token_ids = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(tuple)
-rows_of_any_shape = st.lists(st.builds(Row, token_ids, token_ids), min_size=1, max_size=7)
-sizes_of_items = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 60)), max_size=30)
-
-
-@given(rows_of_any_shape)
-def test_indices_point_at_the_predicting_and_the_last_positions(rows: list[Row]) -> None:
-    batch = collate(rows, PAD)
-    flat = batch.input_ids.flatten()
-    width = max(map(len, rows))
-    assert batch.input_ids.shape == (len(rows), width)
-    assert batch.lengths == tuple(len(row.response_ids) for row in rows)
-    assert batch.targets.tolist() == [token for row in rows for token in row.response_ids]
-    # The token behind every predicting position is the target; the first of them is the prompt's last token.
-    assert torch.equal(flat[batch.predict_index + 1], batch.targets)
-    firsts = torch.stack([chunk[0] for chunk in batch.predict_index.split(batch.lengths)])
-    assert flat[firsts].tolist() == [row.prompt_ids[-1] for row in rows]
-    rows_of_tokens = [i for i, row in enumerate(rows) for _ in row.response_ids]
-    assert (batch.predict_index // width).tolist() == rows_of_tokens
-    assert flat[batch.last_index].tolist() == [row.response_ids[-1] for row in rows]
-    for i, row in enumerate(rows):
-        padding = [PAD] * (width - len(row))
-        assert batch.input_ids[i].tolist() == [*row.prompt_ids, *row.response_ids, *padding]
-        assert batch.last_index[i] == i * width + len(row) - 1
-
-
-def test_collate_by_hand() -> None:
-    batch = collate([Row((5, 6), (7,)), Row((8,), (9, 1, 2))], pad_id=PAD)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2]]
-    assert batch.predict_index.tolist() == [1, 4, 5, 6]
-    assert batch.targets.tolist() == [7, 9, 1, 2]
-    assert batch.last_index.tolist() == [2, 7]
-    tensors = (batch.input_ids, batch.predict_index, batch.targets, batch.last_index)
-    assert all(tensor.dtype == torch.int64 for tensor in tensors)
-
-
-def padded(sizes: list[tuple[int, int]], cut: range) -> int:
-    return sum(sizes[i][0] for i in cut) * max(sizes[i][1] for i in cut)
-
-
-@given(sizes_of_items, st.integers(1, 400))
-def test_micro_batches_keep_order_and_budget_and_are_as_full_as_they_can_be(
-    sizes: list[tuple[int, int]], budget: int
-) -> None:
-    cuts = list(micro_batches(sizes, budget))
-    assert [i for cut in cuts for i in cut] == list(range(len(sizes)))
-    for cut in cuts:
-        assert len(cut) == 1 or padded(sizes, cut) <= budget
-    for cut, following in zip(cuts, cuts[1:], strict=False):
-        assert padded(sizes, range(cut.start, following.start + 1)) > budget
-
-
-@pytest.mark.parametrize(
-    ("sizes", "budget", "expected"),
-    [
-        ([], 10, []),
-        ([(1, 5), (1, 5)], 10, [range(0, 2)]),
-        ([(1, 5), (1, 6)], 10, [range(0, 1), range(1, 2)]),
-        ([(4, 9)], 10, [range(0, 1)]),
-        ([(1, 1), (4, 9), (1, 1), (1, 1)], 10, [range(0, 1), range(1, 2), range(2, 4)]),
-        ([(3, 2), (1, 5)], 19, [range(0, 1), range(1, 2)]),  # the longest row widens all four
-        ([(3, 2), (1, 5)], 20, [range(0, 2)]),
-    ],
+batches = st.lists(
+    st.builds(GroupTokens, token_ids, st.lists(token_ids, min_size=1, max_size=5).map(tuple)), min_size=1, max_size=6
 )
-def test_micro_batches_by_hand(sizes: list[tuple[int, int]], budget: int, expected: list[range]) -> None:
-    assert list(micro_batches(sizes, budget)) == expected
+COST = Cost(per_token=100, per_pair=1)
 
 
-@given(rows_of_any_shape, st.integers(1, 60))
-def test_row_micro_batches_hold_every_row_once_and_the_longest_first(rows: list[Row], budget: int) -> None:
-    cuts = list(row_micro_batches(rows, budget))
-    flat = [i for cut in cuts for i in cut]
-    assert sorted(flat) == list(range(len(rows)))
-    # Rows of one length stay in the order of the batch: the cut is the same in every run.
-    assert flat == sorted(flat, key=lambda i: (-len(rows[i]), i))
+@given(batches, st.booleans())
+def test_indices_point_at_the_predicting_and_the_last_tokens(groups: list[GroupTokens], last_tokens: bool) -> None:
+    batch = GroupedBatch.of(groups, last_tokens=last_tokens)
+    ids = batch.input_ids[0]
+    responses = [(group, response) for group in groups for response in group.responses]
+    assert batch.lengths == tuple(len(response) for _, response in responses)
+    assert batch.targets.tolist() == [token for _, response in responses for token in response]
+    predicting = [[group.prompt[-1], *response[:-1]] for group, response in responses]
+    assert ids[batch.predict_index].tolist() == [token for row in predicting for token in row]
+    # Tokens of a sequence are predicted at its own positions, one after the other.
+    positions = batch.layout.positions[batch.predict_index].tolist()
+    assert positions == [len(g.prompt) - 1 + t for g, response in responses for t in range(len(response))]
+    if last_tokens:
+        assert ids[batch.last_index][batch.packed_as].tolist() == [response[-1] for _, response in responses]
+        assert len(ids) == sum(len(group.prompt) + sum(map(len, set(group.responses))) for group in groups)
+    else:
+        assert len(batch.last_index) == len(batch.packed_as) == 0
+        assert len(ids) == sum(len(group.prompt) + sum(len(r) - 1 for r in set(group.responses)) for group in groups)
+
+
+def test_a_group_by_hand() -> None:
+    batch = GroupedBatch.of([GroupTokens((5, 6), ((7,), (8, 9))), GroupTokens((1,), ((2, 3),))], last_tokens=True)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3]]
+    assert batch.layout.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
+    assert batch.layout.offsets.tolist() == [0, 2, 3, 5, 6, 8] and batch.layout.prompt_of.tolist() == [0, 0, 0, 3, 3]
+    assert batch.predict_index.tolist() == [1, 1, 3, 5, 6] and batch.last_index.tolist() == [2, 4, 7]
+    without = GroupedBatch.of([GroupTokens((5, 6), ((7,), (8, 9)))], last_tokens=False)
+    assert without.input_ids.tolist() == [[5, 6, 8]] and without.predict_index.tolist() == [1, 1, 2]
+
+
+@given(batches, st.integers(1, 60), st.booleans(), st.integers(1, 3))
+def test_cuts_hold_every_response_once_and_keep_the_budget(groups, budget, teacher, multiple_of) -> None:
+    cuts = micro_batches(groups, budget, COST, teacher=teacher, multiple_of=multiple_of)
+    assert len(cuts) % multiple_of == 0 and (multiple_of > 1 or all(cuts))
+    seen = Counter((part.group, i) for cut in cuts for part in cut for i in part.responses)
+    assert set(seen) == {(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))}
+    for (_, i), times in seen.items():
+        assert times == 1 or (teacher and i == 0)
     for cut in cuts:
-        assert len(cut) == 1 or len(cut) * max(len(rows[i]) for i in cut) <= budget
+        tokens = sum(group.tokens for group in select(groups, cut))
+        assert tokens <= budget or (len(cut) == 1 and len(cut[0].responses) <= 1 + teacher)
+        assert cut == sorted(cut, key=lambda part: (part.group, part.responses))
+        if teacher:
+            assert all(part.responses[0] == 0 for part in cut)
 
 
-def test_rows_of_similar_length_share_a_micro_batch() -> None:
-    rows = [Row((1,), (2,) * n) for n in (1, 9, 1, 9)]
-    assert list(row_micro_batches(rows, 20)) == [[1, 3], [0, 2]]
+def test_equal_responses_are_packed_once() -> None:
+    groups = [GroupTokens((5,), ((7, 8), (9,), (7, 8))), GroupTokens((5,), ((7, 8),))]
+    batch = GroupedBatch.of(groups, last_tokens=True)
+    assert batch.input_ids.tolist() == [[5, 7, 8, 9, 5, 7, 8]]
+    assert batch.packed_as.tolist() == [0, 1, 0, 2] and batch.last_index.tolist() == [2, 3, 6]
+    assert batch.predict_index.tolist() == [0, 1, 0, 0, 1, 4, 5] and batch.lengths == (2, 1, 2, 2)
+
+
+def test_cuts_balance_cost_and_not_tokens() -> None:
+    """One long response costs as much attention as many short ones of more tokens in all."""
+    long = GroupTokens((1,) * 10, ((1,) * 90,))
+    short = [GroupTokens((1,) * 10, ((1,) * 10,)) for _ in range(6)]
+    cuts = micro_batches([long, *short], 120, Cost(per_token=0, per_pair=1), teacher=False)
+    assert sorted(len(cut) for cut in cuts) == [1, 6]
+    even = micro_batches([long, long, *short], 160, COST, teacher=False)
+    assert [sorted(part.group for part in cut) for cut in even] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_pairs_are_those_of_causal_attention() -> None:
+    group = GroupTokens((1, 2, 3), ((4, 5), (6,)))
+    # prompt 1 + 2 + 3; response tokens see the prompt and themselves: 4 + 5, 4
+    assert group.pairs == 6 + 9 + 4 and group.tokens == 6
+    assert COST.of(group) == 619
+
+
+def test_a_group_that_is_too_large_is_split_with_its_prompt_and_teacher() -> None:
+    group = GroupTokens((1,) * 4, ((2,) * 3, (3,) * 5, (4,) * 2, (5,) * 6))
+    assert micro_batches([group], 15, COST, teacher=True) == [[Part(0, (0, 1, 2))], [Part(0, (0, 3))]]
+    assert micro_batches([group], 9, COST, teacher=False) == [[Part(0, (3,))], [Part(0, (1,))], [Part(0, (0, 2))]]
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 or more tokens"):
+        GroupedBatch.of([GroupTokens((), ((1, 2),))], last_tokens=True)
+    assert torch.is_tensor(GroupedBatch.of([GroupTokens((3,), ((1,),))], last_tokens=False).input_ids)

@@ -174,6 +174,7 @@ def gemma2(cap: float | None) -> PreTrainedModel:
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, initializer_range=1.0, final_logit_softcapping=cap,
+        attn_logit_softcapping=None,
     )  # fmt: skip
     return Gemma2ForCausalLM(config)
 
@@ -264,15 +265,6 @@ def test_a_stored_head_is_kept_and_padding_is_not_the_end_marker(tmp_path: Path)
     again = discriminator(tmp_path / "judge", seed=2)
     head, stored = again.get_parameter("score.weight"), first.get_parameter("score.weight")
     assert head.shape == (1, 64) and torch.equal(head, stored)
-
-
-def test_hidden_states_do_not_see_the_padding_behind_them() -> None:
-    model = tiny_model()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    alone = models.backbone_hidden(model, ids)
-    padded = models.backbone_hidden(model, torch.cat([ids, torch.tensor([[9, 9, 9]])], 1))
-    torch.testing.assert_close(padded[:, :4], alone)
-    torch.testing.assert_close(model.lm_head(alone), model(ids).logits)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\0\0\0\0\0\0\0{}      "])
