@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gadcore.backbone import cost_of, last_hidden_states, prune_last_layer, use_packed_attention
 from gadcore.config import DiscriminatorSettings
+from gadcore.fused import fuse_backbone
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
@@ -49,6 +50,7 @@ class Discriminator:
         micro_batch_tokens: int,
     ) -> None:
         use_packed_attention(model)
+        fuse_backbone(model)
         self.model = model
         self.template = template
         self.settings = settings

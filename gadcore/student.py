@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gadcore.backbone import cost_of, hidden_states, use_packed_attention
 from gadcore.config import AlgorithmSettings, StudentSettings
+from gadcore.fused import fuse_backbone
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
@@ -55,6 +56,7 @@ class Student:
         micro_batch_tokens: int,
     ) -> None:
         use_packed_attention(model)
+        fuse_backbone(model)
         self.model = model
         self.reference: PreTrainedModel | None = None
         self.settings = settings

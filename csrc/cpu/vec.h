@@ -11,10 +11,12 @@
 
 #ifdef __GNUC__
 #define GADCORE_INLINE inline __attribute__((always_inline))
+#define GADCORE_LAMBDA __attribute__((always_inline))
 // Nothing of this crosses a function call: the ABI of wide vectors does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #else
 #define GADCORE_INLINE inline
+#define GADCORE_LAMBDA
 #endif
 
 namespace gadcore {

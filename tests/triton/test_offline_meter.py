@@ -176,6 +176,7 @@ def test_the_suite_on_small_shapes() -> None:
     assert {row["op"] for row in ours.values() if row["limit"]} == {
         "grouped_logprob forward",
         "grouped_logprob forward on production's grid",
+        "prefix_attention forward",
         "bt_score forward",
         "bt_score backward",
         "grpo_ratio_loss",

@@ -1,0 +1,312 @@
+"""The kernels of prefix_attention: ragged groups, tiles, windows, strides, bounds, races, program order, launches."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bench.offline.interpreter import Observer, observe
+from gadcore.kernels import prefix_triton
+from gadcore.kernels.prefix_attention import prefix_attention
+from gadcore.kernels.prefix_layout import PrefixLayout
+from kernel_grid import F64, relative_error
+
+BF16 = torch.bfloat16
+DTYPES = [torch.float32, BF16, torch.float16]
+# Outputs are rounded to the inputs' dtype, and so are the probabilities that a product takes.
+OUT = {torch.float32: 1e-5, BF16: 1e-2, torch.float16: 1e-3}
+GRADIENT = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 2e-3}
+KERNELS = ("_attention_kernel", "_d_query_kernel", "_d_key_value_kernel")
+
+# A prompt of one token, responses of one token, a prompt without responses, lengths on both sides of a tile.
+RAGGED = PrefixLayout.of([1, 19, 7, 33], [[5, 1], [17, 34, 2], [], [16]])
+Shuffled = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`tiles(BM, BN)`: rows and keys of a tile, in all three kernels."""
+
+    def choose(BM: int, BN: int) -> None:
+        for name in KERNELS:
+            config = prefix_triton._config(BM, BN, 4, 1)
+            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [config])
+
+    return choose
+
+
+def inputs(layout: PrefixLayout, heads: tuple[int, int], D: int, dtype: torch.dtype) -> list[Tensor]:
+    """query, key, value, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(layout.tokens + D)
+    counts = (heads[0], heads[1], heads[1], heads[0])
+    return [torch.randn(layout.tokens, n, D, generator=generator).to(dtype) for n in counts]
+
+
+def truth(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """out and lse in float64, with one dense mask over all tokens that is written from the definition."""
+    lengths = layout.offsets.diff()
+    segment = torch.arange(len(lengths)).repeat_interleave(lengths)
+    at = layout.positions
+    sees = (segment == segment[:, None]) | (segment == layout.prompt_of[segment][:, None])
+    sees &= at <= at[:, None]
+    if window:
+        sees &= at > at[:, None] - window
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    s = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~sees, -math.inf)
+    return torch.einsum("hij,jhd->ihd", s.softmax(-1), v), s.logsumexp(-1).T
+
+
+def run(tensors: Sequence[Tensor], layout: PrefixLayout, scale: float, window: int) -> tuple[Tensor, ...]:
+    """out, lse, d query, d key, d value."""
+    q, k, v, grad = tensors
+    rest = (layout.offsets, layout.prompt_of, scale, window, layout.longest)
+    out, lse = prefix_triton.forward(q, k, v, *rest)
+    return out, lse, *prefix_triton.backward(grad, q, k, v, out, lse, *rest)
+
+
+def check(tensors: Sequence[Tensor], layout: PrefixLayout, *, scale: float = 0.125, window: int = 0) -> None:
+    """Everything against float64."""
+    dtype = tensors[0].dtype
+    out, lse, *gradients = run(tensors, layout, scale, window)
+    leaves = [x.detach().to(F64).requires_grad_() for x in tensors[:3]]
+    true_out, true_lse = truth(*leaves, layout, scale, window)
+    true_gradients = torch.autograd.grad(true_out, leaves, tensors[3].to(F64))
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert relative_error(out, true_out.detach(), 1.0) <= OUT[dtype]
+    assert relative_error(lse, true_lse.detach(), 1.0) <= 1e-5
+    for actual, expected in zip(gradients, true_gradients, strict=True):
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        # Where a prompt of one token is all that is seen, gradients of query and key are 0.
+        assert relative_error(actual, expected, 0.1) <= GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 2)], ids=str)
+@pytest.mark.parametrize("BM, BN", [(16, 16), (32, 16), (16, 64)])
+def test_ragged_groups(
+    tiles: Callable[[int, int], None], heads: tuple[int, int], BM: int, BN: int, dtype: torch.dtype
+) -> None:
+    tiles(BM, BN)
+    check(inputs(RAGGED, heads, 64, dtype), RAGGED)
+
+
+@pytest.mark.parametrize(
+    "prompts, responses", [([1], [[]]), ([1], [[1]]), ([5], [[1] * 9]), ([1] * 4, [[3], [], [1, 2], []])]
+)
+def test_the_smallest_groups(tiles: Callable[[int, int], None], prompts: list[int], responses: list[list[int]]) -> None:
+    tiles(16, 16)
+    layout = PrefixLayout.of(prompts, responses)
+    check(inputs(layout, (4, 2), 64, torch.float32), layout)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_head_sizes_stay_in_bounds_without_a_race(
+    tiles: Callable[[int, int], None], D: int, dtype: torch.dtype
+) -> None:
+    tiles(32, 16)
+    layout = PrefixLayout.of([1, 19], [[5], [17, 2]])
+    check(inputs(layout, (3, 1), D, dtype), layout, scale=D**-0.5)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1)], ids=str)
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 40, 52])
+def test_windows(tiles: Callable[[int, int], None], heads: tuple[int, int], window: int) -> None:
+    """From the token itself alone to all but the first of the longest sequence, over prompts, seams and tiles."""
+    tiles(16, 16)
+    check(inputs(RAGGED, heads, 64, torch.float32), RAGGED, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("window", [0, 100])
+def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int) -> None:
+    layout = PrefixLayout.of([150, 3], [[70, 131], [64]])
+    tensors = inputs(layout, (4, 1), 64, dtype)
+    lists = (prefix_triton.FORWARD, prefix_triton.D_QUERY, prefix_triton.D_KEY_VALUE)
+    for i in range(max(map(len, lists))):
+        for name, configs in zip(KERNELS, lists, strict=True):
+            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [configs[min(i, len(configs) - 1)]])
+        check(tensors, layout, window=window)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_program_order_changes_no_bit(
+    tiles: Callable[[int, int], None], shuffled_programs: Shuffled, seed: int
+) -> None:
+    tiles(16, 16)
+    tensors = inputs(RAGGED, (4, 2), 64, BF16)
+    expected = run(tensors, RAGGED, 0.125, 0)
+    with shuffled_programs(seed):
+        assert all(map(torch.equal, run(tensors, RAGGED, 0.125, 0), expected))
+
+
+def test_large_logits(tiles: Callable[[int, int], None]) -> None:
+    """Of thousands, so that all but a few probabilities are 0; and none overflows behind the mask."""
+    tiles(16, 16)
+    q, k, v, grad = inputs(RAGGED, (2, 1), 64, torch.float32)
+    out, lse, *gradients = run((q.round() * 40, k.round() * 40, v, grad), RAGGED, 0.125, 0)
+    true_out, true_lse = truth(*(x.to(F64) for x in (q.round() * 40, k.round() * 40, v)), RAGGED, 0.125, 0)
+    assert true_lse.max() > 2000
+    assert relative_error(out, true_out, 1.0) <= 1e-5 and relative_error(lse, true_lse, 1.0) <= 1e-6
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+# ---- strides ----------------------------------------------------------------------------------------------------
+
+
+def test_views_of_one_projection_are_read_in_place(tiles: Callable[[int, int], None]) -> None:
+    tiles(16, 16)
+    (Hq, Hk), D = (4, 2), 64
+    dense = inputs(RAGGED, (Hq, Hk), D, BF16)
+    # 16 columns that belong to nobody hold NaN.
+    fused = torch.full((RAGGED.tokens, (Hq + 2 * Hk) * D + 16), math.nan).to(BF16)
+    views = [x.unflatten(1, (-1, D)) for x in fused[:, :-16].split([Hq * D, Hk * D, Hk * D], 1)]
+    for view, x in zip(views, dense, strict=False):
+        view.copy_(x)
+        assert prefix_triton._readable(view) is view
+    results = run((*views, dense[3]), RAGGED, 0.125, 0)
+    assert all(map(torch.equal, results, run(dense, RAGGED, 0.125, 0)))
+    assert all(x.is_contiguous() for x in results)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "unaligned", "every other column"])
+def test_strides_that_are_not_readable(tiles: Callable[[int, int], None], kind: str) -> None:
+    tiles(16, 16)
+    dense = inputs(RAGGED, (2, 2), 64, BF16)
+
+    def strided(x: Tensor) -> Tensor:
+        T, heads, D = x.shape
+        if kind == "transposed":
+            out = x.new_full((D, heads, T), math.nan).permute(2, 1, 0)
+        elif kind == "unaligned":
+            out = x.new_full((T * heads * D + 1,), math.nan)[1:].view(T, heads, D)
+        else:
+            out = x.new_full((T, heads, 2 * D), math.nan)[..., ::2]
+        return out.copy_(x)
+
+    odd = [strided(x) for x in dense]
+    assert all(prefix_triton._readable(x) is not x for x in odd)
+    assert all(map(torch.equal, run(odd, RAGGED, 0.125, 0), run(dense, RAGGED, 0.125, 0)))
+
+
+def test_gradient_of_a_sum(tiles: Callable[[int, int], None]) -> None:
+    """One number in memory, expanded; through the op and autograd."""
+    tiles(16, 16)
+    leaves = [x.requires_grad_() for x in inputs(RAGGED, (4, 2), 64, torch.float32)[:3]]
+    gradients = []
+    for impl in ("triton", "reference"):
+        out = prefix_attention(*leaves, RAGGED, window=20, impl=impl)
+        gradients.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def sparse(rows: int, stride: int, width: int) -> Tensor:
+    """[rows, 1, width] of bfloat16, rows `stride` elements apart in memory that exists only where it is touched."""
+    size = ((rows - 1) * stride + width) * 2
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=BF16).as_strided((rows, 1, width), (stride, width, 1))
+
+
+@pytest.mark.usefixtures("guarded")
+def test_offsets_beyond_32_bits(tiles: Callable[[int, int], None]) -> None:
+    tiles(16, 16)
+    layout = PrefixLayout.of([2], [[1, 1]])
+    near = inputs(layout, (1, 1), 64, BF16)
+    stride = 2**30 + 64
+    far = [sparse(4, stride, 64) for _ in near]
+    for view, x in zip(far, near, strict=True):
+        view.copy_(x)
+        assert prefix_triton._readable(view) is view and 3 * stride > 2**31
+    torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, run(far, layout, 0.125, 0), run(near, layout, 0.125, 0)))
+
+
+# ---- who sees whom, and which program does what -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_nothing_of_another_response_or_group_is_touched(tiles: Callable[[int, int], None], window: int) -> None:
+    """NaN in one response's keys and values stays in that response, in forward and in every gradient but its own."""
+    tiles(16, 16)
+    tensors = inputs(RAGGED, (4, 2), 64, torch.float32)
+    clean = run(tensors, RAGGED, 0.125, window)
+    begin, end = RAGGED.offsets[5:7].tolist()  # the second response of the second group
+    for x in tensors[1:3]:
+        x[begin:end] = math.nan
+    spoilt = run(tensors, RAGGED, 0.125, window)
+    prompt = slice(*RAGGED.offsets[3:5].tolist())
+    others = torch.ones(RAGGED.tokens, dtype=torch.bool)
+    others[begin:end] = False
+    for i, (now, before) in enumerate(zip(spoilt, clean, strict=True)):
+        kept = others.clone()
+        if i >= 3:  # gradients of keys and values: those of its prompt are sums over this response too
+            kept[prompt] = False
+        assert torch.equal(now[kept], before[kept])
+        assert now[begin:end].isnan().any()
+
+
+@triton.jit
+def _places_kernel(offsets, prompt_of, out, segments, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
+    head, segment, first = prefix_triton._place(offsets, segments, 2, PER_TOKEN, ROWS)
+    at = out + 4 * tl.program_id(0)
+    tl.store(at, head)
+    tl.store(at + 1, segment)
+    tl.store(at + 2, first)
+    tl.store(at + 3, prefix_triton._members(prompt_of, segments, segment))
+
+
+@pytest.mark.parametrize("per_token, rows", [(1, 16), (3, 64), (4, 32), (7, 16)])
+def test_every_tile_of_every_segment_has_one_program(per_token: int, rows: int) -> None:
+    """600 segments: offsets are looked at in three parts."""
+    generator = torch.Generator().manual_seed(per_token)
+    lengths = torch.randint(1, 40, (50, 12), generator=generator).tolist()
+    layout = PrefixLayout.of([group[0] for group in lengths], [group[1:] for group in lengths])
+    K = len(layout.prompt_of)
+    (programs,) = prefix_triton._grid(layout.tokens, K, per_token, "rows", 2)({"rows": rows})
+    found = torch.empty(programs, 4, dtype=torch.int32)
+    _places_kernel[(programs,)](layout.offsets, layout.prompt_of, found, K, PER_TOKEN=per_token, ROWS=rows)
+    count = layout.offsets.diff() * per_token
+    expected = [(k, first, head) for k in range(K) for first in range(0, int(count[k]), rows) for head in range(2)]
+    work = [(k, first, head) for head, k, first, _ in found.tolist() if first < count[k]]
+    assert work == expected and (found[:, 2] >= 0).all()
+    assert found[:, 3].tolist() == [12 if k % 12 == 0 else 1 for k in found[:, 1].tolist()]
+    assert programs - len(work) <= 2 * K
+
+
+class Launches(Observer):
+    def __init__(self) -> None:
+        self.grids: list[tuple[str, tuple[int, int, int]]] = []
+
+    def launch(self, kernel: str, grid: tuple[int, int, int], tensors: list[Tensor]) -> None:
+        self.grids.append((kernel, grid))
+
+
+def test_one_launch_forward_and_two_backward(tiles: Callable[[int, int], None]) -> None:
+    """A program for every 16 rows of a key head's 4 query heads, or for every 32 keys, and one more per segment."""
+    tiles(16, 32)
+    seen = Launches()
+    with observe(seen):
+        run(inputs(RAGGED, (8, 2), 64, BF16), RAGGED, 0.125, 0)
+    T, K = RAGGED.tokens, len(RAGGED.prompt_of)
+    by_rows, by_keys = (2 * (T * 4 // 16 + K), 1, 1), (2 * (T // 32 + K), 1, 1)
+    assert seen.grids == list(zip(KERNELS, (by_rows, by_rows, by_keys), strict=True))
+
+
+def test_what_the_kernels_do_not_compute_is_refused() -> None:
+    layout = PrefixLayout.of([2], [[1]])
+    with pytest.raises(ValueError, match=r"head size of \(64, 96, 128\), got 80"):
+        run(inputs(layout, (1, 1), 80, BF16), layout, 0.125, 0)
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="positive scale"):
+            run(inputs(layout, (1, 1), 64, BF16), layout, scale, 0)

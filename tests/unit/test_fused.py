@@ -1,0 +1,61 @@
+"""The fused backbone computes what the model files compute, in every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from gadcore.fused import fuse_backbone
+from tiny import FAMILIES, tiny_model
+
+IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def run(model):
+    out = model(IDS).logits
+    model.zero_grad()
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_same_results_and_gradients(kind) -> None:
+    model = tiny_model(kind)
+    plain = copy.deepcopy(model)
+    norms = 2 + 2 + 1 + (4 if kind == "qwen3" else 8 if kind == "gemma3" else 0)
+    # Gemma's MLP has another activation and keeps its own code.
+    assert fuse_backbone(model) == norms + (0 if kind == "gemma3" else 2)
+    out, grads = run(model)
+    expected, wanted = run(plain)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    for name in wanted:
+        torch.testing.assert_close(grads[name], wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_copy_uses_its_own_weights() -> None:
+    model = tiny_model()
+    fuse_backbone(model)
+    other = copy.deepcopy(model)
+    before = other(IDS).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(other(IDS).logits, before)
+    assert model(IDS).logits.abs().max() == 0
+
+
+def test_a_norm_of_another_build_keeps_its_code() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x):
+            return x * self.weight
+
+    holder = torch.nn.Sequential(OddRMSNorm())
+    holder.device = torch.device("cpu")
+    assert fuse_backbone(holder) == 0
+    assert torch.equal(holder(torch.ones(2, 8)), torch.ones(2, 8))
