@@ -66,7 +66,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the backbone, in order."""
     return model.base_model.layers  # type: ignore[return-value]
 
 
@@ -105,7 +106,7 @@ def prune_last_layer(model: PreTrainedModel) -> bool:
     True where it does from now on; False where the layer is built in another way or computes something else then, and
     stays as it is.
     """
-    layer = _layers(model)[-1]
+    layer = decoder_layers(model)[-1]
     attention = getattr(layer, "self_attn", None)
     known = hasattr(layer, "input_layernorm") and all(
         isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -197,6 +198,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def cost_of(model: PreTrainedModel) -> Cost:
     """Multiply-adds of the layers' matrices per token, and of attention per (query, key) pair."""
     config = model.config.get_text_config()
-    matrices = sum(p.numel() for p in _layers(model).parameters() if p.dim() == 2)
+    matrices = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 2)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Cost(matrices, 2 * config.num_hidden_layers * config.num_attention_heads * head_dim)

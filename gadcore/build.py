@@ -204,6 +204,7 @@ def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
         config.algorithm,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
+        activation_checkpointing=config.schedule.activation_checkpointing,
     )
 
 
@@ -230,6 +231,7 @@ def _discriminator(config: Config, inputs: Inputs, device: torch.device) -> Disc
         config.discriminator,
         same_vocabulary=path == inputs.student_path,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
+        activation_checkpointing=config.schedule.activation_checkpointing,
     )
 
 
@@ -243,6 +245,10 @@ def _facts(
             "student": config.student.model,
             "discriminator": _discriminator_name(config) if discriminator else None,
             "parameters": student.model.num_parameters(),
+            "activation_checkpointing": {
+                "student": student.keeps,
+                "discriminator": discriminator and discriminator.keeps,
+            },
         },
         "machine": {
             "cpu": _cpu_name(),

@@ -117,6 +117,9 @@ class ScheduleSettings(Section):
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
     seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
     micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
+    activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
+        "auto", description="What backward computes again to save memory; auto: the least that fits."
+    )
 
 
 class CheckpointSettings(Section):

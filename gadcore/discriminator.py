@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from gadcore.fused import fuse_backbone
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
+from gadcore.memory.activations import Mode, set_mode
 from gadcore.optim import Optimizer, autocast
 from gadcore.template import ChatTemplate
 
@@ -48,6 +50,7 @@ class Discriminator:
         *,
         same_vocabulary: bool,
         micro_batch_tokens: int,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
     ) -> None:
         use_packed_attention(model)
         fuse_backbone(model)
@@ -58,6 +61,7 @@ class Discriminator:
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
         prune_last_layer(model)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
         self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="discriminator")
 
     def tokens(self, group: Group) -> GroupTokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import group_advantages
 from gadcore.kernels.layout import GroupLayout
+from gadcore.memory.activations import Mode, set_mode
 from gadcore.optim import Optimizer, autocast
 
 
@@ -54,6 +56,7 @@ class Student:
         *,
         temperature: float,
         micro_batch_tokens: int,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
     ) -> None:
         use_packed_attention(model)
         fuse_backbone(model)
@@ -64,6 +67,7 @@ class Student:
         self.temperature = temperature
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
         self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="student")
 
     def freeze_reference(self) -> None:

@@ -55,6 +55,7 @@ def student(
         AlgorithmSettings(kl_coef=kl_coef),
         temperature=temperature,
         micro_batch_tokens=micro_batch_tokens,
+        activation_checkpointing="off",
     )
 
 
@@ -79,6 +80,7 @@ def discriminator(
         DiscriminatorSettings(),
         same_vocabulary=True,
         micro_batch_tokens=micro_batch_tokens,
+        activation_checkpointing="off",
     )
 
 
