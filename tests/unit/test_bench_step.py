@@ -126,6 +126,7 @@ def test_ratios_with_and_without_sampling_memory_and_limit() -> None:
     assert found["clock"] == "cpu"
     assert found["ratio"] == 48 / 8
     assert found["ratio_without_sampling"] == 18 / 6
+    assert found["ratio_their_sampling_free"] == 18 / 8
     assert found["memory_ratio"] == 0.5
     assert found["ours"]["peak_over_loaded_bytes"] == 2**29
     # 100 FLOPs at 100 a second are 1 s of the 2 s of generate; 300 of the 4 s of policy; 400 of 8 s in all.

@@ -1,0 +1,1 @@
+"""The sampler beside stock vLLM and Hugging Face's generate(): processes of the suite `rollout`."""

@@ -1,0 +1,1 @@
+"""The GAD step of gadcore and of its opponents, a process each."""

@@ -1,0 +1,151 @@
+"""gadcore's own GAD step: the loop body of gadcore.algorithm.gad, its phases on the clock.
+
+Its discriminator phase is one pass: rewards, BT loss and gradient together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bench.step import flops
+from bench.step.flops import Lengths, Widths
+from bench.step.problem import Problem
+from bench.step.worker import Channel, Clock, Meter, arguments, serve, write_findings
+from gadcore import models
+from gadcore.discriminator import Discriminator
+from gadcore.groups import Group
+from gadcore.rollout import SampleRequest
+from gadcore.rollout.vllm_inprocess import VLLMEngine
+from gadcore.student import Student
+
+CPU = torch.device("cpu")
+
+
+def sampler(problem: Problem, model: PreTrainedModel) -> VLLMEngine:
+    """gadcore's engine; where the problem forces lengths, one that never samples an end marker."""
+    engine = VLLMEngine(problem.config(), problem.student, model, problem.template())
+    if problem.forced:
+        parameters = engine.vllm.SamplingParams
+        engine.vllm = SimpleNamespace(SamplingParams=lambda **kw: parameters(**kw, min_tokens=kw["max_tokens"]))
+    return engine
+
+
+def requests(groups: Sequence[Group], samples: int, step: int) -> list[SampleRequest]:
+    return [SampleRequest(g.prompt.token_ids, samples, 1000 * step + g.prompt.index) for g in groups]
+
+
+def check_lengths(problem: Problem, groups: Sequence[Group]) -> int:
+    """Sampled tokens of a step; raises where they are not what the problem forces."""
+    lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+    if problem.forced and set(lengths) != {problem.max_response}:
+        raise RuntimeError(f"responses must have {problem.max_response} tokens, have {sorted(set(lengths))}")
+    return sum(lengths)
+
+
+class Ours:
+    """Everything that a run of gadcore builds for the GAD stage."""
+
+    def __init__(self, problem: Problem, clock: Clock) -> None:
+        config = problem.config()
+        self.problem, self.config, self.clock = problem, config, clock
+        template = problem.template()
+        micro_batch_tokens = config.schedule.micro_batch_tokens
+        self.student = Student(
+            models.load_causal_lm(problem.student, "float32", CPU),
+            config.student,
+            config.algorithm,
+            temperature=problem.temperature,
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        tokenizer = models.load_tokenizer(problem.discriminator)
+        self.discriminator = Discriminator(
+            models.load_discriminator(
+                problem.discriminator, "float32", device=CPU, seed=0, end_id=template.end_id, tokenizer=tokenizer
+            ),
+            template,
+            config.discriminator,
+            same_vocabulary=True,
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        self.engine = sampler(problem, self.student.model)
+        self.student.freeze_reference()
+        clock.wrap(self.student, "logprobs", lambda model, *_: self._owner(model))
+
+    def models(self) -> list[PreTrainedModel]:
+        reference = self.student.reference
+        return [self.student.model, self.discriminator.model, *([reference] if reference is not None else [])]
+
+    def _owner(self, model: Any) -> str:
+        return "reference" if model is self.student.reference else "policy"
+
+    def step(self, number: int, findings: Any = None) -> dict[str, Any]:
+        clock, config, problem = self.clock, self.config, self.problem
+        groups = problem.batch(number)
+        with clock("weight update"):
+            self.engine.wake()
+            self.engine.update_weights(self.student.model)
+        with clock("generate"):
+            drawn = self.engine.generate(
+                requests(groups, problem.samples, number),
+                temperature=problem.temperature,
+                max_tokens=problem.max_response,
+            )
+            self.engine.sleep()
+        for group, samples in zip(groups, drawn, strict=True):
+            group.samples = samples
+        with clock("discriminator"):
+            judgement = self.discriminator.judge(groups, backward=True)
+        with clock("policy"):
+            stats = self.student.grpo_backward(groups, judgement.rewards)
+        if findings is not None:
+            write_findings(
+                findings,
+                groups=[self._tokens(group) for group in groups],
+                rewards=judgement.rewards,
+                losses={"policy": stats.loss, "discriminator": judgement.loss},
+                student=self.student.model,
+                discriminator=self.discriminator.model,
+            )
+        with clock("optimizer"):
+            self.student.step(config.student.lr)
+            self.discriminator.step()
+        return {"response_tokens": check_lengths(problem, groups), "flops": self._flops(groups)}
+
+    def _tokens(self, group: Group) -> dict[str, Any]:
+        judged = self.discriminator.tokens(group)
+        return {
+            "prompt": group.prompt.token_ids,
+            "samples": [sample.token_ids for sample in group.samples],
+            "d_prompt": judged.prompt,
+            "d_responses": judged.responses,
+        }
+
+    def _flops(self, groups: Sequence[Group]) -> dict[str, int]:
+        tokens = [self._tokens(group) for group in groups]
+        return flops.step(
+            [Lengths(len(t["prompt"]), tuple(map(len, t["samples"]))) for t in tokens],
+            [Lengths(len(t["d_prompt"]), tuple(map(len, t["d_responses"]))) for t in tokens],
+            Widths.of(self.student.model.config),
+            Widths.of(self.discriminator.model.config),
+        )
+
+
+def main() -> None:
+    channel, given, clock = Channel(), arguments(), Clock()
+    ours = Ours(given.problem, clock)
+    torch.set_num_threads(given.threads)
+    serve(
+        channel,
+        Meter(clock, given.threads, *ours.models()),
+        lambda number, check: ours.step(number, given.findings if check else None),
+    )
+    ours.engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""The whole GAD step beside TRL with a discriminator built around it, and beside the paper's literal schedule.
+
+Two processes at a time, ours and the opponent's, take a step in turn, so that a drift of the machine's speed meets
+both. Before any timing, each side's first step on small groups is checked against fp64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bench import record
+
+THREADS = (1, 2)
+BUSY = 0.3
+# Timed steps after the first one, which is dropped.
+STEPS = 3
+PROMPTS, SAMPLES = 2, 8
+
+OURS, TRL, LITERAL = "ours", "TRL", "literal"
+MODULES = {OURS: "bench.step.ours", TRL: "bench.step.trl", LITERAL: "bench.step.literal"}
+OPPONENTS = (TRL, LITERAL)
+# Relative L2 error against fp64 that every finding of both sides must keep.
+TOLERANCE = 1e-5
+# The worst single parameter may be one of small gradient, beside which rounding counts more.
+TOLERANCE_WORST = 1e-4
+
+REAL = "real"
+REAL_MODEL = "smollm2-135m-instruct"
+DATA = record.ROOT.parent / "shared" / "data" / "gpt4_concise" / "train.jsonl"
+# Padded tokens of a side's pass that fit into memory beside two other processes' models.
+PASS_TOKENS = 6144
+
+
+@dataclass(frozen=True)
+class Case:
+    """A name for --cases, prompt and response tokens (at most, where real), groups a pass."""
+
+    name: str
+    prompt: int
+    response: int
+
+    @property
+    def groups_at_once(self) -> int:
+        # The widest pass of any side: the samples of all groups and the teacher's responses, padded.
+        fits = PROMPTS * (SAMPLES + 1) * (self.prompt + self.response) <= PASS_TOKENS
+        return PROMPTS if fits else 1
+
+
+CASES = (Case("64x32", 64, 32), Case("256x64", 256, 64), Case("512x128", 512, 128), Case(REAL, 256, 128))
+QUICK = Case("12x4", 12, 4)
+
+
+def run(
+    quick: bool,
+    threads: Sequence[int] = THREADS,
+    *,
+    only: Sequence[str] = (),
+    opponents: Sequence[str] = OPPONENTS,
+    data: Path | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for every case, thread count and opponent, as soon as it is there.
+
+    quick: a tiny model, one thread, one timed step; for tests, its timings say nothing. only: names of cases, default
+    all. data: rows for the case "real", default $GADCORE_BENCH_DATA, else ../shared/data/gpt4_concise/train.jsonl.
+    Raises RuntimeError where a process fails, or where there are no such rows.
+    """
+    data = data or Path(os.environ.get("GADCORE_BENCH_DATA", DATA))
+    cases = [QUICK] if quick else [case for case in CASES if not only or case.name in only]
+    if any(case.name == REAL for case in cases) and not data.exists():
+        raise RuntimeError(f"{data} is not there: name rows with --data, or leave out the case {REAL} with --cases")
+    threads = [1] if quick else [count for count in threads if count <= record.cores()]
+    if not quick and (load := os.getloadavg()[0]) > BUSY:
+        record.say(f"this machine is busy (load {load:.1f}): the timings will tell less than they could")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(Path(folder), quick, data, opponents)
+        # All sides at once would not fit into memory.
+        together = [opponents] if quick else [[opponent] for opponent in opponents]
+        for case in cases:
+            for count in threads:
+                for some in together:
+                    yield from bench.rows(case, count, some)
+
+
+class _Bench:
+    """Problems and gates of a run, made when they are first asked for."""
+
+    def __init__(self, folder: Path, quick: bool, data: Path, opponents: Sequence[str]) -> None:
+        self.folder, self.quick, self.data, self.opponents = folder, quick, data, opponents
+        self.steps = 1 if quick else STEPS
+        self.samples = 3 if quick else SAMPLES
+        self._models: dict[bool, tuple[Path, Path]] = {}
+        self._errors: dict[bool, dict[str, dict[str, float]]] = {}
+
+    def rows(self, case: Case, threads: int, opponents: Sequence[str]) -> Iterator[dict[str, Any]]:
+        if not self.quick:
+            self._gate(case)
+        problem = self._problem(case, check=self.quick)
+        answers = self._turns(problem, threads, (OURS, *opponents), check=self.quick)
+        if self.quick:
+            self._errors[False] = self._check(problem, 1)
+        for opponent in opponents:
+            row = self._row(case, problem, threads, opponent, answers)
+            record.say(line(row))
+            yield row
+
+    def _row(
+        self, case: Case, problem: Path, threads: int, opponent: str, answers: dict[str, list[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        errors = {side: self._errors[case.name == REAL][side] for side in (OURS, opponent)}
+        passed = all(_within(found) for found in errors.values())
+        prompt_tokens = [len(group["prompt_ids"]) for group in json.loads(problem.read_text())["groups"]]
+        return {
+            "op": "GAD step",
+            "impl": "cpu",
+            "opponent": opponent,
+            "case": case.name,
+            "shape": {"P": case.prompt, "R": case.response, "N": self.samples, "B": PROMPTS},
+            "dtype": "float32",
+            "threads": threads,
+            **compare(answers[OURS], answers[opponent], threads),
+            "gate": "pass" if passed else "fail",
+            "tolerance": TOLERANCE,
+            "error": errors,
+            "config": {
+                "model": REAL_MODEL if case.name == REAL else "tiny" if self.quick else "SmolLM2-135M's shape, random",
+                "lengths": "as sampled, at most R" if case.name == REAL else "forced",
+                "prompt_tokens": prompt_tokens,
+                "groups_a_pass": 1 if self.quick else case.groups_at_once,
+            },
+        }
+
+    # -- inputs
+
+    def _models_of(self, case: Case) -> tuple[Path, Path]:
+        from bench.step import problem
+        from gadcore.models import resolve_model
+
+        real = case.name == REAL
+        if real not in self._models:
+            if real:
+                student = resolve_model(REAL_MODEL)
+                made = Path(student), problem.discriminator_of(student, self.folder / "real-discriminator")
+            else:
+                made = problem.random_models(self.folder, problem.TINY if self.quick else problem.SHAPE)
+            self._models[real] = made
+        return self._models[real]
+
+    def _problem(self, case: Case, *, check: bool = False) -> Path:
+        """check: two ragged groups, small enough for fp64, cut so that sums run over passes."""
+        from bench.step.problem import Problem, random_groups, real_groups
+
+        student, discriminator = self._models_of(case)
+        path = self.folder / f"{case.name}{'-check' if check else ''}.json"
+        prompt, response = (24, 8) if check and not self.quick else (case.prompt, case.response)
+        count = PROMPTS * (1 if check and not self.quick else self.steps + 1)
+        if case.name == REAL:
+            prompt = case.prompt
+            groups = real_groups(str(student), self.data, count, prompt, response)
+        else:
+            lengths = [prompt - 5 * (i % 2) for i in range(count)] if check else [prompt] * count
+            groups = random_groups(student, lengths, response)
+        Problem(
+            str(student),
+            str(discriminator),
+            groups,
+            PROMPTS,
+            self.samples,
+            prompt,
+            response,
+            forced=case.name != REAL,
+            groups_at_once=1 if check else case.groups_at_once,
+        ).write(path)
+        return path
+
+    # -- processes
+
+    def _gate(self, case: Case) -> None:
+        """Errors of every side on the case's models, found once a run."""
+        if (case.name == REAL) in self._errors:
+            return
+        path, threads = self._problem(case, check=True), min(2, record.cores())
+        for side in (OURS, *self.opponents):
+            with _Worker(side, path, threads, self._findings(side)) as worker:
+                worker.ask("check")
+        self._errors[case.name == REAL] = self._check(path, threads)
+
+    def _findings(self, side: str) -> Path:
+        return self.folder / f"{side}.findings"
+
+    def _check(self, problem: Path, threads: int) -> dict[str, dict[str, float]]:
+        """Errors by side of the findings that lie there; a process of its own gives the fp64 models' memory back."""
+        sides = [OURS, *self.opponents]
+        paths = [self._findings(side) for side in sides]
+        command = [sys.executable, "-m", "bench.step.gate", str(problem), *map(str, paths)]
+        done = subprocess.run(command, cwd=record.ROOT, env=_environment(threads), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the gate ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        for path in paths:
+            path.unlink()
+        return dict(zip(sides, json.loads(done.stdout), strict=True))
+
+    def _turns(
+        self, problem: Path, threads: int, names: Sequence[str], *, check: bool = False
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Answers of the timed steps of all sides; ours say the rate of a large product at the time as well.
+
+        check: the first step, which is not timed, leaves findings.
+        """
+        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        with ExitStack() as stack:
+            sides = {name: stack.enter_context(_Worker(name, problem, threads, self._findings(name))) for name in names}
+            for worker in sides.values():
+                worker.ask("check" if check else "step")
+            for number in range(self.steps):
+                rate = sides[OURS].ask("peak")
+                for name in list(sides)[:: -1 if number % 2 else 1]:
+                    answers[name].append(sides[name].ask("step"))
+                answers[OURS][-1] |= rate
+        return answers
+
+
+def _environment(threads: int) -> dict[str, str]:
+    # Before torch is loaded in the child. passive: waiting threads do not take the core that the others work on.
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class _Worker:
+    """A side in a process of its own; ready when it is entered."""
+
+    def __init__(self, side: str, problem: Path, threads: int, findings: Path) -> None:
+        self.side = side
+        command = [sys.executable, "-m", MODULES[side], str(problem), str(threads), str(findings)]
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            cwd=record.ROOT,
+            env=_environment(threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+        )
+
+    def __enter__(self) -> _Worker:
+        try:
+            self._answer()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def ask(self, command: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if answer := self._process.stdout.readline():
+            return json.loads(answer)
+        code = self._process.wait()
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace")[-2000:]
+        raise RuntimeError(f"the process of {self.side} ended with exit code {code}:\n{said}")
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _within(errors: dict[str, float]) -> bool:
+    # `<=` so that nan fails.
+    return all(e <= (TOLERANCE_WORST if "worst" in name else TOLERANCE) for name, e in errors.items())
+
+
+def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], threads: int) -> dict[str, Any]:
+    """Timings, ratios and shares of the product limit, from the answers of both sides step by step.
+
+    The clock is CPU time on one thread, wall time on more; both are kept. ratio: median over steps of theirs / ours.
+    ratio_without_sampling: the same without sampling and weight updates on either side. ratio_their_sampling_free:
+    their step without sampling over our whole one. memory_ratio: ours / theirs.
+    limit: FLOPs of a step that the mathematics asks for, over what the products alone could do in the time.
+    """
+    clock = "cpu" if threads == 1 else "wall"
+    a, b = [_seconds(x, clock) for x in ours], [_seconds(x, clock) for x in theirs]
+    trained_a, trained_b = ([_seconds(x, clock, sampling=False) for x in side] for side in (ours, theirs))
+    peaks = [_side(side, clock) for side in (ours, theirs)]
+    known = peaks[0]["peak_bytes"] and peaks[1]["peak_bytes"]
+    return {
+        "clock": clock,
+        "ours": peaks[0],
+        "theirs": peaks[1],
+        "ratio": record.ratio_of(a, b),
+        "ratio_without_sampling": record.ratio_of(trained_a, trained_b),
+        "ratio_their_sampling_free": record.ratio_of(a, trained_b),
+        "memory_ratio": peaks[0]["peak_bytes"] / peaks[1]["peak_bytes"] if known else None,
+        "limit": limit(ours, clock),
+    }
+
+
+SAMPLING = ("generate", "weight update")
+
+
+def _seconds(answer: dict[str, Any], clock: str, *, sampling: bool = True) -> float:
+    return sum(s for phase, s in answer[clock].items() if sampling or phase not in SAMPLING)
+
+
+def _side(answers: list[dict[str, Any]], clock: str) -> dict[str, Any]:
+    runs = [_seconds(x, clock) for x in answers]
+    median = statistics.median(runs)
+    peaks = [x["peak_bytes"] for x in answers]
+    peak = None if None in peaks else max(peaks)
+    return {
+        "runs": runs,
+        "median_s": median,
+        "min_s": min(runs),
+        "max_s": max(runs),
+        "spread": (max(runs) - min(runs)) / median,
+        "cpu_s": statistics.median(_seconds(x, "cpu") for x in answers),
+        "wall_s": statistics.median(_seconds(x, "wall") for x in answers),
+        "phases_s": _phases(answers, clock),
+        "peak_bytes": peak,
+        "peak_over_loaded_bytes": None if peak is None else peak - answers[0]["loaded_bytes"],
+        "response_tokens": [x["response_tokens"] for x in answers],
+    }
+
+
+def _phases(answers: list[dict[str, Any]], clock: str) -> dict[str, float]:
+    names = dict.fromkeys(phase for x in answers for phase in x[clock])
+    return {phase: statistics.median(x[clock].get(phase, 0.0) for x in answers) for phase in names}
+
+
+def limit(ours: list[dict[str, Any]], clock: str) -> dict[str, Any]:
+    """The rate of a large product in this run, FLOPs by phase, and the share of the limit that each phase reached.
+
+    The share of the whole step is that of all its FLOPs over all its time, phases without products included.
+    """
+    rate = statistics.median(x["flops_per_s"] for x in ours)
+
+    def share(phase: str) -> float:
+        return statistics.median(x["flops"][phase] / x["flops_per_s"] / x[clock][phase] for x in ours)
+
+    whole = statistics.median(sum(x["flops"].values()) / x["flops_per_s"] / _seconds(x, clock) for x in ours)
+    phases = ours[0]["flops"]
+    return {
+        "flops_per_s": rate,
+        "flops": {phase: statistics.median(x["flops"][phase] for x in ours) for phase in phases},
+        "share": {phase: share(phase) for phase in phases} | {"step": whole},
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal; without a speed-up where the gate failed."""
+    what = f"GAD step {row['case']} {row['threads']} thread{'s' * (row['threads'] > 1)} beside {row['opponent']}"
+    if row["gate"] != "pass":
+        return f"{what}: GATE FAILED, no timing shown (errors above {row['tolerance']:g}? {row['error']})"
+    memory = "" if row["memory_ratio"] is None else f", memory x{row['memory_ratio']:.2f}"
+    return (
+        f"{what}: {row['ours']['median_s']:.2f} s, theirs {row['theirs']['median_s']:.2f} s: x{row['ratio']:.2f} "
+        f"(without sampling x{row['ratio_without_sampling']:.2f}){memory}, "
+        f"{row['limit']['share']['step']:.0%} of the product limit"
+    )
+
+
+def key(row: dict[str, Any]) -> tuple[str, int, str]:
+    """What a row is the result of: a newer one takes its place."""
+    return row["case"], row["threads"], row["opponent"]

@@ -1,0 +1,161 @@
+"""docs/step.md, wholly generated from bench/results/step.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench import record
+from bench.tables import _missing, _provenance, table
+
+DOCUMENT = record.ROOT / "docs" / "step.md"
+
+Row = dict[str, Any]
+
+HEADER = """# The whole GAD step, measured
+
+Generated from `bench/results/step.json` by `python -m bench tables`: do not edit. Made by `python -m bench step`.
+
+A step is: N samples for each of B prompts, rewards by the discriminator D, a GRPO step of the student against a
+reference policy, a Bradley-Terry step of D. All sides have the same weights, prompts, lengths, settings, fp32 and
+threads. Each is a process of its own; ours and one opponent take a step in turn, the first of each is dropped.
+Seconds are CPU time on one thread and wall time on two, medians over the steps; a ratio is the median over the steps
+of theirs over ours.
+
+- TRL: GRPOTrainer as it comes, but bf16 and gradient checkpointing off, fused AdamW, one optimizer step a batch. It
+  samples with transformers' `generate()`, its own way on a CPU. Its reward function scores with D in a pass of its
+  own; D is then trained on the samples and one teacher row a group.
+- literal: the schedule of the paper's code. Padded rows, a pass of D for rewards, one of the policy for old
+  log-probs, one of the reference, logits of every token, the teacher's row repeated N times. It samples with our vLLM
+  engine, but with PyTorch's linear layers in it; it recomputes no activations (the paper's code does).
+
+A ratio is shown only where, in the same run, the first step of both sides on small ragged groups agreed with fp64:
+rewards, losses and all gradients of both models, within a relative L2 error of 1e-5 (1e-4 for the worst single
+parameter). `without sampling` leaves the samplers and the weight updates out of both sides' time, `their
+sampling free` out of theirs alone."""
+
+LIMIT = """FLOPs of the matrix products that the packed step cannot do without (attention included; a backward pass
+counts as two products for each of the forward pass, recomputation not at all), over what one large fp32 product
+reached in the same process between the same steps."""
+
+PHASES = """Seconds of each phase. Ours has one discriminator pass: its scores are the rewards. `other` is what
+belongs to none: a trainer's own work between the passes."""
+
+MEMORY = """The highest resident memory of a process during a timed step, and that above its level with all models
+loaded, before its first step (so with the optimizers' states). At the larger shapes every side takes one group a
+pass."""
+
+
+def document(read: Callable[[str], list[Row]] | None = None) -> str:
+    """The whole file. read: rows of a suite's results, by default those in bench/results."""
+    rows = (read or (lambda suite: record.read(record.path_of(suite))))("step")
+    if not rows:
+        return "\n\n".join([HEADER, *_missing("step")]) + "\n"
+    ours = [row for row in rows if row["opponent"] == rows[0]["opponent"]]
+    sections = [
+        ("Ratios", [_provenance(rows), _ratios(rows)]),
+        ("Memory", [MEMORY, _memory(rows)]),
+        ("Share of the matrix-product limit", [LIMIT, _limits(ours)]),
+        ("Phases", [PHASES, *_phases(rows)]),
+        ("Errors of the gates", [_errors(rows)]),
+    ]
+    parts = [HEADER, *(f"## {title}\n\n" + "\n\n".join(blocks) for title, blocks in sections)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _case(row: Row) -> list[str]:
+    shape = row["shape"]
+    what = "real text, at most " if row["config"]["lengths"] != "forced" else ""
+    return [f"{what}P={shape['P']} R={shape['R']}", str(row["threads"])]
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    header = ["case", "threads", "clock", "beside", "ours s", "theirs s", "ratio", "without sampling"]
+    header += ["their sampling free", "spread"]
+    return table(header, [_ratio(row) for row in rows])
+
+
+def _ratio(row: Row) -> list[str]:
+    first = [*_case(row), row["clock"], row["opponent"]]
+    if row["gate"] != "pass":
+        return [*first, "-", "-", "gate FAILED", "-", "-", "-"]
+    ours, theirs = row["ours"], row["theirs"]
+    return [
+        *first,
+        f"{ours['median_s']:.2f}",
+        f"{theirs['median_s']:.2f}",
+        f"{row['ratio']:.2f}",
+        f"{row['ratio_without_sampling']:.2f}",
+        f"{row['ratio_their_sampling_free']:.2f}",
+        f"{ours['spread']:.0%}, {theirs['spread']:.0%}",
+    ]
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["gate"] == "pass" and row["memory_ratio"] is not None]
+    if not shown:
+        return "Not measured: this needs Linux and a writable clear_refs."
+    header = ["case", "threads", "beside", "ours MiB", "theirs MiB", "ours / theirs", "ours over models", "theirs"]
+    body = [
+        [
+            *_case(row),
+            row["opponent"],
+            _mib(row["ours"]["peak_bytes"]),
+            _mib(row["theirs"]["peak_bytes"]),
+            f"{row['memory_ratio']:.2f}",
+            _mib(row["ours"]["peak_over_loaded_bytes"]),
+            _mib(row["theirs"]["peak_over_loaded_bytes"]),
+        ]
+        for row in shown
+    ]
+    return table(header, body)
+
+
+def _limits(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["gate"] == "pass"]
+    phases = list(dict.fromkeys(phase for row in shown for phase in row["limit"]["share"]))
+    header = ["case", "threads", "large product GFLOP/s", "GFLOP a step", *phases]
+    body = [
+        [
+            *_case(row),
+            f"{row['limit']['flops_per_s'] / 1e9:.0f}",
+            f"{sum(row['limit']['flops'].values()) / 1e9:.0f}",
+            *(f"{row['limit']['share'][phase]:.0%}" for phase in phases),
+        ]
+        for row in shown
+    ]
+    return table(header, body)
+
+
+def _phases(rows: Sequence[Row]) -> list[str]:
+    shown = [row for row in rows if row["gate"] == "pass"]
+    blocks = []
+    for opponent in dict.fromkeys(row["opponent"] for row in shown):
+        mine = [row for row in shown if row["opponent"] == opponent]
+        sides = [(row, side) for row in mine for side in ("ours", "theirs")]
+        names = list(dict.fromkeys(phase for row, side in sides for phase in row[side]["phases_s"]))
+        body = [
+            [*_case(row), "ours" if side == "ours" else opponent, *(_phase(row[side]["phases_s"], n) for n in names)]
+            for row, side in sides
+        ]
+        blocks += [f"### Beside {opponent}", table(["case", "threads", "side", *names], body)]
+    return blocks
+
+
+def _phase(seconds: dict[str, float], name: str) -> str:
+    return f"{seconds[name]:.2f}" if name in seconds else "-"
+
+
+def _errors(rows: Sequence[Row]) -> str:
+    """A line for each side and model: a gate is passed once a run for all cases of a model."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    names: list[str] = []
+    for row in rows:
+        for side, errors in row["error"].items():
+            names += [name for name in errors if name not in names]
+            found[row["config"]["model"], side, row["commit"]] = [f"{errors[name]:.0e}" for name in errors]
+    return table(["model", "side", "commit", *names], [[*key, *values] for key, values in found.items()])
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.0f}"
