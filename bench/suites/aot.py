@@ -33,12 +33,39 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Attention over groups of a prompt of P tokens with N responses of R each."""
+
+    query_heads: int
+    key_heads: int
+    D: int
+    groups: int = 1
+    P: int = 1024
+    R: int = SEQUENCE
+    N: int = GROUP
+
+    @property
+    def T(self) -> int:
+        return self.groups * (self.P + self.N * self.R)
+
+    @property
+    def H(self) -> int:
+        return self.query_heads * self.D
+
+    def __str__(self) -> str:
+        return f"{self.groups} x (P={self.P} N={self.N} R={self.R})"
+
+
+@dataclass(frozen=True)
 class Case:
-    """A call of an op on meta tensors. call(shape, dtype) launches its kernels. variant: what is unusual about it."""
+    """A call of an op on meta tensors. call(shape, dtype) launches its kernels. variant: what is unusual about it.
+
+    A shape is a `Shape` for what has a head, `Heads` for attention.
+    """
 
     op: str
     impl: str
-    call: Callable[[Shape, Any], None]
+    call: Callable[[Any, Any], None]
     variant: str = ""
     dtype: str = "bfloat16"
 
@@ -66,7 +93,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     return [{**row, "programs": ", ".join(row["programs"])} for row in rows.values()]
 
 
-def _row(case: Case, shape: Shape, target: int, launch: Any, found: Any) -> dict[str, Any]:
+def _row(case: Case, shape: Shape | Heads, target: int, launch: Any, found: Any) -> dict[str, Any]:
     faults = found.faults()
     instructions = found.instructions
     row = {
@@ -101,7 +128,7 @@ def _config(config: dict[str, Any], found: Any) -> str:
     return " ".join([*blocks, f"warps={found.warps}", f"stages={found.stages}"])
 
 
-def _plan(quick: bool) -> Iterator[tuple[Case, Shape]]:
+def _plan(quick: bool) -> Iterator[tuple[Case, Shape | Heads]]:
     production = [Shape(*sizes) for sizes in itertools.product(TOKENS, WIDTHS, VOCABULARIES)]
     few = Shape(FEW_TOKENS, WIDTHS[0], VOCABULARIES[0])
     plain, unusual, liger = _ours(), _unusual(), _liger()
@@ -110,6 +137,7 @@ def _plan(quick: bool) -> Iterator[tuple[Case, Shape]]:
     if not quick:
         yield from ((case, shape) for case in unusual for shape in production[:1])
         yield from ((case, few) for case in plain if case.op.startswith("grouped_logprob"))
+    yield from _attention(quick)
     for case in liger:
         yield from ((case, shape) for shape in (production[:1] if quick else production))
 
@@ -240,6 +268,58 @@ def _bt_backward(shape: Shape, dtype: Any) -> None:
         _meta(sequences, dtype=torch.int64),
         _meta(shape.H, dtype=torch.float32),
     )
+
+
+def _attention(quick: bool) -> Iterator[tuple[Case, Heads]]:
+    """Head sizes and groupings of Llama-3 and Qwen2.5-7B, of SmolLM2-135M, and of Phi-3-mini."""
+    variants = [("", Heads(32, 8, 128), 0)]
+    if not quick:
+        variants += [
+            ("", Heads(32, 8, 128, groups=4), 0),
+            ("", Heads(28, 4, 128), 0),
+            ("", Heads(9, 3, 64), 0),
+            ("", Heads(32, 32, 96), 0),
+            ("window", Heads(32, 8, 128), 512),
+        ]
+    for variant, heads, window in variants:
+        name = f"D={heads.D}, {heads.query_heads} query heads over {heads.key_heads}"
+        variant = ", ".join(filter(None, [name, variant]))
+        for op, call in (("forward", _attention_forward(window)), ("backward", _attention_backward(window))):
+            yield Case(f"prefix_attention {op}", "triton", call, variant), heads
+
+
+def _attention_inputs(heads: Heads, dtype: Any) -> tuple[tuple[Any, Any, Any], tuple[Any, Any]]:
+    """query, key, value; offsets, prompt_of."""
+    import torch
+
+    query, key = (_meta(heads.T, count, heads.D, dtype=dtype) for count in (heads.query_heads, heads.key_heads))
+    segments = heads.groups * (1 + heads.N)
+    integers = (_meta(segments + 1, dtype=torch.int64), _meta(segments, dtype=torch.int64))
+    return (query, key, torch.empty_like(key)), integers
+
+
+def _attention_forward(window: int) -> Callable[[Heads, Any], None]:
+    def call(heads: Heads, dtype: Any) -> None:
+        from gadcore.kernels import prefix_triton
+
+        tensors, layout = _attention_inputs(heads, dtype)
+        prefix_triton.forward(*tensors, *layout, heads.D**-0.5, window, heads.P + heads.R)
+
+    return call
+
+
+def _attention_backward(window: int) -> Callable[[Heads, Any], None]:
+    def call(heads: Heads, dtype: Any) -> None:
+        import torch
+
+        from gadcore.kernels import prefix_triton
+
+        tensors, layout = _attention_inputs(heads, dtype)
+        out = _meta(heads.T, heads.query_heads, heads.D, dtype=dtype)
+        lse = _meta(heads.T, heads.query_heads, dtype=torch.float32)
+        prefix_triton.backward(out, *tensors, out, lse, *layout, heads.D**-0.5, window, heads.P + heads.R)
+
+    return call
 
 
 # --- Liger-Kernel's --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 # Before the kernels below are imported.
 import bench.offline.interpreter as interpreter  # isort: skip
@@ -218,6 +219,49 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     bench.meter("grouped_grpo", "triton", shape, one_pass, (loss.mean(), d_hidden, d_weight), least)
     name = "product, then Liger-Kernel's GRPO loss, then products"
     bench.meter("grouped_grpo", name, shape, on_logits, (loss.mean(), d_hidden, d_weight), least)
+    return bench.results
+
+
+def attention_ops(sizes: Sizes) -> list[Measured]:
+    """prefix_attention on a group, beside the same kernels on rows that each hold a copy of the prompt."""
+    from gadcore.kernels import prefix_triton
+    from gadcore.kernels.prefix_attention import prefix_attention_reference
+    from gadcore.kernels.prefix_layout import PrefixLayout
+
+    bench = _Bench(sizes.cache_bytes)
+    P, R, Hq, Hk, D = sizes.attention
+    N, scale = sizes.group, D**-0.5
+    shared, apart = PrefixLayout.of([P], [[R] * N]), PrefixLayout.of([P] * N, [[R]] * N)
+    T, shape = shared.tokens, f"P={P} N={N} R={R} Hq={Hq} Hk={Hk} D={D}"
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(T, heads, D).to(BF16) for heads in (Hq, Hk, Hk, Hq))
+    responses = torch.arange(P, T).view(N, R)
+    copied = torch.cat([torch.arange(P).expand(N, P), responses], 1).reshape(-1)
+    lse_bytes, layout_bytes = 4 * T * Hq, _bytes(shared.offsets, shared.prompt_of)
+    forward = _bytes(q, k, v) + layout_bytes + _bytes(q) + lse_bytes
+    backward = _bytes(q, k, v, grad) + _bytes(q) + lse_bytes + layout_bytes + _bytes(q, k, v)
+
+    def side(impl: str, layout: PrefixLayout, rows: Tensor) -> None:
+        tensors = (q[rows], k[rows], v[rows])
+        d_out = grad[rows]
+        leaves: Any = [x.float().requires_grad_() for x in tensors]
+        true_out = prefix_attention_reference(*leaves, layout, scale, 0)
+        gradients = torch.autograd.grad(true_out, leaves, d_out.float())
+        given = (layout.offsets, layout.prompt_of, scale, 0, layout.longest)
+        outputs: list[Tensor] = []
+
+        def attend() -> tuple[Tensor]:
+            outputs.extend(prefix_triton.forward(*tensors, *given))
+            return (outputs[0],)
+
+        def differentiate() -> tuple[Tensor, ...]:
+            return prefix_triton.backward(d_out, *tensors, outputs[0], outputs[1], *given)
+
+        bench.meter("prefix_attention forward", impl, shape, attend, (true_out.detach(),), forward, limited=True)
+        bench.meter("prefix_attention backward", impl, shape, differentiate, gradients, backward)
+
+    side("triton", shared, torch.arange(T))
+    side("ours on rows with a prompt each (flash-attention-style repeated KV)", apart, copied)
     return bench.results
 
 

@@ -25,9 +25,10 @@ DTYPES = [torch.float32, BF16, torch.float16]
 OUT = {torch.float32: 1e-5, BF16: 1e-2, torch.float16: 1e-3}
 GRADIENT = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 2e-3}
 KERNELS = ("_attention_kernel", "_d_query_kernel", "_d_key_value_kernel")
+TILES = (prefix_triton.FORWARD, prefix_triton.D_QUERY, prefix_triton.D_KEY_VALUE)
 
 # A prompt of one token, responses of one token, a prompt without responses, lengths on both sides of a tile.
-RAGGED = PrefixLayout.of([1, 19, 7, 33], [[5, 1], [17, 34, 2], [], [16]])
+RAGGED = PrefixLayout.of([1, 19, 7], [[5], [17, 33, 1], []])
 Shuffled = Callable[[int], AbstractContextManager[None]]
 
 
@@ -85,13 +86,12 @@ def check(tensors: Sequence[Tensor], layout: PrefixLayout, *, scale: float = 0.1
     assert relative_error(lse, true_lse.detach(), 1.0) <= 1e-5
     for actual, expected in zip(gradients, true_gradients, strict=True):
         assert actual.dtype == dtype and actual.shape == expected.shape
-        # Where a prompt of one token is all that is seen, gradients of query and key are 0.
-        assert relative_error(actual, expected, 0.1) <= GRADIENT[dtype]
+        # 1 at least: where a token sees one key alone, gradients of query and key are 0.
+        assert relative_error(actual, expected, 1.0) <= GRADIENT[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 2)], ids=str)
-@pytest.mark.parametrize("BM, BN", [(16, 16), (32, 16), (16, 64)])
+@pytest.mark.parametrize("heads, BM, BN", [((2, 2), 16, 16), ((3, 1), 32, 16), ((4, 1), 16, 64)], ids=str)
 def test_ragged_groups(
     tiles: Callable[[int, int], None], heads: tuple[int, int], BM: int, BN: int, dtype: torch.dtype
 ) -> None:
@@ -99,13 +99,11 @@ def test_ragged_groups(
     check(inputs(RAGGED, heads, 64, dtype), RAGGED)
 
 
-@pytest.mark.parametrize(
-    "prompts, responses", [([1], [[]]), ([1], [[1]]), ([5], [[1] * 9]), ([1] * 4, [[3], [], [1, 2], []])]
-)
+@pytest.mark.parametrize("prompts, responses", [([1], [[]]), ([1] * 3, [[3], [], [1, 2]])], ids=str)
 def test_the_smallest_groups(tiles: Callable[[int, int], None], prompts: list[int], responses: list[list[int]]) -> None:
     tiles(16, 16)
     layout = PrefixLayout.of(prompts, responses)
-    check(inputs(layout, (4, 2), 64, torch.float32), layout)
+    check(inputs(layout, (2, 1), 64, torch.float32), layout)
 
 
 @pytest.mark.usefixtures("guarded")
@@ -115,39 +113,46 @@ def test_head_sizes_stay_in_bounds_without_a_race(
     tiles: Callable[[int, int], None], D: int, dtype: torch.dtype
 ) -> None:
     tiles(32, 16)
-    layout = PrefixLayout.of([1, 19], [[5], [17, 2]])
+    layout = PrefixLayout.of([1, 11], [[5], [9]])
     check(inputs(layout, (3, 1), D, dtype), layout, scale=D**-0.5)
 
 
 @pytest.mark.usefixtures("guarded")
-@pytest.mark.parametrize("heads", [(1, 1), (4, 1)], ids=str)
-@pytest.mark.parametrize("window", [1, 2, 16, 17, 40, 52])
-def test_windows(tiles: Callable[[int, int], None], heads: tuple[int, int], window: int) -> None:
+@pytest.mark.parametrize("window, heads", [(1, 1), (5, 3), (16, 1), (20, 2), (51, 1)])
+def test_windows(tiles: Callable[[int, int], None], heads: int, window: int) -> None:
     """From the token itself alone to all but the first of the longest sequence, over prompts, seams and tiles."""
     tiles(16, 16)
-    check(inputs(RAGGED, heads, 64, torch.float32), RAGGED, window=window)
+    check(inputs(RAGGED, (heads, 1), 64, torch.float32), RAGGED, window=window)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("window", [0, 100])
-def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int) -> None:
-    layout = PrefixLayout.of([150, 3], [[70, 131], [64]])
-    tensors = inputs(layout, (4, 1), 64, dtype)
-    lists = (prefix_triton.FORWARD, prefix_triton.D_QUERY, prefix_triton.D_KEY_VALUE)
-    for i in range(max(map(len, lists))):
-        for name, configs in zip(KERNELS, lists, strict=True):
-            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [configs[min(i, len(configs) - 1)]])
-        check(tensors, layout, window=window)
+def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = PrefixLayout.of([140, 3], [[70, 131], [1]])
+    tensors = inputs(layout, (2, 1), 64, BF16)
+    every = [tiles.by_width[64] + tiles.by_width[128] for tiles in TILES]
+    for i in range(max(map(len, every))):
+        for name, configs in zip(KERNELS, every, strict=True):
+            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [configs[i % len(configs)]])
+        check(tensors, layout)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_program_order_changes_no_bit(
-    tiles: Callable[[int, int], None], shuffled_programs: Shuffled, seed: int
-) -> None:
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_every_target_has_tiles(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
+    monkeypatch.setattr(prefix_triton, "capability", lambda: arch)
+    for tiles in TILES:
+        for width in (64, 128):
+            assert tiles.fitting(width, 4) == [tiles.single]
+            found = tiles.fitting(width, 2)
+            assert found and all(config in tiles.every() for config in found)
+            # Out of registers a product of 128 rows in the backward pass spills.
+            rows = {config.kwargs["BM"] for config in found}
+            assert tiles is not prefix_triton.D_QUERY or (128 in rows) == (arch in (90, 100))
+
+
+def test_program_order_changes_no_bit(tiles: Callable[[int, int], None], shuffled_programs: Shuffled) -> None:
     tiles(16, 16)
-    tensors = inputs(RAGGED, (4, 2), 64, BF16)
+    tensors = inputs(RAGGED, (2, 1), 64, BF16)
     expected = run(tensors, RAGGED, 0.125, 0)
-    with shuffled_programs(seed):
+    with shuffled_programs(0):
         assert all(map(torch.equal, run(tensors, RAGGED, 0.125, 0), expected))
 
 
@@ -167,7 +172,7 @@ def test_large_logits(tiles: Callable[[int, int], None]) -> None:
 
 def test_views_of_one_projection_are_read_in_place(tiles: Callable[[int, int], None]) -> None:
     tiles(16, 16)
-    (Hq, Hk), D = (4, 2), 64
+    (Hq, Hk), D = (2, 1), 64
     dense = inputs(RAGGED, (Hq, Hk), D, BF16)
     # 16 columns that belong to nobody hold NaN.
     fused = torch.full((RAGGED.tokens, (Hq + 2 * Hk) * D + 16), math.nan).to(BF16)
@@ -183,7 +188,7 @@ def test_views_of_one_projection_are_read_in_place(tiles: Callable[[int, int], N
 @pytest.mark.parametrize("kind", ["transposed", "unaligned", "every other column"])
 def test_strides_that_are_not_readable(tiles: Callable[[int, int], None], kind: str) -> None:
     tiles(16, 16)
-    dense = inputs(RAGGED, (2, 2), 64, BF16)
+    dense = inputs(RAGGED, (2, 1), 64, BF16)
 
     def strided(x: Tensor) -> Tensor:
         T, heads, D = x.shape
@@ -203,7 +208,7 @@ def test_strides_that_are_not_readable(tiles: Callable[[int, int], None], kind: 
 def test_gradient_of_a_sum(tiles: Callable[[int, int], None]) -> None:
     """One number in memory, expanded; through the op and autograd."""
     tiles(16, 16)
-    leaves = [x.requires_grad_() for x in inputs(RAGGED, (4, 2), 64, torch.float32)[:3]]
+    leaves = [x.requires_grad_() for x in inputs(RAGGED, (2, 1), 64, torch.float32)[:3]]
     gradients = []
     for impl in ("triton", "reference"):
         out = prefix_attention(*leaves, RAGGED, window=20, impl=impl)
@@ -235,17 +240,18 @@ def test_offsets_beyond_32_bits(tiles: Callable[[int, int], None]) -> None:
 # ---- who sees whom, and which program does what -----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
 @pytest.mark.parametrize("window", [0, 30])
 def test_nothing_of_another_response_or_group_is_touched(tiles: Callable[[int, int], None], window: int) -> None:
     """NaN in one response's keys and values stays in that response, in forward and in every gradient but its own."""
     tiles(16, 16)
-    tensors = inputs(RAGGED, (4, 2), 64, torch.float32)
+    tensors = inputs(RAGGED, (2, 1), 64, torch.float32)
     clean = run(tensors, RAGGED, 0.125, window)
-    begin, end = RAGGED.offsets[5:7].tolist()  # the second response of the second group
+    begin, end = RAGGED.offsets[4:6].tolist()  # the second response of the second group
     for x in tensors[1:3]:
         x[begin:end] = math.nan
     spoilt = run(tensors, RAGGED, 0.125, window)
-    prompt = slice(*RAGGED.offsets[3:5].tolist())
+    prompt = slice(*RAGGED.offsets[2:4].tolist())
     others = torch.ones(RAGGED.tokens, dtype=torch.bool)
     others[begin:end] = False
     for i, (now, before) in enumerate(zip(spoilt, clean, strict=True)):
@@ -257,8 +263,8 @@ def test_nothing_of_another_response_or_group_is_touched(tiles: Callable[[int, i
 
 
 @triton.jit
-def _places_kernel(offsets, prompt_of, out, segments, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
-    head, segment, first = prefix_triton._place(offsets, segments, 2, PER_TOKEN, ROWS)
+def _places_kernel(offsets, prompt_of, out, segments, HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
+    head, segment, first = prefix_triton._place(offsets, segments, HEADS, PER_TOKEN, ROWS)
     at = out + 4 * tl.program_id(0)
     tl.store(at, head)
     tl.store(at + 1, segment)
@@ -266,22 +272,22 @@ def _places_kernel(offsets, prompt_of, out, segments, PER_TOKEN: tl.constexpr, R
     tl.store(at + 3, prefix_triton._members(prompt_of, segments, segment))
 
 
-@pytest.mark.parametrize("per_token, rows", [(1, 16), (3, 64), (4, 32), (7, 16)])
-def test_every_tile_of_every_segment_has_one_program(per_token: int, rows: int) -> None:
-    """600 segments: offsets are looked at in three parts."""
-    generator = torch.Generator().manual_seed(per_token)
-    lengths = torch.randint(1, 40, (50, 12), generator=generator).tolist()
+def test_every_tile_of_every_segment_has_one_program() -> None:
+    """270 segments: offsets are looked at in two parts."""
+    heads, per_token, rows = 2, 3, 16
+    lengths = torch.randint(1, 9, (27, 10), generator=torch.Generator().manual_seed(1)).tolist()
     layout = PrefixLayout.of([group[0] for group in lengths], [group[1:] for group in lengths])
     K = len(layout.prompt_of)
-    (programs,) = prefix_triton._grid(layout.tokens, K, per_token, "rows", 2)({"rows": rows})
+    (programs,) = prefix_triton._grid(layout.tokens, K, per_token, "rows", heads)({"rows": rows})
     found = torch.empty(programs, 4, dtype=torch.int32)
-    _places_kernel[(programs,)](layout.offsets, layout.prompt_of, found, K, PER_TOKEN=per_token, ROWS=rows)
+    cut = {"HEADS": heads, "PER_TOKEN": per_token, "ROWS": rows}
+    _places_kernel[(programs,)](layout.offsets, layout.prompt_of, found, K, **cut)
     count = layout.offsets.diff() * per_token
-    expected = [(k, first, head) for k in range(K) for first in range(0, int(count[k]), rows) for head in range(2)]
-    work = [(k, first, head) for head, k, first, _ in found.tolist() if first < count[k]]
+    expected = [(k, first, h) for k in range(K) for first in range(0, int(count[k]), rows) for h in range(heads)]
+    work = [(k, first, h) for h, k, first, _ in found.tolist() if first < count[k]]
     assert work == expected and (found[:, 2] >= 0).all()
-    assert found[:, 3].tolist() == [12 if k % 12 == 0 else 1 for k in found[:, 1].tolist()]
-    assert programs - len(work) <= 2 * K
+    assert found[:, 3].tolist() == [10 if k % 10 == 0 else 1 for k in found[:, 1].tolist()]
+    assert programs - len(work) <= heads * K
 
 
 class Launches(Observer):

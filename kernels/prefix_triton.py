@@ -1,0 +1,517 @@
+"""The GPU side of prefix_attention in Triton: one launch forward, two backward.
+
+A response is a causal sequence of P + R positions whose first P keys lie with its prompt, so a program walks positions
+and takes each key from where it lies: no copy of the prompt, and no seam between two passes that would have to be
+merged. The rows of a tile are (token, query head) pairs of one key head, token by token: whatever the number of query
+heads is, a key is loaded once for all of them, and a short response still fills a tile.
+
+    _attention_kernel     a tile of rows over the keys that they see: out, lse
+    _d_query_kernel       the same walk: D, d query
+    _d_key_value_kernel   a tile of keys over the rows that see it: d key, d value. The rows that see a prompt are those
+                          of the prompt and of all its responses, which follow it: one range without a gap.
+
+Programs are numbered so that every segment has enough of them whatever its length: each finds its own segment by
+counting, and nothing about the layout has to be known on the host. Some programs find nothing to do. Every sum is
+formed by one program in a fixed order.
+"""
+
+# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gadcore.kernels._triton import INTERPRETED, LN2, LOG2E, capability, on_its_device
+from gadcore.kernels.prefix_attention import HEAD_SIZES
+
+# Offsets that a program looks at together.
+SCAN = tl.constexpr(256)
+# Below every logit, and still a number: rows that have seen no key yet need no care.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+def _config(BM: int, BN: int, num_warps: int, num_stages: int) -> triton.Config:
+    """BM rows by BN keys."""
+    return triton.Config({"BM": BM, "BN": BN}, num_warps=num_warps, num_stages=num_stages)
+
+
+class Tiles(NamedTuple):
+    """Configurations of a kernel that do not spill: for 16 bits by the padded head size, and the one for fp32.
+
+    Exact fp32 products run on the FMA units, with operands in registers: their tiles are small.
+    """
+
+    by_width: dict[int, list[triton.Config]]
+    single: triton.Config
+
+    def fitting(self, width: int, itemsize: int) -> list[triton.Config]:
+        if itemsize == 4:
+            return [self.single]
+        # Only sm_90 and sm_100 multiply out of shared memory; elsewhere operands take registers.
+        few = self is D_QUERY and capability() // 10 not in (9, 10)
+        return [config for config in self.by_width[width] if not few or config.kwargs["BM"] <= 64]
+
+    def every(self) -> list[triton.Config]:
+        return [*(config for configs in self.by_width.values() for config in configs), self.single]
+
+
+_SMALL = _config(64, 64, 4, 2)
+FORWARD = Tiles({64: [_config(128, 128, 8, 2), _SMALL], 128: [_config(128, 64, 8, 3), _SMALL]}, _config(32, 32, 8, 1))
+D_QUERY = Tiles({width: [_config(128, 64, 8, 2), _SMALL] for width in (64, 128)}, _config(16, 16, 8, 1))
+D_KEY_VALUE = Tiles({64: [_config(32, 64, 4, 2)], 128: [_config(64, 64, 8, 2)]}, _config(32, 32, 4, 1))
+
+
+def _autotune(tiles: Tiles) -> Callable[[Any], Any]:
+    """Over the tiles that fit; not anew for another number of tokens, since every step has another one.
+
+    The interpreter, which cannot time anything, gets the first one alone.
+    """
+
+    def prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
+        args = {**args, **kwargs}
+        return tiles.fitting(args["WIDTH"], args["query"].element_size())
+
+    return triton.autotune(
+        configs=tiles.by_width[128][:1] if INTERPRETED else tiles.every(),
+        key=["HEADS", "GROUP", "D", "WINDOWED"],
+        prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
+    )
+
+
+@triton.jit
+def _place(offsets, segments, HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
+    """(key head, segment, first row in it) of this program, for tiles of ROWS rows of which a token has PER_TOKEN.
+
+    Segment k owns the places from offsets[k] PER_TOKEN // ROWS + k on. The next one's first is at least as many further
+    as k has tiles, since floor(b) + 1 - floor(a) >= ceil(b - a). Heads run side by side: so the long programs of a
+    prompt's keys start before the short ones of its responses'.
+    """
+    head, program = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    count = 0
+    for first in range(0, segments, SCAN):
+        k = first + tl.arange(0, SCAN)
+        start = tl.load(offsets + k, mask=k < segments, other=0) * PER_TOKEN // ROWS + k
+        count += tl.sum(((start <= program) & (k < segments)).to(tl.int32), 0)
+    segment = count - 1
+    start = tl.load(offsets + segment) * PER_TOKEN // ROWS + segment
+    return head, segment, ((program - start) * ROWS).to(tl.int32)
+
+
+@triton.jit
+def _span(offsets, segment):
+    """(first token as int64, number of tokens as int32) of a segment."""
+    begin = tl.load(offsets + segment)
+    return begin, (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+
+
+@triton.jit
+def _prefix(offsets, prompt_of, segment):
+    """(the prompt's first token, its number of tokens) of a segment's prompt; the number is 0 for a prompt itself."""
+    prompt = tl.load(prompt_of + segment)
+    begin, length = _span(offsets, prompt)
+    return begin, tl.where(prompt == segment, 0, length)
+
+
+@triton.jit
+def _at(stride, token, head):
+    """Where a token's row of a head starts, in elements. stride: (of a token, of a head); token: int64."""
+    return token * stride[0] + head.to(tl.int64) * stride[1]
+
+
+@triton.jit
+def _load(base, at, D: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH] of the rows that start at base + at; 0 from column D on."""
+    columns = tl.arange(0, WIDTH)
+    to = base + at[:, None] + columns[None, :]
+    return tl.load(to) if D == WIDTH else tl.load(to, mask=columns[None, :] < D, other=0.0)
+
+
+@triton.jit
+def _store(base, at, x, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+    columns = tl.arange(0, WIDTH)
+    to = base + at[:, None] + columns[None, :]
+    mask = inside[:, None] if D == WIDTH else inside[:, None] & (columns[None, :] < D)
+    tl.store(to, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _key_tokens(n, end, begin, prompt_begin, prefix, BN: tl.constexpr):
+    """(positions n .. n + BN - 1, the tokens whose keys stand there); past the end the last token once more."""
+    position = n + tl.arange(0, BN)
+    at = tl.minimum(position, end - 1)
+    return position, tl.where(at < prefix, prompt_begin, begin - prefix) + at
+
+
+@triton.jit
+def _walk(lowest, window, WINDOWED: tl.constexpr, BN: tl.constexpr):
+    """(first, bound): rows from position `lowest` on see nothing before `first`, and all of first .. bound - 1."""
+    if WINDOWED:
+        first = tl.maximum(lowest - window + 1, 0) // BN * BN
+        bound = first
+    else:
+        first = 0
+        bound = (lowest + 1) // BN * BN
+    return first, bound
+
+
+@triton.jit
+def _sees(rows, keys, window, WINDOWED: tl.constexpr):
+    """Whether the rows at some positions see the keys at others."""
+    sees = keys <= rows
+    if WINDOWED:
+        sees = sees & (keys > rows - window)
+    return sees
+
+
+# ---- forward ----------------------------------------------------------------------------------------------------
+
+
+@_autotune(FORWARD)
+@triton.jit(do_not_specialize=["segments", "window"])
+def _attention_kernel(
+    query,
+    key,
+    value,
+    offsets,
+    prompt_of,
+    out,
+    lse,
+    segments,
+    window,
+    scale2,
+    stride_query,
+    stride_key,
+    stride_value,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """scale2: log2(e) scale. Strides: as `_at` takes them. HEADS: key heads; GROUP: query heads of each."""
+    head, segment, first = _place(offsets, segments, HEADS, GROUP, BM)
+    begin, length = _span(offsets, segment)
+    if first >= length * GROUP:
+        return
+    prompt_begin, prefix = _prefix(offsets, prompt_of, segment)
+    # Rows past the end are the last one once more.
+    row = tl.minimum(first + tl.arange(0, BM), length * GROUP - 1)
+    position = prefix + row // GROUP
+    token, query_head = begin + row // GROUP, head * GROUP + row % GROUP
+    q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+
+    acc = tl.zeros((BM, WIDTH), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    # Of log2(e) s, like the exponents of `acc` and `total`.
+    row_max = tl.full((BM,), LOWEST, tl.float32)
+    start, bound = _walk(prefix + first // GROUP, window, WINDOWED, BN)
+    end = prefix + tl.minimum((first + BM - 1) // GROUP + 1, length)
+    # Tiles that every row sees as a whole, then those that need the mask.
+    for MASKED in tl.static_range(1 if WINDOWED else 0, 2):
+        for n in range(bound if MASKED else start, end if MASKED else bound, BN):
+            key_position, key_token = _key_tokens(n, end, begin, prompt_begin, prefix, BN)
+            k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if MASKED:
+                sees = _sees(position[:, None], key_position[None, :], window, WINDOWED)
+                s = tl.where(sees, s, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)
+            p = tl.exp2(s * scale2 - new_max[:, None])
+            decay = tl.exp2(row_max - new_max)
+            total = total * decay + tl.sum(p, 1)
+            row_max = new_max
+            v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    inside = first + tl.arange(0, BM) < length * GROUP
+    at = token * (HEADS * GROUP) + query_head
+    _store(out, at * D, acc / total[:, None], inside, D, WIDTH)
+    tl.store(lse + at, row_max * LN2 + tl.log(total), mask=inside)
+
+
+# ---- backward ---------------------------------------------------------------------------------------------------
+
+
+@_autotune(D_QUERY)
+@triton.jit(do_not_specialize=["segments", "window"])
+def _d_query_kernel(
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    offsets,
+    prompt_of,
+    d_query,
+    delta,
+    segments,
+    window,
+    scale,
+    scale2,
+    stride_grad,
+    stride_query,
+    stride_key,
+    stride_value,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """d query, and delta [T, Hq], the D_i of the equations, for `_d_key_value_kernel`. out: contiguous."""
+    head, segment, first = _place(offsets, segments, HEADS, GROUP, BM)
+    begin, length = _span(offsets, segment)
+    if first >= length * GROUP:
+        return
+    prompt_begin, prefix = _prefix(offsets, prompt_of, segment)
+    row = tl.minimum(first + tl.arange(0, BM), length * GROUP - 1)
+    inside = first + tl.arange(0, BM) < length * GROUP
+    position = prefix + row // GROUP
+    token, query_head = begin + row // GROUP, head * GROUP + row % GROUP
+    at = token * (HEADS * GROUP) + query_head
+    d_out = _load(grad_out, _at(stride_grad, token, query_head), D, WIDTH)
+    row_delta = tl.sum(_load(out, at * D, D, WIDTH).to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(delta + at, row_delta, mask=inside)
+    q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+    lse2 = tl.load(lse + at) * LOG2E
+
+    acc = tl.zeros((BM, WIDTH), tl.float32)
+    start, bound = _walk(prefix + first // GROUP, window, WINDOWED, BN)
+    end = prefix + tl.minimum((first + BM - 1) // GROUP + 1, length)
+    for MASKED in tl.static_range(1 if WINDOWED else 0, 2):
+        for n in range(bound if MASKED else start, end if MASKED else bound, BN):
+            key_position, key_token = _key_tokens(n, end, begin, prompt_begin, prefix, BN)
+            k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse2[:, None])
+            if MASKED:
+                p = tl.where(_sees(position[:, None], key_position[None, :], window, WINDOWED), p, 0.0)
+            v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+            dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - row_delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    _store(d_query, at * D, acc * scale, inside, D, WIDTH)
+
+
+@triton.jit
+def _members(prompt_of, segments, segment):
+    """How many segments see the keys of one: itself, and where it is a prompt its responses, which follow it."""
+    count = 0
+    for first in range(0, segments, SCAN):
+        k = first + tl.arange(0, SCAN)
+        count += tl.sum((tl.load(prompt_of + k, mask=k < segments, other=-1) == segment).to(tl.int32), 0)
+    return tl.maximum(count, 1)
+
+
+@_autotune(D_KEY_VALUE)
+@triton.jit(do_not_specialize=["segments", "window"])
+def _d_key_value_kernel(
+    grad_out,
+    query,
+    key,
+    value,
+    lse,
+    delta,
+    offsets,
+    prompt_of,
+    d_key,
+    d_value,
+    segments,
+    window,
+    scale,
+    scale2,
+    stride_grad,
+    stride_query,
+    stride_key,
+    stride_value,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    head, segment, first = _place(offsets, segments, HEADS, 1, BN)
+    begin, length = _span(offsets, segment)
+    if first >= length:
+        return
+    _, prefix = _prefix(offsets, prompt_of, segment)
+    members = _members(prompt_of, segments, segment)
+    key_position = prefix + first + tl.arange(0, BN)
+    key_token = begin + tl.minimum(first + tl.arange(0, BN), length - 1)
+    k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
+    v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+
+    dk = tl.zeros((BN, WIDTH), tl.float32)
+    dv = tl.zeros((BN, WIDTH), tl.float32)
+    # Without a window the segments that see these keys are one range. With one, each is seen from a part of its own.
+    for member in range(segment, segment + (members if WINDOWED else 1)):
+        if WINDOWED:
+            row_begin, stop = _span(offsets, member)
+            row_prefix = tl.where(member == segment, prefix, length)
+            start = tl.where(member == segment, first, 0)
+            stop = tl.minimum(stop, prefix + first + BN - 1 + window - row_prefix)
+        else:
+            row_begin, row_prefix, start = begin, prefix, first
+            stop = (tl.load(offsets + segment + members) - begin).to(tl.int32)
+        count = stop * GROUP
+        # Rows from here on see all of the tile.
+        bound = count if WINDOWED else tl.minimum(start * GROUP + tl.cdiv((BN - 1) * GROUP, BM) * BM, count)
+        for WHOLE in tl.static_range(0, 1 if WINDOWED else 2):
+            for m in range(bound if WHOLE else start * GROUP, count if WHOLE else bound, BM):
+                # Rows past the end are the last one once more, with a probability of 0.
+                row = tl.minimum(m + tl.arange(0, BM), count - 1)
+                token, query_head = row_begin + row // GROUP, head * GROUP + row % GROUP
+                at = token * (HEADS * GROUP) + query_head
+                lse2 = tl.load(lse + at, mask=m + tl.arange(0, BM) < count, other=float("inf")) * LOG2E
+                q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse2[None, :])
+                if not WHOLE:
+                    position = row_prefix + row // GROUP
+                    p = tl.where(_sees(position[None, :], key_position[:, None], window, WINDOWED), p, 0.0)
+                d_out = _load(grad_out, _at(stride_grad, token, query_head), D, WIDTH)
+                dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
+                dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+                ds = p * (dp - tl.load(delta + at)[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    inside = first + tl.arange(0, BN) < length
+    at = (key_token * HEADS + head) * D
+    _store(d_key, at, dk * scale, inside, D, WIDTH)
+    _store(d_value, at, dv, inside, D, WIDTH)
+
+
+# ---- launches ---------------------------------------------------------------------------------------------------
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x [T, heads, D] itself where every row can be read 16 bytes at a time, else a copy."""
+    if x.stride(2) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _constants(query: Tensor, key: Tensor, scale: float, window: int) -> dict[str, Any]:
+    """What all kernels are compiled for. Raises ValueError for what they do not compute."""
+    D = query.shape[2]
+    if D not in HEAD_SIZES:
+        raise ValueError(f"the Triton kernels of prefix_attention have a head size of {HEAD_SIZES}, got {D}")
+    if not scale > 0:
+        raise ValueError(f"the Triton kernels of prefix_attention need a positive scale, got {scale}")
+    return {
+        "HEADS": key.shape[1],
+        "GROUP": query.shape[1] // key.shape[1],
+        "D": D,
+        "WIDTH": triton.next_power_of_2(D),
+        "WINDOWED": window > 0,
+    }
+
+
+def _grid(tokens: int, segments: int, per_token: int, block: str, heads: int) -> Callable[[dict[str, int]], Any]:
+    return lambda config: ((tokens * per_token // config[block] + segments) * heads,)
+
+
+@on_its_device
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    prompt_of: Tensor,
+    scale: float,
+    window: int,
+    longest: int,
+) -> tuple[Tensor, Tensor]:
+    """(out [T, Hq, D] in the dtype of query, lse [T, Hq] float32), in one launch.
+
+    query: [T, Hq, D]; key, value: [T, Hk, D]; all fp32, bf16 or fp16 with D of 64, 96 or 128, any strides, but those
+    that `_readable` cannot read are copied. offsets: [K + 1] int64; prompt_of: [K] int64, as in PrefixLayout. scale:
+    above 0. window: 0 for none. longest: not needed. lse: natural log of the sum of exp(s). Raises ValueError.
+    """
+    constants = _constants(query, key, scale, window)
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    (T, Hq, _), segments = query.shape, prompt_of.shape[0]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(T, Hq, dtype=torch.float32, device=query.device)
+    _attention_kernel[_grid(T, segments, constants["GROUP"], "BM", constants["HEADS"])](
+        query,
+        key,
+        value,
+        offsets.contiguous(),
+        prompt_of.contiguous(),
+        out,
+        lse,
+        segments,
+        window,
+        scale * LOG2E.value,
+        *(x.stride()[:2] for x in (query, key, value)),
+        **constants,
+    )
+    return out, lse
+
+
+@on_its_device
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    prompt_of: Tensor,
+    scale: float,
+    window: int,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d query, d key, d value) in the dtypes and shapes of what they belong to, contiguous, in two launches.
+
+    grad_out: [T, Hq, D] of any strides; out, lse: forward's; the rest as in `forward`.
+    """
+    constants = _constants(query, key, scale, window)
+    grad_out, query, key, value = _readable(grad_out), _readable(query), _readable(key), _readable(value)
+    offsets, prompt_of = offsets.contiguous(), prompt_of.contiguous()
+    (T, Hq, _), segments = query.shape, prompt_of.shape[0]
+    d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    delta = torch.empty(T, Hq, dtype=torch.float32, device=query.device)
+    strides = (x.stride()[:2] for x in (grad_out, query, key, value))
+    numbers = (segments, window, scale, scale * LOG2E.value, *strides)
+    _d_query_kernel[_grid(T, segments, constants["GROUP"], "BM", constants["HEADS"])](
+        grad_out,
+        query,
+        key,
+        value,
+        out.contiguous(),
+        lse.contiguous(),
+        offsets,
+        prompt_of,
+        d_query,
+        delta,
+        *numbers,
+        **constants,
+    )
+    _d_key_value_kernel[_grid(T, segments, 1, "BN", constants["HEADS"])](
+        grad_out,
+        query,
+        key,
+        value,
+        lse.contiguous(),
+        delta,
+        offsets,
+        prompt_of,
+        d_key,
+        d_value,
+        *numbers,
+        **constants,
+    )
+    return d_query, d_key, d_value
