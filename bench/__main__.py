@@ -14,6 +14,7 @@ from bench import record
 SUITES = {
     "kernels": "CPU timings of every kernel beside its opponents",
     "step": "the whole GAD step beside TRL and beside the paper's literal schedule, on the CPU",
+    "rollout": "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
     "gpu": "the same on a CUDA device; skipped where there is none",
     "traffic": "bytes, launches and FLOPs of the Triton kernels under the interpreter",
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
@@ -24,8 +25,8 @@ SUITES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 where a correctness gate failed or a measurement broke off; 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
-    if options.threads and options.suite not in ("kernels", "step"):
-        return _refuse(f"--threads is for the suites kernels and step, not for {options.suite}")
+    if options.threads and options.suite not in ("kernels", "step", "rollout"):
+        return _refuse(f"--threads is for the suites kernels, step and rollout, not for {options.suite}")
     if options.suite != "step" and (options.cases or options.data):
         return _refuse(f"--cases and --data are for the suite step, not for {options.suite}")
     if options.suite == "tables":

@@ -30,6 +30,7 @@ def extra_peak(call: Callable[[], R]) -> tuple[R, int | None]:
 
 
 def reset_peak() -> bool:
+    """Sets this process's VmHWM to what is resident now; False where that cannot be done."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -43,6 +44,7 @@ def _kib(field: str) -> int:
 
 
 def give_back() -> None:
+    """Returns freed memory to the system."""
     libc = ctypes.CDLL(None)
     # glibc's; other C libraries keep little.
     if hasattr(libc, "malloc_trim"):
