@@ -26,13 +26,12 @@ def warmup(trainer: Trainer) -> None:
             trainer.sample(groups, "warmup", step)
         with phase("discriminator"):
             judgement = discriminator.judge(groups, backward=True)
+            discriminator_norm = discriminator.step()
         stats = student_norm = None
         if step > trainer.config.algorithm.critic_warmup:
             with phase("student"):
                 stats = student.seqkd_backward(groups)
                 student_norm = student.step(student.settings.warmup_lr)
-        with phase("discriminator"):
-            discriminator_norm = discriminator.step()
         trainer.record("warmup", step, groups, stats, student_norm, judgement, discriminator_norm)
 
 
@@ -47,13 +46,13 @@ def gad(trainer: Trainer) -> None:
         with phase("rollout"):
             trainer.sample(groups, "gad", step)
         with phase("discriminator"):
-            # Rewards under the weights that D has before this step's update; its gradient is kept.
+            # Rewards under the weights that D has before this step's update. The update may come at once, since the
+            # student reads nothing but the rewards: so D's gradient takes no memory while the student's is made.
             judgement = discriminator.judge(groups, backward=True)
+            discriminator_norm = discriminator.step()
         with phase("student"):
             stats = student.grpo_backward(groups, judgement.rewards)
             student_norm = student.step(student.settings.lr)
-        with phase("discriminator"):
-            discriminator_norm = discriminator.step()
         trainer.record("gad", step, groups, stats, student_norm, judgement, discriminator_norm)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from bench.step import flops
 from bench.step.flops import Lengths, Widths
 from bench.step.problem import Problem
-from bench.step.worker import Channel, Clock, Meter, arguments, serve, write_findings
+from bench.step.worker import Channel, Clock, Meter, arguments, gradients_of, serve, write_findings
 from gadcore import models
 from gadcore.discriminator import Discriminator
 from gadcore.groups import Group
@@ -100,20 +100,22 @@ class Ours:
             group.samples = samples
         with clock("discriminator"):
             judgement = self.discriminator.judge(groups, backward=True)
+        gradients = None if findings is None else gradients_of(self.discriminator.model)
+        with clock("optimizer"):
+            self.discriminator.step()
         with clock("policy"):
             stats = self.student.grpo_backward(groups, judgement.rewards)
-        if findings is not None:
+        if gradients is not None:
             write_findings(
                 findings,
                 groups=[self._tokens(group) for group in groups],
                 rewards=judgement.rewards,
                 losses={"policy": stats.loss, "discriminator": judgement.loss},
                 student=self.student.model,
-                discriminator=self.discriminator.model,
+                discriminator=gradients,
             )
         with clock("optimizer"):
             self.student.step(config.student.lr)
-            self.discriminator.step()
         return {"response_tokens": check_lengths(problem, groups), "flops": self._flops(groups)}
 
     def _tokens(self, group: Group) -> dict[str, Any]:
