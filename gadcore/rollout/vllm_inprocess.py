@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gadcore.config import Config
 from gadcore.groups import Response
-from gadcore.kernels.linear_few_rows import linear_few_rows
+from gadcore.kernels.linear_few_rows import decoding_linear
 from gadcore.rollout.protocol import SampleRequest, fingerprint
 from gadcore.template import ChatTemplate
 
@@ -35,7 +35,7 @@ class Slice:
 def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
     # vLLM's own CPU layers repack their weights and empty the originals; later updates then fail, one of them
     # (the tied output head) without an error. What they gain at the few rows of a decoding step, ours gains too.
-    layer.cpu_linear = linear_few_rows  # type: ignore[assignment]
+    layer.cpu_linear = decoding_linear()  # type: ignore[assignment]
 
 
 def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gadcore.kernels.linear_few_rows import MAX_ROWS, linear_few_rows
+from gadcore.kernels.linear_few_rows import MAX_ROWS, decoding_linear, linear_few_rows
 from kernel_grid import F64, RECORD
 
 
@@ -53,3 +53,16 @@ def test_what_is_refused() -> None:
         linear_few_rows(torch.randn(3, 5), weight)
     with pytest.raises(ValueError, match="impl must be one of auto, reference, cpu, is 'triton'"):
         linear_few_rows(torch.randn(3, 6), weight, impl="triton")
+
+
+def test_the_decoding_layer_computes_the_same_for_any_number_of_rows() -> None:
+    linear = decoding_linear()
+    weight, bias = torch.randn(33, 24), torch.randn(33)
+    for rows in (1, 16, 64, 65):
+        x = torch.randn(rows, 24)
+        expected = F.linear(x, weight, bias)
+        torch.testing.assert_close(linear(x, weight, bias), expected)
+        if rows <= 64:
+            assert torch.equal(linear(x, weight, bias), linear_few_rows(x, weight, bias, impl="cpu"))
+    wide = torch.randn(3, 24, dtype=torch.float64)
+    assert torch.equal(linear(wide, weight.double(), None), F.linear(wide, weight.double()))
