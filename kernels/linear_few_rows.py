@@ -46,8 +46,9 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, im
 def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (x [M, K], weight [N, K], bias [N] or None) -> [M, N] for the layers of a sampler, on the CPU.
 
-    It computes what linear_few_rows(impl="auto") computes without a gradient, but chooses by the number of rows alone: a
-    decoding step calls it hundreds of times, and the full choice cost 4 % of the step. All tensors must be of one dtype.
+    It computes what linear_few_rows(impl="auto") computes without a gradient, but chooses by the number of rows alone:
+    a decoding step calls it hundreds of times, and the full choice cost 4 % of the step. All tensors must be of one
+    dtype.
     """
     if not _native.available("cpu_linear_few_rows"):
         return F.linear
