@@ -113,7 +113,7 @@ def prune_last_layer(model: PreTrainedModel) -> bool:
     )
     if not known:
         return False
-    batch = _probe(model, last_tokens=True)
+    batch = _probe(model)
     with torch.no_grad():
         expected = last_hidden_states(model, batch)
         hook = layer.register_forward_pre_hook(_last_tokens_only, with_kwargs=True)
@@ -152,7 +152,7 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         raise UserError(f"{what}: it caps its attention scores (attn_logit_softcapping)")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{what}: its attention is not causal (use_bidirectional_attention)")
-    batch = _probe(model, last_tokens=True)
+    batch = _probe(model)
     try:
         with torch.no_grad():
             packed = hidden_states(model, batch)
@@ -167,7 +167,7 @@ def check_packing(model: PreTrainedModel, path: str) -> None:
         raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
-def _probe(model: PreTrainedModel, *, last_tokens: bool) -> GroupedBatch:
+def _probe(model: PreTrainedModel) -> GroupedBatch:
     """Two small ragged groups."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = [1 + 7 * i % (vocabulary - 1) for i in range(64)]
@@ -175,7 +175,7 @@ def _probe(model: PreTrainedModel, *, last_tokens: bool) -> GroupedBatch:
         GroupTokens(tuple(ids[:9]), (tuple(ids[9:14]), tuple(ids[20:28]))),
         GroupTokens(tuple(ids[30:33]), (tuple(ids[33:40]), (ids[40],))),
     ]
-    return GroupedBatch.of(groups, last_tokens=last_tokens, device=model.device)
+    return GroupedBatch.of(groups, last_tokens=True, device=model.device)
 
 
 def _rows(batch: GroupedBatch) -> list[tuple[Tensor, Tensor]]:
