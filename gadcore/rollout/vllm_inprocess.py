@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gadcore.config import Config
 from gadcore.groups import Response
-from gadcore.kernels.linear_few_rows import decoding_linear
+from gadcore.rollout import vllm_cpu
 from gadcore.rollout.protocol import SampleRequest, fingerprint
 from gadcore.template import ChatTemplate
 
@@ -32,12 +32,6 @@ class Slice:
     end: int
 
 
-def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
-    # vLLM's own CPU layers repack their weights and empty the originals; later updates then fail, one of them
-    # (the tied output head) without an error. What they gain at the few rows of a decoding step, ours gains too.
-    layer.cpu_linear = decoding_linear()  # type: ignore[assignment]
-
-
 def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-def]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -48,7 +42,7 @@ def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-de
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm.model_executor.layers.utils as layer_utils
 
-        layer_utils.dispatch_cpu_unquantized_gemm = _plain_cpu_linear
+        layer_utils.dispatch_cpu_unquantized_gemm = vllm_cpu.plain_cpu_linear
     import vllm
 
     return vllm
@@ -78,6 +72,12 @@ class VLLMEngine:
             **({} if self.on_cpu else {"gpu_memory_utilization": rollout.gpu_memory_utilization}),
         )
         (self.engine_model,) = self.llm.apply_model(lambda m: m)
+        if self.on_cpu and rollout.enforce_eager:
+            (runner,) = self.llm.collective_rpc(lambda worker: worker.model_runner)
+            vllm_cpu.fuse_layers(self.engine_model)
+            vllm_cpu.sample_by_one_number(runner)
+            if vllm_cpu.SharedPrefill.fits(runner):
+                vllm_cpu.SharedPrefill(runner, self.engine_model)
         self.slices = map_weights(model, self.engine_model)
         # On CUDA a sleeping engine's weights are unmapped, so there the trainer keeps its own.
         self.shared = self.on_cpu and all(

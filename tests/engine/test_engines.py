@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,7 +104,8 @@ def test_seed_alone_decides_a_prompts_samples(sampled) -> None:
 
 
 def test_responses_end_at_the_marker_or_at_the_limit(sampled) -> None:
-    drawn = sampled.engine.generate(sampled.requests * 4, temperature=1.5, max_tokens=24)
+    requests = [replace(request, seed=seed) for seed in range(8) for request in sampled.requests]
+    drawn = sampled.engine.generate(requests, temperature=1.5, max_tokens=24)
     responses = [s for group in drawn for s in group]
     for sample in responses:
         assert sample.finished == (sample.token_ids[-1] == TEMPLATE.end_id)
