@@ -72,7 +72,7 @@ def load_rows(
                 f"data.columns has no use for {name!r} (did you mean {choice!r}?): "
                 f"it maps {', '.join(CONVERSATIONS + RESPONSES)} onto the columns of {source}"
             )
-    rows = [parse_row(record, columns, where) for where, record in islice(_records(source, split), limit)]
+    rows = [parse_row(record, columns, where) for where, record in islice(records(source, split), limit)]
     if not rows:
         raise UserError(f"{source} has no rows: give a source with at least one prompt and response")
     return rows
@@ -188,7 +188,7 @@ def _found(record: Mapping[str, Any]) -> str:
     return f"the row has {', '.join(map(str, record)) or 'no columns'}"
 
 
-def _records(source: str, split: Split) -> Iterator[tuple[str, Any]]:
+def records(source: str, split: Split) -> Iterator[tuple[str, Any]]:
     """Yields (where, record) for every record of a source."""
     if source == "house":
         yield from _jsonl(_HOUSE / f"{split}.jsonl", f"house/{split}.jsonl")

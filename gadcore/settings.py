@@ -6,6 +6,9 @@
 A later value replaces an earlier one: defaults, then the file, then the command line from left to right. Values on the
 command line are written as in TOML, except that text needs no quotes. TOML has no null, so `none` unsets a setting that
 may be unset (data.eval, run.resume, ..), in a file as "none" and on the command line as none.
+
+Commands with settings of their own (collect, eval) pass their model of sections; presets are for training runs only, so
+these start from the model's defaults.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from rapidfuzz import fuzz, process
 
-from gadcore.config import Config
+from gadcore.config import Config, Section
 from gadcore.errors import UserError
+
+Root = TypeVar("Root", bound=Section)
 
 DEFAULT_PRESET = "smollm2-cpu"
 COMMAND_LINE = "command line"
@@ -45,29 +51,36 @@ def presets() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
-def load(argv: Sequence[str]) -> Config:
+@overload
+def load(argv: Sequence[str]) -> Config: ...
+@overload
+def load(argv: Sequence[str], model: type[Root]) -> Root: ...
+def load(argv: Sequence[str], model: type[Section] = Config) -> Section:
     """The settings of a command line (without program and sub-command).
+
+    model: a Section whose fields are Sections of plain settings; its `title` is the command's name.
 
     `--help` prints every setting with its value and raises SystemExit(0). Raises UserError for an unknown setting, a
     wrong type or value, a combination that cannot work, a missing or broken file.
     """
+    kinds = _setting_kinds(model)
     wants_help = any(item in ("-h", "--help") for item in argv)
-    base, overrides = _split([item for item in argv if item not in ("-h", "--help")])
-    origin, table = _read(*base)
-    values = _flatten(table, origin)
+    base, overrides = _split([item for item in argv if item not in ("-h", "--help")], model)
+    origin, table = _read(*base) if base else (COMMAND_LINE, {})
+    values = _flatten(table, origin, model)
     origins = dict.fromkeys(values, origin)
     values.update(overrides)
     origins.update(dict.fromkeys(overrides, COMMAND_LINE))
 
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key not in _KINDS:
-            raise UserError(f"unknown setting {key} ({origins[key]}){_suggest(key, _KINDS)}")
+        if key not in kinds:
+            raise UserError(f"unknown setting {key} ({origins[key]}){_suggest(key, kinds)}")
         section, _, name = key.partition(".")
-        nested.setdefault(section, {})[name] = _settle(value, _KINDS[key])
+        nested.setdefault(section, {})[name] = _settle(value, kinds[key])
     try:
         # Strict, or `batch_size = true` would count as 1 and a number in quotes as a number.
-        config = Config.model_validate(nested, strict=True)
+        config = model.model_validate(nested, strict=True)
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0], values, origins)) from None
     if wants_help:
@@ -76,10 +89,10 @@ def load(argv: Sequence[str]) -> Config:
     return config
 
 
-def dump(config: Config) -> str:
-    """The fully resolved settings as TOML that `load(["--config", FILE])` reads back to an equal Config."""
+def dump(config: Section) -> str:
+    """The fully resolved settings as TOML that `load(["--config", FILE], type(config))` reads back to equal ones."""
     blocks = []
-    for section in Config.model_fields:
+    for section in type(config).model_fields:
         settings = getattr(config, section)
         lines = [f"{name} = {_toml(getattr(settings, name))}" for name in type(settings).model_fields]
         blocks.append("\n".join([f"[{section}]", *lines]) + "\n")
@@ -104,16 +117,19 @@ def _kinds(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
-_KINDS: dict[str, set[Any]] = {
-    f"{section}.{name}": _kinds(setting.annotation)
-    for section, field in Config.model_fields.items()
-    if field.annotation is not None
-    for name, setting in field.annotation.model_fields.items()
-}
+@cache
+def _setting_kinds(model: type[Section]) -> dict[str, set[Any]]:
+    """{"section.key": the types that it admits}."""
+    return {
+        f"{section}.{name}": _kinds(setting.annotation)
+        for section, field in model.model_fields.items()
+        if field.annotation is not None
+        for name, setting in field.annotation.model_fields.items()
+    }
 
 
-def _split(argv: Sequence[str]) -> tuple[tuple[str, str], dict[str, Any]]:
-    """Takes a command line apart: (("config" or "preset", its value), {"section.key": value})."""
+def _split(argv: Sequence[str], model: type[Section]) -> tuple[tuple[str, str] | None, dict[str, Any]]:
+    """Takes a command line apart: (("config" or "preset", its value) or None, {"section.key": value})."""
     bases: list[tuple[str, str]] = []
     overrides: dict[str, Any] = {}
     items = iter(argv)
@@ -131,15 +147,19 @@ def _split(argv: Sequence[str]) -> tuple[tuple[str, str], dict[str, Any]]:
             bases.append((key, value))
             continue
         key = key.replace("-", "_")
-        if key in Config.model_fields:
+        if key in model.model_fields:
             raise UserError(f"{key} ({COMMAND_LINE}) is a group of settings: write --{key}.NAME VALUE")
-        overrides[key] = _parse(value, _KINDS.get(key, {str}))
+        overrides[key] = _parse(value, _setting_kinds(model).get(key, {str}))
     if len(bases) > 1:
         raise UserError(
             f"{' and '.join(f'--{name} {value}' for name, value in bases)} are given together: "
             "start from one file or one preset"
         )
-    return bases[0] if bases else ("preset", DEFAULT_PRESET), overrides
+    if model is Config:
+        return bases[0] if bases else ("preset", DEFAULT_PRESET), overrides
+    if bases and bases[0][0] == "preset":
+        raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
+    return bases[0] if bases else None, overrides
 
 
 def _parse(text: str, kinds: set[Any]) -> Any:
@@ -187,13 +207,13 @@ def _read(kind: str, name: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{origin} is not valid TOML: {error}") from None
 
 
-def _flatten(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _flatten(table: Mapping[str, Any], origin: str, model: type[Section]) -> dict[str, Any]:
     """{"section": {"key": value}} as {"section.key": value}."""
     flat: dict[str, Any] = {}
     for section, content in table.items():
-        if isinstance(content, dict) and (content or section in Config.model_fields):
+        if isinstance(content, dict) and (content or section in model.model_fields):
             flat.update({f"{section}.{name}": value for name, value in content.items()})
-        elif section in Config.model_fields:
+        elif section in model.model_fields:
             raise UserError(f"{section} ({origin}) is a group of settings: write it as a table [{section}]")
         else:
             flat[section] = content
@@ -220,6 +240,8 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
 
 def _toml(value: Any) -> str:
     """A value as TOML writes it; None as "none"."""
+    if isinstance(value, Section):
+        value = value.model_dump()
     if value is None:
         return '"none"'
     if isinstance(value, bool):
@@ -234,7 +256,7 @@ def _toml(value: Any) -> str:
     return str(value)
 
 
-def _print_help(config: Config) -> None:
+def _print_help(config: Section) -> None:
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -253,12 +275,13 @@ def _print_help(config: Config) -> None:
             str_from_instance=lambda value: [_toml(value)],
         )
 
+    named = f"Presets: {', '.join(presets())}." if isinstance(config, Config) else config.__doc__
     tyro.cli(
-        Config,
+        type(config),
         args=["--help"],
         default=config,
-        prog="python -m gadcore.run",
-        description=f"{__doc__}\nPresets: {', '.join(presets())}.\nBelow: every setting, with the value it would have.",
+        prog=f"python -m gadcore.run {config.model_config.get('title') or ''}".rstrip(),
+        description=f"{__doc__}\n{named}\nBelow: every setting, with the value it would have.",
         use_underscores=True,
         registry=registry,
         config=(tyro.conf.FlagConversionOff,),

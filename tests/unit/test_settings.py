@@ -288,3 +288,38 @@ def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFi
 def test_loading_settings_imports_no_torch() -> None:
     code = "import sys; from gadcore.settings import load; load([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["algorithm.discriminator_steps=2", "algorithm.discriminator_every=2"], "leave one of them at 1"),
+        (["algorithm.critic_warmup=2", "algorithm.student_warmup=false"], "never does: set one of them back"),
+        (["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false"], "would update nothing"),
+        (["gate.enabled=true", "algorithm.discriminator_warmup=false"], "keeps from learning"),
+        (["gate.enabled=true", "data.eval=none"], "gate.enabled needs held-out prompts"),
+        (["convergence.enabled=true", "data.eval=none"], "convergence.enabled needs held-out prompts"),
+        (["gate.low=0.9", "gate.high=0.9"], "leave no accuracy between them"),
+        (["discriminator.label_smoothing=0.5"], "discriminator.label_smoothing = 0.5"),
+        (["discriminator.margin_cap=0"], "discriminator.margin_cap = 0"),
+        (["algorithm.discriminator_steps=0"], "algorithm.discriminator_steps = 0"),
+        (["algorithm.discriminator_every=0"], "algorithm.discriminator_every = 0"),
+        (["algorithm.advantage_std_floor=0"], "algorithm.advantage_std_floor = 0"),
+        (["gate.high=1.5"], "gate.high = 1.5"),
+        (["convergence.rows=3"], "convergence.rows = 3"),
+    ],
+)
+def test_ablations_that_cannot_work_are_refused(settings: list[str], message: str) -> None:
+    assert message in error_of(*(f"--{setting}" for setting in settings))
+
+
+def test_the_papers_settings_stay_the_defaults() -> None:
+    """No ablation, no remedy, no gate and no early stop in any preset, and the same updates as in Algorithm 1."""
+    for name in presets():
+        config = load(["--preset", name])
+        algorithm, judge = config.algorithm, config.discriminator
+        assert algorithm.student_warmup and algorithm.discriminator_warmup and not algorithm.freeze_discriminator
+        assert (algorithm.discriminator_steps, algorithm.discriminator_every) == (1, 1)
+        assert algorithm.advantage_std_floor == 1e-6
+        assert (judge.label_smoothing, judge.margin_cap) == (0, None)
+        assert not config.gate.enabled and not config.convergence.enabled

@@ -1,0 +1,83 @@
+"""Prompts out of the sources of training data, where no response is needed, and out of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gadcore.data import CONVERSATIONS, RESPONSES, parse_row, records
+from gadcore.errors import UserError
+from gadcore.teacher.settings import PromptSettings
+
+Messages = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """messages: a conversation, a user's turn at its end. source: the row's own column `source`, else its place."""
+
+    messages: Messages
+    source: str
+
+
+def read_prompts(settings: PromptSettings) -> list[PromptRow]:
+    """The prompts of a source, in order; raises UserError, with file and line or row, for what cannot be used."""
+    if not settings.source:
+        raise UserError("no prompts are named: set prompts.source to a file, directory or hub id")
+    for name in settings.columns:
+        if name not in CONVERSATIONS:
+            raise UserError(f"prompts.columns has no use for {name!r}: it maps {', '.join(CONVERSATIONS)}")
+    plain = settings.source.endswith(".txt")
+    found = _plain_text(Path(settings.source)) if plain else _rows(settings.source, settings.columns)
+    prompts = list(islice(found, settings.rows))
+    if not prompts:
+        raise UserError(f"{settings.source} has no prompts")
+    return prompts
+
+
+def asked_messages(row: PromptRow, system_prompt: str | None) -> Messages:
+    """The conversation as the teacher is asked it."""
+    if system_prompt is None or row.messages[0]["role"] == "system":
+        return row.messages
+    return ({"role": "system", "content": system_prompt}, *row.messages)
+
+
+def _plain_text(path: Path) -> Iterator[PromptRow]:
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"the file of prompts {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"the file of prompts {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{number}: not UTF-8: save the file as UTF-8") from None
+        if text:
+            yield PromptRow(({"role": "user", "content": text},), f"{path}:{number}")
+
+
+def _rows(source: str, columns: Mapping[str, str]) -> Iterator[PromptRow]:
+    for where, record in records(source, "train"):
+        messages = _parse(record, columns, where)
+        name = record.get("source")
+        yield PromptRow(messages, name if isinstance(name, str) and name else where)
+
+
+def _parse(record: Any, columns: Mapping[str, str], where: str) -> Messages:
+    """The conversation of one record; a teacher's turn at its end, or in a column of its own, is left away."""
+    if isinstance(record, Mapping):
+        mapped = set(columns.values())
+        record = {name: value for name, value in record.items() if name in mapped or name not in RESPONSES}
+        for name in ("messages", "content"):
+            turns = record.get(columns.get(name, name))
+            if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+                last = turns[-1].get("role") == "assistant"
+                record[columns.get(name, name)] = turns[:-1] if last else turns
+        # Any text: a row of training data has a response, and its rules for prompts are those that hold here.
+        record["teacher_response"] = "-"
+    return parse_row(record, columns, where).messages
