@@ -8,73 +8,140 @@
 What differs from the paper's code, with the same mathematics: D looks at each response once per step (the reward of a
 sample is its score inside the BT loss), the teacher is scored once per group, and no old log-probs are computed
 because a batch gets one optimizer step.
+
+Baselines and ablations are settings of the same stages (config.AlgorithmSettings); the defaults are the paper's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Protocol
+
+from gadcore.config import Config
+from gadcore.discriminator import Discriminator, Judgement
+from gadcore.groups import Group
+from gadcore.student import PolicyStats, SeqKDStats, Student
 from gadcore.trainer import Trainer
 
 
-def warmup(trainer: Trainer) -> None:
+class Run(Protocol):
+    """What a stage asks of a run besides mathematics; gadcore.trainer.Trainer is one."""
+
+    config: Config
+    student: Student
+
+    @property
+    def discriminator(self) -> Discriminator: ...
+
+    def phases(self, name: str) -> AbstractContextManager[None]:
+        """Marks what the time inside the block is spent on."""
+
+    def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
+        """(step within the stage, from 1; its batch), for as long as the stage lasts.
+
+        The gate can make the warmup longer, the convergence rule can make the GAD stage shorter.
+        """
+
+    def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
+        """Draws N samples of the current student for every group."""
+
+    def record(
+        self,
+        stage: str,
+        step: int,
+        groups: Sequence[Group],
+        stats: PolicyStats | SeqKDStats | None,
+        student_norm: float | None,
+        judgement: Judgement | None = None,
+        discriminator_norm: float | None = None,
+    ) -> None:
+        """Ends a step, given what it found; None for a model that was not updated."""
+
+    def ensure_reference(self) -> None:
+        """Makes the student as it was when the GAD stage began the reference policy."""
+
+
+def warmup(run: Run) -> None:
     """Stage 1: SeqKD for the student, Bradley-Terry for the discriminator.
 
-    The first algorithm.critic_warmup steps update D only.
+    The first algorithm.critic_warmup steps update D only. Without D's warmup nothing is sampled.
     """
-    student, discriminator, phase = trainer.student, trainer.discriminator, trainer.phases
-    for step, groups in trainer.steps("warmup"):
-        with phase("rollout"):
-            trainer.sample(groups, "warmup", step)
-        with phase("discriminator"):
-            judgement = discriminator.judge(groups, backward=True)
-            discriminator_norm = discriminator.step()
-        stats = student_norm = None
-        if step > trainer.config.algorithm.critic_warmup:
+    student, algorithm, phase = run.student, run.config.algorithm, run.phases
+    for step, groups in run.steps("warmup"):
+        stats = student_norm = judgement = discriminator_norm = None
+        if algorithm.discriminator_warmup:
+            with phase("rollout"):
+                run.sample(groups, "warmup", step)
+            with phase("discriminator"):
+                judgement, discriminator_norm = judge_and_update(run, groups, step)
+        if algorithm.student_warmup and step > algorithm.critic_warmup:
             with phase("student"):
                 stats = student.seqkd_backward(groups)
                 student_norm = student.step(student.settings.warmup_lr)
-        trainer.record("warmup", step, groups, stats, student_norm, judgement, discriminator_norm)
+        run.record("warmup", step, groups, stats, student_norm, judgement, discriminator_norm)
 
 
-def gad(trainer: Trainer) -> None:
+def gad(run: Run) -> None:
     """Stage 2: the student learns by GRPO from the discriminator that learns beside it.
 
-    The reference policy is the student as it is when this stage begins.
+    The reference policy is the student as it is when this stage begins. A frozen D still gives the rewards.
     """
-    student, discriminator, phase = trainer.student, trainer.discriminator, trainer.phases
-    trainer.ensure_reference()
-    for step, groups in trainer.steps("gad"):
+    student, phase = run.student, run.phases
+    run.ensure_reference()
+    for step, groups in run.steps("gad"):
         with phase("rollout"):
-            trainer.sample(groups, "gad", step)
+            run.sample(groups, "gad", step)
         with phase("discriminator"):
-            # Rewards under the weights that D has before this step's update. The update may come at once, since the
-            # student reads nothing but the rewards: so D's gradient takes no memory while the student's is made.
-            judgement = discriminator.judge(groups, backward=True)
-            discriminator_norm = discriminator.step()
+            judgement, discriminator_norm = judge_and_update(
+                run, groups, step, frozen=run.config.algorithm.freeze_discriminator
+            )
         with phase("student"):
             stats = student.grpo_backward(groups, judgement.rewards)
             student_norm = student.step(student.settings.lr)
-        trainer.record("gad", step, groups, stats, student_norm, judgement, discriminator_norm)
+        run.record("gad", step, groups, stats, student_norm, judgement, discriminator_norm)
 
 
-def seqkd(trainer: Trainer) -> None:
+def judge_and_update(
+    run: Run, groups: Sequence[Group], step: int, *, frozen: bool = False
+) -> tuple[Judgement, float | None]:
+    """(D's judgement under the weights that it has before its updates, gradient norm of the first, None without one).
+
+    The update may come at once, since the student reads nothing but the rewards: so D's gradient takes no memory while
+    the student's is made. Further updates see the same samples again, under the new weights.
+    """
+    discriminator, algorithm = run.discriminator, run.config.algorithm
+    if frozen or step % algorithm.discriminator_every:
+        return discriminator.judge(groups, backward=False), None
+    judgement = discriminator.judge(groups, backward=True)
+    norm = discriminator.step()
+    for _ in range(algorithm.discriminator_steps - 1):
+        again = discriminator.judge(groups, backward=True)
+        discriminator.step()
+        judgement = replace(judgement, tokens=judgement.tokens + again.tokens)
+    return judgement, norm
+
+
+def seqkd(run: Run) -> None:
     """The baseline: cross-entropy on the teacher's text, nothing else."""
-    student, phase = trainer.student, trainer.phases
-    for step, groups in trainer.steps("seqkd"):
+    student, phase = run.student, run.phases
+    for step, groups in run.steps("seqkd"):
         with phase("student"):
             stats = student.seqkd_backward(groups)
             student_norm = student.step(student.settings.seqkd_lr)
-        trainer.record("seqkd", step, groups, stats, student_norm)
+        run.record("seqkd", step, groups, stats, student_norm)
 
 
 STAGES = {"warmup": warmup, "gad": gad, "seqkd": seqkd}
 
 
-def train(trainer: Trainer) -> None:
+def train(run: Trainer) -> None:
     """All stages of the run in order, with the held-out evaluation before, between and after."""
-    trainer.evaluate("before")
-    for stage in trainer.stage_steps:
-        if not trainer.is_done(stage):
-            STAGES[stage](trainer)
-            trainer.end_stage(stage)
-        trainer.evaluate(f"after_{stage}")
-    trainer.finish()
+    run.evaluate("before")
+    for stage in run.stage_steps:
+        if not run.is_done(stage):
+            STAGES[stage](run)
+            run.end_stage(stage)
+        run.evaluate(f"after_{stage}")
+    run.finish()

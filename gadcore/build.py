@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,20 @@ class Inputs:
 
 def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     """Reads the data through the student's chat template. Raises UserError for whatever is wrong with it."""
-    _quiet()
+    quiet()
     data = config.data
     # The rows first: a broken line is told before a model is looked for.
     train_rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
-    _device(config)
+    device_of(config)
     path = models.resolve_model(config.student.model)
-    if has_discriminator(stages):
-        models.resolve_model(_discriminator_name(config))
-    _check_context(config, path)
+    judge_path = models.resolve_model(_discriminator_name(config)) if has_discriminator(stages) else path
+    limit = _context_of(path)
+    if limit and config.context_tokens > limit:
+        raise UserError(
+            f"prompt and response limits need a context of {config.context_tokens} tokens, the model {path} has "
+            f"{limit}: lower data.max_prompt_tokens or data.max_response_tokens"
+        )
     template = ChatTemplate(models.load_tokenizer(path), system_prompt=data.system_prompt)
     train, report = build_prompts(train_rows, template, data)
     notes = [f"training: {sentence}" for sentence in report.sentences()]
@@ -66,20 +71,68 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     if eval_rows:
         held_out, report = build_prompts(eval_rows, template, data)
         notes += [f"held out: {sentence}" for sentence in report.sentences()]
+    if has_discriminator(stages):
+        if config.convergence.enabled and len(held_out) < 4:
+            raise UserError(
+                f"convergence.enabled needs 4 held-out rows or more, there are {len(held_out)}: give more by data.eval "
+                "and data.eval_rows, or switch it off"
+            )
+        notes += _few_held_out(config, len(held_out))
+        if judge_path != path:
+            _check_discriminator(config, judge_path, template, [*train, *held_out])
     return Inputs(path, template, train, held_out, notes)
 
 
-def _check_context(config: Config, path: str) -> None:
+def _context_of(path: str) -> int | None:
+    """Tokens that the model was made for, None where it does not say."""
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the model {path}: {models.first_line(error)}") from error
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and config.context_tokens > limit:
-        raise UserError(
-            f"prompt and response limits need a context of {config.context_tokens} tokens, the model {path} has "
-            f"{limit}: lower data.max_prompt_tokens or data.max_response_tokens"
-        )
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_discriminator(config: Config, path: str, template: ChatTemplate, groups: Sequence[Group]) -> None:
+    """Whether another model's context holds what it will be shown, as far as that is known before the first sample."""
+    limit = _context_of(path)
+    if limit is None:
+        return
+    judge = ChatTemplate(models.load_tokenizer(path), system_prompt=config.data.system_prompt)
+    advice = "lower data.max_prompt_tokens or data.max_response_tokens, or choose another discriminator.model"
+    if same_tokenizer(judge, template):
+        needed = config.data.max_prompt_tokens + config.data.max_response_tokens
+        if needed > limit:
+            raise UserError(
+                f"prompt and response limits need a context of {needed} tokens, the discriminator {path} has {limit}: "
+                f"{advice}"
+            )
+        return
+    for group in groups:
+        needed = len(judge.prompt_ids(group.prompt.messages))
+        needed += len(judge.response_ids(group.teacher.text, finished=group.teacher.finished))
+        if needed > limit:
+            raise UserError(
+                f"row {group.prompt.index} (from 0) with its teacher response is {needed} tokens of the discriminator "
+                f"{path}, whose context has {limit}: {advice}"
+            )
+
+
+def same_tokenizer(a: ChatTemplate, b: ChatTemplate) -> bool:
+    """Whether both give equal token ids for equal conversations."""
+    one, other = a.tokenizer, b.tokenizer
+    return bool(
+        one.chat_template == other.chat_template
+        and a.end_id == b.end_id
+        and one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    )
+
+
+def _few_held_out(config: Config, rows: int) -> list[str]:
+    return [
+        f"{name}.rows = {section.rows}, but only {rows} rows are held out: all of them are used"
+        for name, section in (("gate", config.gate), ("convergence", config.convergence))
+        if section.enabled and rows < section.rows
+    ]
 
 
 def describe_plan(config: Config, stages: Sequence[str], inputs: Inputs) -> str:
@@ -93,7 +146,7 @@ def describe_plan(config: Config, stages: Sequence[str], inputs: Inputs) -> str:
     ]
     for stage, count in steps.items():
         line = f"{stage}: {count} steps of {config.schedule.batch_size} prompts"
-        if stage != "seqkd":
+        if stage == "gad" or (stage == "warmup" and config.algorithm.discriminator_warmup):
             samples = count * config.schedule.batch_size * config.rollout.group_size
             line += f", {samples} samples of at most {config.data.max_response_tokens} tokens"
         lines.append(line)
@@ -118,7 +171,7 @@ def build(
             # Checked before anything slow is loaded.
             start = checkpoint.latest(folder.checkpoints) if config.run.resume else None
             saved = checkpoint.load(start) if start else None
-            device = _device(config)
+            device = device_of(config)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
             view.start(
                 Plan(
@@ -166,6 +219,7 @@ def build(
                 tracker=tracker,
                 stop_requested=stop_requested,
                 facts=_facts(config, inputs, student, discriminator, device),
+                make_discriminator=partial(_fresh_discriminator, config, inputs, device),
             )
             if config.run.resume:
                 trainer.resume(saved)
@@ -180,7 +234,7 @@ def has_discriminator(stages: Sequence[str]) -> bool:
     return tuple(stages) != ("seqkd",)
 
 
-def _device(config: Config) -> torch.device:
+def device_of(config: Config) -> torch.device:
     if config.run.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -229,10 +283,16 @@ def _discriminator(config: Config, inputs: Inputs, device: torch.device) -> Disc
         model,
         template,
         config.discriminator,
-        same_vocabulary=path == inputs.student_path,
+        same_vocabulary=path == inputs.student_path or same_tokenizer(template, inputs.template),
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
     )
+
+
+def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device) -> Discriminator:
+    """An untrained discriminator for the convergence rule, beside the one that is being trained."""
+    settings = config.discriminator.model_copy(update={"lr": config.convergence.lr})
+    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device)
 
 
 def _facts(
@@ -280,7 +340,7 @@ def _version(*distributions: str) -> str | None:
     return None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     # Progress bars and advice of the libraries below would tear the view of the run; their errors still raise.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

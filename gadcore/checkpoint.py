@@ -62,8 +62,12 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, JSON],
     keep: int,
+    *,
+    pinned: int | None = None,
 ) -> Path:
     """Writes root/step-<step>, then deletes all but the `keep` newest checkpoints; returns the new folder.
+
+    pinned: step of one more checkpoint that is not deleted, wherever it stands.
 
     tensors: file name -> tensor name -> dense tensor of any device. Tensors that overlap in memory, or are not
     contiguous, are written as copies of their own; a tied weight is written once for every name it is given under.
@@ -78,7 +82,7 @@ def save(
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise ValueError(f"{name!r} cannot be a file name")
     state_bytes = json.dumps(dict(state)).encode()
-    target = root / f"step-{step:06d}"
+    target = at(root, step)
     temporary = root / f"{TEMPORARY}{target.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -97,11 +101,17 @@ def save(
         replaced = root / (target.name + REPLACED)
         if replaced.exists():
             _delete(replaced)
-        for _, path in _checkpoints(root)[keep:]:
-            _delete(path)
+        for found_step, path in _checkpoints(root)[keep:]:
+            if found_step != pinned:
+                _delete(path)
     except OSError as error:
         raise UserError(f"{target} is saved, but older checkpoints cannot be deleted: {_reason(error)}") from error
     return target
+
+
+def at(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
+    return root / f"step-{step:06d}"
 
 
 def latest(root: Path) -> Path | None:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -70,13 +72,21 @@ class StudentSettings(Section):
 class DiscriminatorSettings(Section):
     """The model that judges; "student" means initialised from the student's own weights."""
 
-    model: str = "student"
+    model: str = Field(
+        "student", description="Of any size, family and vocabulary: text is all that it gets of the student's samples."
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
     lr: Rate = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="e: the BT loss believes that the teacher's text is the better one with probability 1 - e."
+    )
+    margin_cap: Above | None = Field(
+        None, description="A pair whose margin is above this gives no gradient; none: every pair does."
+    )
 
 
 class RolloutSettings(Section):
@@ -104,6 +114,18 @@ class AlgorithmSettings(Section):
     normalise_advantage: bool = Field(True, description="Divide advantages by the group's standard deviation.")
     sft_temperature: Annotated[float, Field(gt=0)] = 1.0
     critic_warmup: NonNegative = Field(0, description="First steps of the warmup that update only the discriminator.")
+    student_warmup: bool = Field(True, description="false: the warmup leaves the student as it is.")
+    discriminator_warmup: bool = Field(True, description="false: the warmup leaves the discriminator as it is.")
+    freeze_discriminator: bool = Field(
+        False, description="true: the GAD stage scores with the discriminator of the warmup and never updates it."
+    )
+    discriminator_steps: Positive = Field(
+        1, description="Updates of the discriminator on every batch, of both stages; the reward is from before them."
+    )
+    discriminator_every: Positive = Field(
+        1, description="Update the discriminator only in every k-th step, of both stages."
+    )
+    advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
 
 
 class ScheduleSettings(Section):
@@ -122,10 +144,44 @@ class ScheduleSettings(Section):
     )
 
 
+class GateSettings(Section):
+    """The GAD stage begins only where the discriminator's held-out accuracy is of use; else the warmup goes on."""
+
+    enabled: bool = False
+    low: Share = Field(0.55, description="Below this accuracy rewards are noise; 0: no limit.")
+    high: Share = Field(0.98, description="Above it the student is too far off for rewards to guide it; 1: no limit.")
+    rows: Positive = Field(64, description="Held-out prompts of a measurement, one sample each.")
+    every: Positive = Field(5, description="Further warmup steps between two measurements.")
+    extra_steps: Positive = Field(50, description="Further warmup steps at most.")
+    when_closed: Literal["error", "go_on"] = Field(
+        "error", description="What to do where the gate is still closed after the extra steps."
+    )
+
+
+class ConvergenceSettings(Section):
+    """When the GAD stage ends: a fresh discriminator, trained on some held-out pairs, is asked about the others."""
+
+    enabled: bool = False
+    every: Positive = Field(25, description="GAD steps between two measurements.")
+    rows: Annotated[int, Field(ge=4)] = Field(128, description="Held-out prompts of a measurement, one sample each.")
+    steps: Positive = Field(100, description="Updates of the fresh discriminator.")
+    step_rows: Positive = Field(16, description="Prompts per update of the fresh discriminator.")
+    cross_fit: bool = Field(
+        True, description="Both halves of the prompts are trained on and judged, each by a fresh discriminator."
+    )
+    lr: Above = Field(1e-5, description="Of the fresh discriminator.")
+    patience: Positive = Field(3, description="Measurements without a new minimum that are a plateau.")
+    tolerance: Rate = Field(0.01, description="What a new minimum must be lower by.")
+    rise: Above = Field(0.1, description="An accuracy this much above the minimum ends the stage at once.")
+
+
 class CheckpointSettings(Section):
     """Saving and going on."""
 
-    every: NonNegative = Field(50, description="Steps between checkpoints; 0: only when interrupted.")
+    every: NonNegative = Field(
+        50,
+        description="Steps between checkpoints; 0: only when interrupted, and at a minimum of convergence.*",
+    )
     keep: Positive = 2
 
 
@@ -148,6 +204,8 @@ class Config(Section):
     rollout: RolloutSettings = RolloutSettings()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    gate: GateSettings = GateSettings()
+    convergence: ConvergenceSettings = ConvergenceSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -167,6 +225,18 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
+        self._ablations()
+        for section in (self.gate, self.convergence):
+            if section.enabled and self.data.eval is None:
+                name = "gate" if section is self.gate else "convergence"
+                raise ValueError(
+                    f"{name}.enabled needs held-out prompts, data.eval has none: give some, or switch it off"
+                )
+        if self.gate.low >= self.gate.high:
+            raise ValueError(
+                f"gate.low = {self.gate.low} and gate.high = {self.gate.high} leave no accuracy between them: "
+                "lower the first or raise the second"
+            )
         if self.data.max_prompt_tokens + self.data.max_response_tokens > self.context_tokens:
             raise ValueError(
                 f"data.max_prompt_tokens = {self.data.max_prompt_tokens} and data.max_response_tokens = "
@@ -174,3 +244,26 @@ class Config(Section):
                 "lower the limits or raise the context"
             )
         return self
+
+    def _ablations(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.discriminator_steps > 1 and algorithm.discriminator_every > 1:
+            raise ValueError(
+                f"algorithm.discriminator_steps = {algorithm.discriminator_steps} makes the discriminator faster and "
+                f"algorithm.discriminator_every = {algorithm.discriminator_every} slower: leave one of them at 1"
+            )
+        if algorithm.critic_warmup and not algorithm.student_warmup:
+            raise ValueError(
+                f"algorithm.critic_warmup = {algorithm.critic_warmup} says when the student joins the warmup, and "
+                "algorithm.student_warmup = false that it never does: set one of them back"
+            )
+        if algorithm.critic_warmup and not algorithm.discriminator_warmup:
+            raise ValueError(
+                f"the {algorithm.critic_warmup} steps of algorithm.critic_warmup would update nothing with "
+                "algorithm.discriminator_warmup = false: set one of them back"
+            )
+        if self.gate.enabled and not algorithm.discriminator_warmup:
+            raise ValueError(
+                "gate.enabled asks for more warmup until the discriminator can tell, which "
+                "algorithm.discriminator_warmup = false keeps from learning: set one of them back"
+            )

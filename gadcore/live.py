@@ -65,6 +65,7 @@ class LiveView:
     def step(self, row: Row) -> None:
         with self._lock:
             self._row = row
+            self._stage_steps = row["stage_steps"]  # the gate can make a stage longer
             for key, value in row.items():
                 if isinstance(value, int | float):
                     self._history[key].append(value)

@@ -11,8 +11,11 @@ from typing import Any
 
 from gadcore import findings
 from gadcore.charts import Band, draw
+from gadcore.config import GateSettings
+from gadcore.convergence import Convergence
 from gadcore.curves import groups_of
 from gadcore.findings import pretty
+from gadcore.gate import Gate
 from gadcore.measures import MEASURES, clock, number
 from gadcore.report_files import RunFiles
 from gadcore.tracking import Row
@@ -43,7 +46,7 @@ def parts_of(run: RunFiles) -> dict[str, Any]:
         "run": summary.get("run") or run.config.get("run", {}).get("name") or run.folder.resolve().name,
         "finished": run.summary is not None,
         "state": _state(run),
-        "verdict": findings.verdict(figures, run.evaluations),
+        "verdict": [*findings.verdict(figures, run.evaluations), *_decisions(run)],
         "warnings": warned,
         "checked": _checked(run.metrics, bool(warned)),
         "facts": _facts(run),
@@ -83,6 +86,22 @@ def _figures(run: RunFiles) -> dict[str, Row]:
     return {name: told[name] for name in order if name in told}
 
 
+def _decisions(run: RunFiles) -> list[str]:
+    """What the gate and the convergence rule decided, once summary.json tells it."""
+    summary, told = run.summary or {}, []
+    if summary.get("gate"):
+        gate = Gate.of(summary["gate"])
+        told.append(gate.told(GateSettings(**run.config.get("gate", {}))))
+        if gate.measured[:-1]:
+            told[-1] += f" Before: {', '.join(f'{accuracy:.3f}' for _, accuracy in gate.measured[:-1])}."
+    if summary.get("convergence"):
+        convergence = Convergence.of(summary["convergence"])
+        told.append(convergence.told())
+        if convergence.best:
+            told[-1] += f" The final student is that of step {convergence.best[0]}."
+    return told
+
+
 def _bands(rows: Sequence[Row]) -> list[Band]:
     names = list(dict.fromkeys(row["stage"] for row in rows))
     steps = {name: [row["step"] for row in rows if row["stage"] == name] for name in names}
@@ -102,9 +121,10 @@ def _checked(rows: Sequence[Row], warned: bool) -> str:
     if not rows:
         return "There are no curves to check yet."
     subjects = (
-        "numbers that are not finite, discriminator accuracy, reward spread, reward against length, cut responses, "
+        "numbers that are not finite, discriminator accuracy and margin, reward spread, reward against length and end "
+        "marker, length ratio, cut responses, repetition, sampler against trainer"
     )
-    return ("" if warned else "No warnings. ") + f"Checked: {subjects}sampler against trainer."
+    return ("" if warned else "No warnings. ") + f"Checked: {subjects}."
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The command line: python -m gadcore.run [train | seqkd | report] [settings].
+"""The command line: python -m gadcore.run [COMMAND] [settings].
 
 python -m gadcore.run                                   the default job, preset smollm2-cpu
 python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
@@ -6,7 +6,11 @@ python -m gadcore.run --config mine.toml --dry-run      print the resolved plan 
 python -m gadcore.run --resume auto                     go on with the newest run
 python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
 python -m gadcore.run report [RUN_FOLDER]               write report.html again
-python -m gadcore.run --help                            every setting
+python -m gadcore.run collect ...                       ask a teacher for responses, over an API
+python -m gadcore.run eval ...                          sample from models and compare them with the teacher
+python -m gadcore.run judge | compare ...               ratings, or wins, by an LLM judge on what eval sampled
+python -m gadcore.run sheet | tally ...                 the same by people, blind
+python -m gadcore.run [COMMAND] --help                  every setting
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from pathlib import Path
 from gadcore import settings
 from gadcore.config import Config
 from gadcore.errors import Interrupted, UserError
+from gadcore.evaluate.settings import EvalConfig
 from gadcore.run_folder import LATEST, RunFolder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+COMMANDS = (*STAGES, "report", "collect", "eval", "judge", "compare", "sheet", "tally")
 
 
 class StopSignals:
@@ -48,30 +54,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 2 for bad input, 128 + signal where one stopped the run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    signals = StopSignals()
+    goes_on = "go on with --resume auto" if command in STAGES else "the same command goes on"
+    received = None
     try:
-        if command == "report":
-            return _report(arguments)
+        if command not in COMMANDS:
+            raise UserError(f"unknown command {command!r}: use one of {', '.join(COMMANDS)}, or --help")
         if command not in STAGES:
-            known = ", ".join((*STAGES, "report"))
-            raise UserError(f"unknown command {command!r}: use one of {known}, or --help")
-        return _train(command, arguments, signals)
+            return _other(command, arguments)
+        signals = StopSignals()
+        try:
+            return _train(command, arguments, signals)
+        finally:
+            received = signals.received
     except UserError as error:
         print(f"gadcore: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"gadcore: {error}", file=sys.stderr)
-        return 128 + (signals.received or signal.SIGINT)
+        return 128 + (received or signal.SIGINT)
     except KeyboardInterrupt:
-        print("gadcore: stopped at once; go on from the last checkpoint with --resume auto", file=sys.stderr)
+        print(f"gadcore: stopped at once; {goes_on}", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
         # A full disk (which names no file) or a folder that may not be written is the user's to mend.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = error.filename or "the run folder"
-        print(f"gadcore: {where}: {error.strerror}; mend that and go on with --resume auto", file=sys.stderr)
+        print(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", file=sys.stderr)
         return 2
+
+
+def _other(command: str, arguments: list[str]) -> int:
+    """A command that trains nothing. Each is imported only when it is asked for."""
+    if command == "report":
+        return _report(arguments)
+    if command == "collect":
+        from gadcore.teacher.command import main as collect
+
+        return collect(arguments)
+    if command == "eval":
+        from gadcore.evaluate.command import main as evaluate
+
+        return evaluate(arguments, set_environment)
+    if command in ("sheet", "tally"):
+        from gadcore.evaluate.human_command import sheet_main, tally_main
+
+        return sheet_main(arguments) if command == "sheet" else tally_main(arguments)
+    from gadcore.evaluate.judge_command import compare_main, judge_main
+
+    return judge_main(arguments) if command == "judge" else compare_main(arguments)
 
 
 def _report(arguments: list[str]) -> int:
@@ -117,7 +148,7 @@ def _with_saved_config(arguments: list[str]) -> list[str]:
     return ["--config", str(RunFolder.existing(directory).path / "config.toml"), *arguments]
 
 
-def set_environment(config: Config) -> None:
+def set_environment(config: Config | EvalConfig) -> None:
     """What must be set before torch is imported."""
     if config.run.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.run.threads)

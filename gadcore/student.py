@@ -107,11 +107,7 @@ class Student:
         """
         algorithm = self.algorithm
         tokens = [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
-        advantages = group_advantages(
-            torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
-            GroupLayout.of([len(group.samples) for group in groups], teacher=False),
-            normalise=algorithm.normalise_advantage,
-        ).split([len(group.samples) for group in groups])
+        advantages = self.advantages(rewards)
         response_tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
         loss = kl = entropy = clipped = diff = ratio_max = diff_max = 0.0
         for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=False):
@@ -156,6 +152,23 @@ class Student:
             diff += difference.sum().item() / response_tokens
             diff_max = max(diff_max, difference.max().item())
         return PolicyStats(loss, kl, entropy, clipped, ratio_max, diff, diff_max, sum(group.tokens for group in tokens))
+
+    def advantages(self, rewards: Sequence[Sequence[float]]) -> list[Tensor]:
+        """A_i = (r_i - mean r) / (std r + floor) over each group, unbiased std; undivided where that is asked for.
+
+        One float64 tensor a group. The floor is algorithm.advantage_std_floor: the paper's 1e-6 only avoids 0 / 0, one
+        of the size of a usual std keeps groups whose rewards hardly differ from being blown up to full advantages.
+        """
+        sizes = [len(group) for group in rewards]
+        centred = group_advantages(
+            torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
+            GroupLayout.of(sizes, teacher=False),
+            normalise=False,
+        ).split(sizes)
+        if not self.algorithm.normalise_advantage:
+            return list(centred)
+        # A sample that is alone in its group has nothing to deviate from.
+        return [c / (c.std() + self.algorithm.advantage_std_floor) if len(c) > 1 else c for c in centred]
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradient that is there; returns its norm before clipping."""

@@ -5,54 +5,34 @@ Sampling, the resumable loop over batches, metrics, checkpoints, the held-out ev
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from gadcore import checkpoint
 from gadcore.config import Config
+from gadcore.convergence import measure
 from gadcore.discriminator import Discriminator, Judgement
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.heldout import evaluate
 from gadcore.groups import Group
+from gadcore.health import Monitor, watched
 from gadcore.loader import Loader
 from gadcore.memory.phases import Phases
-from gadcore.metrics import step_metrics
+from gadcore.metrics import sample_traits, step_metrics
 from gadcore.models import save_model
 from gadcore.report import write_report
 from gadcore.rollout import Engine, SampleRequest
 from gadcore.run_folder import RunFolder
+from gadcore.schedule import TIME_FORMAT, Progress, derived_seed, stage_steps
 from gadcore.student import PolicyStats, SeqKDStats, Student
 from gadcore.template import ChatTemplate
 from gadcore.terminal import View
-from gadcore.tracking import Tracker
-
-TIME_FORMAT = "%Y-%m-%d %H:%M"
-
-
-@dataclass
-class Progress:
-    """Where the run stands; all of it is in every checkpoint.
-
-    started: local time of the run's start.
-    step: global, over stages. stage, stage_step: the last finished step. done: finished stages.
-    evaluations: held-out results by name. seconds: per phase. tokens: sampled and trained.
-    """
-
-    started: str = field(default_factory=lambda: time.strftime(TIME_FORMAT))
-    step: int = 0
-    stage: str = ""
-    stage_step: int = 0
-    done: list[str] = field(default_factory=list)
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
+from gadcore.tracking import Tracker, read_rows
 
 
 class Trainer:
@@ -75,7 +55,9 @@ class Trainer:
         tracker: Tracker,
         stop_requested: Callable[[], str | None],
         facts: dict[str, Any],
+        make_discriminator: Callable[[], Discriminator] | None = None,
     ) -> None:
+        """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call."""
         self.config = config
         self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
         self.folder = folder
@@ -90,6 +72,8 @@ class Trainer:
         self.tracker = tracker
         self.stop_requested = stop_requested
         self.facts = facts
+        self._make_discriminator = make_discriminator
+        self._health = Monitor()
         self._reference_saved = False
         self.progress = Progress()
 
@@ -103,19 +87,35 @@ class Trainer:
 
     def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
         """(step within the stage, from 1; its batch), beginning where the run stands."""
-        total = self.stage_steps[stage]
         if self.progress.stage != stage:
             self.progress.stage, self.progress.stage_step = stage, 0
-        self.view.stage(stage, total)
-        while self.progress.stage_step < total:
+        self.view.stage(stage, self._length(stage))
+        while self._goes_on(stage):
             self._stop_if_asked()
             yield self.progress.stage_step + 1, next(self.loader)
+        if stage == "gad":
+            self._take_best()
+
+    def _length(self, stage: str) -> int:
+        """Steps of the stage as far as is known."""
+        return self.stage_steps[stage] + (self.progress.gate.extra if stage == "warmup" else 0)
+
+    def _goes_on(self, stage: str) -> bool:
+        progress = self.progress
+        if stage == "gad" and progress.convergence.stopped:
+            return False
+        if stage == "warmup" and progress.stage_step == self._length(stage):
+            self._pass_gate()
+        if stage == "gad" and self._length(stage) and progress.stage_step == 0 and not progress.convergence.measured:
+            self._look_at_convergence()
+        return progress.stage_step < self._length(stage)
 
     def is_done(self, stage: str) -> bool:
         return stage in self.progress.done
 
     def end_stage(self, stage: str) -> None:
         self.progress.done.append(stage)
+        self.progress.lasted[stage] = self.progress.stage_step
         if self.config.checkpoint.every:
             self.save()
 
@@ -175,15 +175,22 @@ class Trainer:
         progress.stage_step = step
         every = self.config.checkpoint.every
         # The end of a stage has a checkpoint of its own.
-        due = every and progress.step % every == 0 and step < self.stage_steps[stage]
+        last = step == self._length(stage)
+        due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(groups, stats, student_norm, judgement, discriminator_norm)
+        if judgement is not None:
+            values |= sample_traits(groups, judgement)
+        if stage == "gad" and (last or step % self.config.convergence.every == 0):
+            values |= self._look_at_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         self._log_step(stage, step, values)
         every = self.config.tracking.sample_every
         if judgement is not None and every and step % every == 0:
             self._log_triplet(stage, groups[0], judgement)
-        if due:
+        best = progress.convergence.best
+        # The student of the minimum must be there to go back to.
+        if due or (best and best[0] == progress.step):
             self.save()
 
     def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:
@@ -198,12 +205,14 @@ class Trainer:
             "stage": stage,
             "step": self.progress.step,
             "stage_step": step,
-            "stage_steps": self.stage_steps[stage],
+            "stage_steps": self._length(stage),
             **values,
         }
         self.folder.metrics.write(row)
         self.tracker.log(values, self.progress.step)
         self.view.step(row)
+        for warning in self._health.look(row):
+            self.view.message(f"warning: {warning.title}. {warning.text}")
 
     def _log_triplet(self, stage: str, group: Group, judgement: Judgement) -> None:
         best = max(range(len(group.samples)), key=lambda i: judgement.rewards[0][i])
@@ -226,14 +235,62 @@ class Trainer:
         self._stop_if_asked()
         self.view.status(f"evaluating on {len(self.held_out)} held-out prompts")
         with self.phases("evaluation"):
-            groups = [Group(g.prompt, g.teacher) for g in self.held_out]
-            # The same seeds at every evaluation: differences come from the models alone.
-            self._generate(groups, 1, "evaluation")
+            groups = self._held_out_samples()
             result, rows = evaluate(groups, self._discriminator)
         self.phases.take_step()
         self.folder.write_evaluation(name, rows)
         self.progress.evaluations[name] = result
         self.view.evaluation(name, result)
+
+    def _held_out_samples(self, rows: int | None = None) -> list[Group]:
+        """The first held-out prompts with one sample each of the student as it is now."""
+        groups = [Group(g.prompt, g.teacher) for g in self.held_out[:rows]]
+        # The same seeds every time: differences come from the models alone.
+        self._generate(groups, 1, "evaluation")
+        return groups
+
+    def _pass_gate(self) -> None:
+        """Makes the warmup longer while the gate is closed. UserError, after a checkpoint, where it stays closed."""
+        progress, settings = self.progress, self.config.gate
+        if not settings.enabled or not self.stage_steps.get("gad"):
+            return
+        if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
+            self.view.status("measuring the discriminator at the gate")
+            with self.phases("evaluation"):
+                judgement = self.discriminator.judge(self._held_out_samples(settings.rows), backward=False)
+            self.phases.take_step()
+            progress.gate = progress.gate.look(progress.step, judgement.accuracy)
+        self.view.message(progress.gate.told(settings))
+        if progress.gate.fails(settings):
+            self.save()
+            raise UserError(progress.gate.advice(settings))
+        progress.gate = progress.gate.extended(progress.gate.further_steps(settings))
+
+    def _look_at_convergence(self) -> dict[str, float]:
+        """One measurement of the convergence rule; a student at its minimum is saved. Figures for metrics.jsonl."""
+        progress, settings = self.progress, self.config.convergence
+        if not settings.enabled:
+            return {}
+        if self._make_discriminator is None:
+            raise RuntimeError("the convergence rule needs make_discriminator")
+        self.view.status("training a fresh discriminator on held-out pairs")
+        with self.phases("evaluation"):
+            groups = self._held_out_samples(settings.rows)
+            found = measure(groups, self._make_discriminator, settings, self.config.run.seed)
+        progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
+        self.view.message(progress.convergence.told())
+        if progress.stage_step == 0:
+            self.phases.take_step()
+            self.save()
+        return {"convergence/accuracy": found.accuracy, "convergence/train_accuracy": found.train_accuracy}
+
+    def _take_best(self) -> None:
+        """Goes back to the models of the convergence rule's minimum; the records keep what came after it."""
+        best = self.progress.convergence.best
+        if best is None or best[0] == self.progress.step:
+            return
+        self._restore_models(checkpoint.load(checkpoint.at(self.folder.checkpoints, best[0])))
+        self.view.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
 
     # Saving and going on
 
@@ -257,7 +314,12 @@ class Trainer:
                 "rng": rng.state,
             }
             path = checkpoint.save(
-                self.folder.checkpoints, self.progress.step, tensors, state, self.config.checkpoint.keep
+                self.folder.checkpoints,
+                self.progress.step,
+                tensors,
+                state,
+                self.config.checkpoint.keep,
+                pinned=(self.progress.convergence.best or (None,))[0],
             )
         self.phases.take_step()
         self.view.message(f"checkpoint {path}")
@@ -272,6 +334,8 @@ class Trainer:
         self.folder.metrics.truncate_after(self.progress.step)
         self.folder.samples.truncate_after(self.progress.step)
         self.folder.keep_config(self.config, self.progress.step)
+        if self.folder.metrics.path.exists():
+            self._health = watched(read_rows(self.folder.metrics.path))
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.view.message(f"resumed: {where}")
 
@@ -282,6 +346,13 @@ class Trainer:
                 f"{' and '.join(self.stage_steps)}: resume it with the command that it was started with"
             )
         self.loader.restore(saved.state["loader"])
+        self._restore_models(saved)
+        checkpoint.restore_rng(checkpoint.RngState(saved.state["rng"], saved.tensors["rng"]))
+        self.progress = Progress.of(saved.state["progress"])
+        for phase, seconds in self.progress.seconds.items():
+            self.phases.seconds[phase] += seconds
+
+    def _restore_models(self, saved: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
             for name, model in self._models().items():
                 parameters = dict(model.model.named_parameters())
@@ -293,10 +364,6 @@ class Trainer:
                 for n, p in parameters.items():
                     p.copy_(saved.tensors[name][n])
                 checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
-        checkpoint.restore_rng(checkpoint.RngState(saved.state["rng"], saved.tensors["rng"]))
-        self.progress = Progress(**saved.state["progress"])
-        for phase, seconds in self.progress.seconds.items():
-            self.phases.seconds[phase] += seconds
 
     def _models(self) -> dict[str, Student | Discriminator]:
         models: dict[str, Student | Discriminator] = {"student": self.student}
@@ -353,24 +420,11 @@ class Trainer:
             "finished": time.strftime(TIME_FORMAT),
             "stages": list(self.stage_steps),
             "seconds": {**seconds, "total": sum(seconds.values())},
-            "steps": self.stage_steps,
+            "steps": {**self.stage_steps, **self.progress.lasted},
             "tokens": self.progress.tokens,
             **self.facts,
             "evaluations": self.progress.evaluations,
+            "gate": asdict(self.progress.gate) if self.progress.gate.measured else None,
+            "convergence": self.progress.convergence.summary(),
+            "health": [asdict(episode) for episode in self._health.episodes],
         }
-
-
-def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:
-    """Steps of each stage, in order, under its epochs and its upper limit."""
-    schedule = config.schedule
-    result = {}
-    for stage in stages:
-        steps, limit = getattr(schedule, f"{stage}_epochs") * steps_per_epoch, getattr(schedule, f"{stage}_steps")
-        result[stage] = steps if limit is None else min(steps, limit)
-    return result
-
-
-def derived_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed that depends on its arguments alone, so that a resumed run draws the same samples."""
-    digest = hashlib.blake2b(json.dumps([seed, purpose, index]).encode(), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")

@@ -51,7 +51,7 @@ def ngram_f1(candidate: str, reference: str, n: int) -> float:
     a, b = words(candidate), words(reference)
     if len(a) < n and len(b) < n:
         return float(a == b)
-    grams_a, grams_b = _ngrams(a, n), _ngrams(b, n)
+    grams_a, grams_b = ngrams(a, n), ngrams(b, n)
     return _f1((grams_a & grams_b).total(), grams_a.total(), grams_b.total())
 
 
@@ -75,7 +75,8 @@ def likeness(candidates: Sequence[str], references: Sequence[str]) -> Likeness:
     }
 
 
-def _ngrams(sequence: list[str], n: int) -> Counter[tuple[str, ...]]:
+def ngrams(sequence: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often every n-gram of a sequence of words occurs in it."""
     return Counter(tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1))
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
-from gadcore.groups import Group
+from gadcore.build import same_tokenizer
+from gadcore.config import DiscriminatorSettings
+from gadcore.discriminator import Discriminator, softened_bt_loss
+from gadcore.errors import UserError
+from gadcore.groups import Group, Response
+from gadcore.kernels.layout import GroupLayout
 from gadcore.models import load_discriminator, save_model
+from gadcore.template import ChatTemplate
 from naive import bt_loss, score
 from tiny import save_tiny, tiny_tokenizer
 
@@ -141,3 +150,137 @@ def test_dropout_is_off(tmp_path) -> None:
     batch = groups(2, 2)
     d.model.train()
     assert d.judge(batch, backward=True).rewards == d.judge(batch, backward=True).rewards
+
+
+# Remedies
+
+
+@pytest.mark.parametrize(("smoothing", "cap"), [(0.2, None), (0.0, 0.1), (0.1, 0.3), (0.45, 1e-3)])
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_softened_loss_equals_the_literal_formula(tmp_path, smoothing, cap, budget) -> None:
+    batch = groups(3, 3, ragged=True)
+    ours, theirs = discriminator(tmp_path, micro_batch_tokens=budget), discriminator(tmp_path)
+    ours.settings = DiscriminatorSettings(label_smoothing=smoothing, margin_cap=cap)
+
+    judgement = ours.judge(batch, backward=True)
+
+    losses, margins = [], []
+    for prompt, teacher, samples in as_tuples(batch):
+        for sample in samples:
+            margin = score(theirs.model, prompt, teacher) - score(theirs.model, prompt, sample)
+            margins.append(margin.item())
+            if cap is not None and margin.item() > cap:
+                margin = margin.detach() * 0 + cap
+            right, wrong = torch.sigmoid(margin), torch.sigmoid(-margin)
+            losses.append(-(1 - smoothing) * torch.log(right) - smoothing * torch.log(wrong))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    if cap is not None:
+        assert any(m > cap for m in margins) and any(m < cap for m in margins)
+    assert judgement.loss == pytest.approx(loss.item(), rel=1e-9)
+    assert judgement.margin == pytest.approx(sum(margins) / len(margins))
+    assert_same_gradients(gradients(ours.model), gradients(theirs.model), **TOLERANCE[torch.float64])
+
+
+def test_without_remedies_the_loss_is_the_ops_own(tmp_path) -> None:
+    batch, d = groups(3, 3), discriminator(tmp_path)
+    plain = d.judge(batch, backward=True)
+    layout = GroupLayout.of([3, 3, 3], teacher=True)
+    scores = [s for t, rewards in zip(plain.teacher_scores, plain.rewards, strict=True) for s in (t, *rewards)]
+    softened = softened_bt_loss(torch.tensor(scores, dtype=torch.float64), layout, 0.0, None) / 9
+    assert softened.item() == pytest.approx(plain.loss, rel=1e-12)
+
+
+# D with a vocabulary of its own
+
+LLAMA3 = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '<|sep|>' + m['content'] + '<|stop|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|sep|>' }}{% endif %}"
+)
+
+
+def other_template() -> ChatTemplate:
+    """Other merges, other special tokens at other places, another end marker."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|pad|>", "<|start|>", "<|sep|>", "<|stop|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["It is zero, and so on, zero and it is so."], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|stop|>", pad_token="<|pad|>", chat_template=LLAMA3
+    )
+    return ChatTemplate(wrapped)
+
+
+def other_discriminator(tmp_path) -> Discriminator:
+    d = discriminator(tmp_path, kind="qwen2")
+    d.template, d.same_vocabulary = other_template(), False
+    return d
+
+
+def test_another_vocabulary_is_reached_through_text_alone(tmp_path) -> None:
+    """Against the literal loss on the ids of D's own template; the student's ids are replaced by nonsense."""
+    batch, once, pairs = groups(3, 3, ragged=True), other_discriminator(tmp_path), other_discriminator(tmp_path)
+    template, literal = once.template, []
+    for group in batch:
+        prompt = template.prompt_ids(group.prompt.messages)
+        sides = [
+            template._encode(r.text) + ((template.tokenizer.eos_token_id,) if r.finished else ())
+            for r in (group.teacher, *group.samples)
+        ]
+        literal.append((prompt, sides[0], sides[1:]))
+        group.prompt = replace(group.prompt, token_ids=(1,) * 7)
+        group.teacher = replace(group.teacher, token_ids=(2,) * 3)
+        group.samples = [replace(s, token_ids=(3,) * 5) for s in group.samples]
+    assert template.end_id != TEMPLATE.end_id
+
+    judgement = once.judge(batch, backward=True)
+    loss = bt_loss(pairs.model, literal)
+    loss.backward()
+    assert judgement.loss == pytest.approx(loss.item(), rel=1e-9)
+    # The rotary embedding is fp32 in every model, and its cosines differ by an ulp with where they stand in a tensor.
+    assert_same_gradients(gradients(once.model), gradients(pairs.model), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_identical_text_scores_identically_in_another_vocabulary(tmp_path, finished) -> None:
+    """The sample comes as ids of the student's, drawn letter by letter, the teacher's text as text."""
+    text, d = "It is zero, and so on.", other_discriminator(tmp_path)
+    letters = tuple(i for letter in text for i in TEMPLATE.response_ids(letter, finished=False))
+    back, _ = TEMPLATE.text_of(letters)
+    assert back == text and letters != TEMPLATE.response_ids(text, finished=False)
+    batch = groups(2, 3)
+    for group in batch:
+        group.teacher = response(text, finished=finished)
+        group.samples[1] = Response(back, letters, finished)
+    judgement = d.judge(batch, backward=False)
+    for teacher, rewards in zip(judgement.teacher_scores, judgement.rewards, strict=True):
+        assert rewards[1] == teacher and rewards[0] != teacher and rewards[2] != teacher
+    batch[0].samples = [response(text, finished=True), response(text, finished=False)]
+    first, second = d.judge(batch[:1], backward=False).rewards[0]
+    assert first != second, "the end marker of D's own vocabulary is seen"
+
+
+def test_a_context_that_is_too_short_is_told_with_the_row(tmp_path) -> None:
+    batch, d = groups(2, 2), other_discriminator(tmp_path)
+    needed = max(
+        len(tokens.prompt) + len(r) for tokens in [d.tokens(group) for group in batch] for r in tokens.responses
+    )
+    d.context_tokens = needed
+    d.judge(batch, backward=False)
+    d.context_tokens = needed - 1
+    with pytest.raises(UserError, match=rf"row \d .* needs {needed} of the discriminator's tokens.*{needed - 1}"):
+        d.judge(batch, backward=False)
+
+
+def test_tokenizers_are_compared_by_what_they_do(tmp_path) -> None:
+    assert same_tokenizer(TEMPLATE, ChatTemplate(tiny_tokenizer()))
+    assert not same_tokenizer(TEMPLATE, other_template())
+    changed = tiny_tokenizer()
+    changed.chat_template = changed.chat_template.replace("\n", "\n\n")
+    assert not same_tokenizer(TEMPLATE, ChatTemplate(changed))

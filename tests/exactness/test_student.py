@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from builders import assert_same_gradients, gradients, groups, student
+from gadcore.config import AlgorithmSettings
 from gadcore.errors import UserError
 from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.kernels.grpo_ratio_loss import group_advantages, grpo_ratio_loss
@@ -192,3 +193,26 @@ def test_gradient_that_is_not_finite_is_refused_and_changes_nothing() -> None:
     with pytest.raises(UserError, match="gradient of the student is not finite"):
         ours.step(1e-2)
     assert all(torch.equal(p, before[n]) for n, p in ours.model.named_parameters())
+
+
+@pytest.mark.parametrize("floor", [1e-6, 0.5])
+def test_advantages_are_divided_by_the_spread_and_its_floor(floor) -> None:
+    rewards = [[1.0, 2.0, 6.0], [4.0, 4.0], [0.1, 0.1001]]
+    ours = student()
+    ours.algorithm = AlgorithmSettings(advantage_std_floor=floor)
+    for got, group in zip(ours.advantages(rewards), rewards, strict=True):
+        mean = sum(group) / len(group)
+        std = (sum((r - mean) ** 2 for r in group) / (len(group) - 1)) ** 0.5
+        assert got.tolist() == pytest.approx([(r - mean) / (std + floor) for r in group], rel=1e-9, abs=1e-12)
+    # A group that hardly differs gets full advantages from the paper's floor, and next to none from a real one.
+    assert (ours.advantages(rewards)[2].abs().max() > 0.5) == (floor == 1e-6)
+    layout = GroupLayout.of([3, 2, 2], teacher=False)
+    kernel = group_advantages(torch.tensor(sum(rewards, []), dtype=torch.float64), layout)
+    if floor == 1e-6:
+        torch.testing.assert_close(torch.cat(ours.advantages(rewards)), kernel, rtol=1e-12, atol=1e-12)
+
+
+def test_advantages_may_stay_undivided() -> None:
+    ours = student()
+    ours.algorithm = AlgorithmSettings(normalise_advantage=False, advantage_std_floor=0.5)
+    assert [a.tolist() for a in ours.advantages([[1.0, 2.0, 6.0], [5.0]])] == [[-2.0, -1.0, 3.0], [0.0]]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 
-from gadcore.config import Config, ScheduleSettings
-from gadcore.trainer import derived_seed, stage_steps
+from gadcore.config import AlgorithmSettings, Config, GateSettings, ScheduleSettings
+from gadcore.convergence import Convergence
+from gadcore.errors import UserError
+from gadcore.gate import Gate
+from gadcore.schedule import Progress, derived_seed, stage_steps
 
 
 @pytest.mark.parametrize(
@@ -23,6 +29,45 @@ def test_steps_of_a_stage(schedule: dict[str, int], stages: list[str], expected:
     config = Config(schedule=ScheduleSettings(**schedule))
     steps = stage_steps(config, stages, steps_per_epoch=7)
     assert steps == expected and list(steps) == stages
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "schedule", "wrong"),
+    [
+        ({"critic_warmup": 7}, {}, "algorithm.critic_warmup = 7 covers all 7 steps"),
+        ({"critic_warmup": 6}, {}, ""),
+        ({"critic_warmup": 3}, {"warmup_steps": 0}, ""),
+        ({"student_warmup": False, "discriminator_warmup": False}, {}, "leave the warmup nothing to do"),
+        ({"student_warmup": False, "discriminator_warmup": False}, {"warmup_epochs": 0}, ""),
+        ({"freeze_discriminator": True}, {}, ""),
+        ({"freeze_discriminator": True}, {"warmup_steps": 0}, "leaves it untrained"),
+        ({"freeze_discriminator": True}, {"warmup_steps": 0, "gad_steps": 0}, ""),
+        ({"freeze_discriminator": True, "discriminator_warmup": False}, {}, "leaves it untrained"),
+    ],
+)
+def test_a_warmup_must_train_what_it_is_for(algorithm: dict, schedule: dict, wrong: str) -> None:
+    config = Config(algorithm=AlgorithmSettings(**algorithm), schedule=ScheduleSettings(**schedule))
+    if not wrong:
+        assert stage_steps(config, ["warmup", "gad"], steps_per_epoch=7)
+        return
+    with pytest.raises(UserError, match=wrong):
+        stage_steps(config, ["warmup", "gad"], steps_per_epoch=7)
+
+
+def test_the_gate_needs_a_warmup_before_it() -> None:
+    config = Config(gate=GateSettings(enabled=True), schedule=ScheduleSettings(warmup_steps=0))
+    with pytest.raises(UserError, match="there is none: raise schedule.warmup_epochs"):
+        stage_steps(config, ["warmup", "gad"], steps_per_epoch=7)
+    assert stage_steps(config, ["seqkd"], steps_per_epoch=7) == {"seqkd": 21}
+
+
+def test_progress_is_read_from_json_and_from_before_the_gate_existed() -> None:
+    progress = Progress(step=9, gate=Gate(((3, 0.5), (5, 0.6)), 2), convergence=Convergence(((9, 0.7, 0.6, 0.8),)))
+    state = json.loads(json.dumps(asdict(progress)))
+    assert Progress.of(state) == progress
+    for name in ("gate", "convergence", "lasted"):
+        del state[name]
+    assert Progress.of(state) == Progress(started=progress.started, step=9)
 
 
 def test_a_seed_is_the_same_in_every_process() -> None:

@@ -1,0 +1,96 @@
+"""python -m gadcore.run eval: responses of models to sets of prompts, and how teacher-like they are.
+
+    python -m gadcore.run eval --eval.models "before=smollm2-135m-instruct,gad=runs/latest" \\
+        --eval.in_domain "test=test.jsonl" --eval.out_of_domain "vicuna=vicuna.jsonl" --eval.out runs/eval
+
+Responses that eval.out holds are not drawn again, and tests that it holds are not made again: the same command goes on
+where it was stopped, and takes in the results that a judge has left there meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gadcore import settings
+from gadcore.errors import UserError
+from gadcore.evaluate.responses import read_json, write_json, write_whole
+from gadcore.evaluate.settings import EvalConfig
+
+
+def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None = None) -> int:
+    """Runs the command; returns the exit code. Raises UserError for whatever the user has to mend.
+
+    prepare: called with the settings before torch is loaded.
+    """
+    config = settings.load(arguments, EvalConfig)
+    chosen = config.eval
+    if not chosen.models:
+        raise UserError("no model to evaluate: give eval.models, for example --eval.models NAME=RUN_FOLDER")
+    if not chosen.in_domain and not chosen.out_of_domain:
+        raise UserError("no prompts to evaluate on: give eval.in_domain or eval.out_of_domain, NAME=SOURCE")
+    if prepare is not None:
+        prepare(config)
+    evaluate(config)
+    return 0
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Samples what is missing, measures, writes evaluation.json and evaluation.md; returns the former's content."""
+    # Imported only now: torch reads the environment when it is loaded.
+    from gadcore.build import device_of, quiet
+    from gadcore.evaluate.fresh_text import TextTest
+    from gadcore.evaluate.measure import measure_set
+    from gadcore.evaluate.sampling import all_sets, find_model, sample_all
+    from gadcore.evaluate.table import NAME, markdown
+
+    quiet()
+    device = device_of(config.as_run())
+    out = Path(config.eval.out)
+    names = list(config.eval.models)
+    fresh = None
+    if config.fresh.enabled:
+        base = config.fresh.model or config.eval.models[names[0]]
+        fresh = TextTest(find_model(base), config.fresh, device, _tell).run
+    sample_all(config, device, _tell)
+    sets: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, chosen in all_sets(config).items():
+        _tell(f"measuring {name}")
+        results, differences, prompts = measure_set(out / name, names, resamples=config.eval.resamples, fresh=fresh)
+        sets[name] = {
+            "domain": "in" if name in config.eval.in_domain else "out",
+            "source": chosen.source,
+            "prompts": prompts,
+            "results": results,
+            "differences": differences,
+        }
+        notes += _notes(out / name, names)
+    evaluation = {
+        "models": config.eval.models,
+        "sets": sets,
+        "notes": notes,
+        "settings": config.model_dump(exclude={"eval"}),
+    }
+    write_json(out / f"{NAME}.json", evaluation)
+    write_whole(out / f"{NAME}.md", markdown(evaluation))
+    _tell(f"{out / NAME}.md")
+    return evaluation
+
+
+def _notes(folder: Path, models: Sequence[str]) -> list[str]:
+    """What happened to a set's rows, said once where it happened to all models alike."""
+    told: dict[str, list[str]] = {}
+    for model in models:
+        record = folder / f"sampled-{model}.json"
+        for note in read_json(record)["notes"] if record.is_file() else ():
+            told.setdefault(note, []).append(model)
+    return [
+        f"{folder.name}: {note}" if who == list(models) else f"{folder.name}, {' and '.join(who)}: {note}"
+        for note, who in told.items()
+    ]
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,67 @@
+"""How sure a mean is: 95 % intervals by the bootstrap over prompts, and for shares by Wilson's formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEVEL = 0.95
+_Z = 1.959964  # the normal distribution's quantile at (1 + LEVEL) / 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n rows with the interval (low, high) that holds the mean of all such rows at 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "interval": [self.low, self.high], "n": self.n}
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """The mean of values (one per row, at least one) and its percentile bootstrap interval.
+
+    Rows are drawn n out of n with replacement, `resamples` times; the interval runs from the 2.5th to the 97.5th
+    percentile of the means. It reflects the choice of rows alone: neither another draw of responses from the same
+    model nor another training run is in it. One row has no interval to speak of: low = high = mean.
+
+    Raises ValueError where there are no values, or where one is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not data.size or not np.isfinite(data).all():
+        raise ValueError(f"values must be a list of at least one finite number, found {values!r:.80}")
+    generator = np.random.default_rng(seed)
+    # Row by row of the resamples: [resamples, n] at once would be large for large sets.
+    means = [data[generator.integers(data.size, size=data.size)].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(data.mean()), float(low), float(high), data.size)
+
+
+def difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Estimate:
+    """The mean of second - first, row by row, and its interval: both hold a value for each of the same rows."""
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values do not form pairs")
+    return bootstrap(np.subtract(second, first).tolist(), seed=seed, resamples=resamples)
+
+
+def wilson(share: float, n: int) -> Estimate:
+    """A share of n independent trials with Wilson's score interval, which holds at shares of 0 and 1 too.
+
+        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   z = 1.96
+
+    Raises ValueError for a share outside [0, 1] or n < 1.
+    """
+    if not 0 <= share <= 1 or n < 1:
+        raise ValueError(f"a share of {share} in {n} trials is impossible")
+    centre = share + _Z**2 / (2 * n)
+    spread = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    scale = 1 + _Z**2 / n
+    return Estimate(share, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), n)

@@ -1,0 +1,129 @@
+"""Every measure without an API, as a value per prompt, and their means, differences and intervals.
+
+The first model is what the others are compared with. Everything is read from the folder of an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gadcore.errors import UserError
+from gadcore.evaluate.diversity import distinct_values, repetition
+from gadcore.evaluate.intervals import bootstrap, difference, wilson
+from gadcore.evaluate.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
+from gadcore.evaluate.responses import ResponseRow, read_json, read_responses
+from gadcore.measures import Measure
+
+# A model's row of results: {measure: {"mean", "interval", "n"}}.
+Results = dict[str, dict[str, Any]]
+Fresh = Callable[[Sequence[ResponseRow], Path], Mapping[str, Any]]
+
+TEACHER = "teacher"
+TEXT_MEASURES = (
+    Measure(("rouge_l",), "ROUGE-L", "higher"),
+    *(Measure((f"ngram_f1_{n}",), f"{n}-gram F1", "higher") for n in NGRAMS),
+    Measure(("length_ratio",), "length ratio", "near 1"),
+    Measure(("words",), "words", "as the teacher"),
+    Measure(("distinct_1",), "distinct-1", "as the teacher"),
+    Measure(("distinct_2",), "distinct-2", "as the teacher"),
+    Measure(("repetition",), "repetition", "as the teacher", share=True),
+    Measure(("cut_share",), "responses cut", "lower", share=True),
+)
+FRESH = Measure(("fresh_accuracy",), "fresh D tells apart", "near 50 %", share=True)
+JUDGE = Measure(("judge_score",), "judge score", "higher")
+MEASURES = (*TEXT_MEASURES, FRESH, JUDGE)
+
+
+def values_of(rows: Sequence[ResponseRow]) -> dict[str, list[float]]:
+    """Every text measure of a model's responses, a value per row."""
+    texts, references = [row.response for row in rows], [row.reference for row in rows]
+    pairs = list(zip(texts, references, strict=True))
+    return {
+        "rouge_l": [rouge_l(*pair) for pair in pairs],
+        **{f"ngram_f1_{n}": [ngram_f1(*pair, n) for pair in pairs] for n in NGRAMS},
+        "length_ratio": [length_ratio(*pair) for pair in pairs],
+        **_own(texts),
+        "cut_share": [float(not row.finished) for row in rows],
+    }
+
+
+def teacher_values(rows: Sequence[ResponseRow]) -> dict[str, list[float]]:
+    """The measures that the references have by themselves."""
+    return {
+        **_own([row.reference for row in rows]),
+        "cut_share": [float(not row.reference_finished) for row in rows],
+    }
+
+
+def _own(texts: Sequence[str]) -> dict[str, list[float]]:
+    return {
+        "words": [float(len(words(text))) for text in texts],
+        "distinct_1": distinct_values(texts, 1),
+        "distinct_2": distinct_values(texts, 2),
+        "repetition": [repetition(text) for text in texts],
+    }
+
+
+def measure_set(
+    folder: Path, models: Sequence[str], *, resamples: int, fresh: Fresh | None
+) -> tuple[dict[str, Results], dict[str, Results], int]:
+    """(results by model, the teacher's included; differences to the first model by model; prompts) of a set's folder.
+
+    fresh: the fresh-discriminator test, (rows, file to keep its result in) -> FreshResult as a mapping; None leaves it
+      out. Judge scores come from judge-<model>.json, where there are any; they have no differences.
+    """
+    rows = {model: read_responses(folder / f"{model}.jsonl") for model in models}
+    _check_same(rows, folder)
+    if fresh is not None and len(rows[models[0]]) < 2:
+        raise UserError(
+            f"{folder} has one prompt, which cannot be cut into halves: give more, or set fresh.enabled to false"
+        )
+    values = {model: values_of(rows[model]) for model in models}
+    results = {TEACHER: _means(teacher_values(rows[models[0]]), resamples)}
+    for model in models:
+        results[model] = _means(values[model], resamples)
+        if fresh is not None:
+            found = fresh(rows[model], folder / f"fresh-{model}.json")
+            results[model]["fresh_accuracy"] = {
+                "mean": found["accuracy"],
+                **{key: found[key] for key in ("interval", "n", "margin", "train_accuracy", "steps")},
+            }
+            values[model]["fresh_accuracy"] = list(found["correct"])
+        judged = folder / f"judge-{model}.json"
+        if judged.is_file():
+            results[model]["judge_score"] = _judge(judged)
+    differences = {
+        model: {
+            name: difference(values[models[0]][name], mine, resamples=resamples).as_dict()
+            for name, mine in values[model].items()
+        }
+        for model in models[1:]
+    }
+    return results, differences, len(rows[models[0]])
+
+
+def _means(values: Mapping[str, Sequence[float]], resamples: int) -> Results:
+    found = {name: bootstrap(column, resamples=resamples) for name, column in values.items()}
+    # Zeros and ones: where all are alike, as often none or all are cut, the bootstrap would claim to be certain.
+    found["cut_share"] = wilson(found["cut_share"].mean, found["cut_share"].n)
+    return {name: estimate.as_dict() for name, estimate in found.items()}
+
+
+def _check_same(rows: Mapping[str, Sequence[ResponseRow]], folder: Path) -> None:
+    """Paired differences need the same prompts in the same order."""
+    (first, expected), *others = rows.items()
+    for model, mine in others:
+        if [row.index for row in mine] != [row.index for row in expected]:
+            raise UserError(
+                f"{folder / model}.jsonl and {folder / first}.jsonl hold different prompts (index): give both models "
+                "the same rows, or compare them in evaluations of their own"
+            )
+
+
+def _judge(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if missing := {"score", "interval", "n", "unparsable"} - found.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: run the judge again")
+    return {"mean": found["score"], **{key: found[key] for key in ("interval", "n", "unparsable")}}

@@ -1,0 +1,112 @@
+"""Responses on disk, the border between sampling and every measure: <out>/<set>/<model>.jsonl, one row per prompt.
+
+    {"prompt": the last user text, "messages": [{"role": .., "content": ..}, ..], "reference": text, "response": text,
+     "finished": whether the response ended by itself, "source": where the row came from,
+     "reference_finished": false where the reference was cut at the length limit, "index": the row's number in its set}
+
+The last two may be missing: a reference is then whole, and rows are numbered from 0 in the order of the file. Responses
+of other systems can be measured by writing such files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gadcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResponseRow:
+    """One response beside its reference; fields as in the module's docstring."""
+
+    prompt: str
+    messages: tuple[dict[str, str], ...]
+    reference: str
+    response: str
+    finished: bool
+    source: str
+    reference_finished: bool
+    index: int
+
+
+_TEXTS = ("prompt", "reference", "response", "source")
+
+
+def read_responses(path: Path) -> list[ResponseRow]:
+    """The rows of a file, at least one. Raises UserError that names file, line and key for what cannot be used."""
+    try:
+        # Not splitlines(): JSON strings may hold U+2028 and its like.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: sample the responses with eval, or write the file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    return [_row(line, f"{path}:{number}", number - 1) for number, line in enumerate(lines, 1)]
+
+
+def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
+    """Writes all rows in one move, so that the file is whole or not there."""
+    write_whole(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file in one move."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in one move; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError where the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run what made it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object: delete it and run what made it again")
+    return value
+
+
+def _row(line: str, where: str, index: int) -> ResponseRow:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: broken JSON ({error}): mend or delete the line") from None
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object: mend or delete the line")
+    row = {"reference_finished": True, "index": index, **row}
+    wrong = [key for key in _TEXTS if not _is_text(row.get(key))]
+    wrong += [key for key in ("finished", "reference_finished") if not isinstance(row.get(key), bool)]
+    wrong += ["index"] if type(row["index"]) is not int else []
+    if not _conversation(row.get("messages")):
+        wrong.append("messages")
+    if wrong:
+        raise UserError(
+            f"{where}: {', '.join(wrong)} missing or not of the right kind: gadcore/evaluate/responses.py describes "
+            "the rows"
+        )
+    kept = {field.name: row[field.name] for field in fields(ResponseRow)}
+    return ResponseRow(**kept | {"messages": tuple(kept["messages"])})
+
+
+def _conversation(messages: Any) -> bool:
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(isinstance(m, Mapping) and _is_text(m.get(k)) for m in messages for k in ("role", "content"))
+
+
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair, which JSON can write, is no text: a tokenizer would fail on it.
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)

@@ -1,0 +1,204 @@
+"""Draws one response per prompt from every model, and keeps them as gadcore.evaluate.responses describes.
+
+A model's responses to a set are written when all are there, with how they were made beside them
+(sampled-<model>.json); what is there already is not drawn again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gadcore import models
+from gadcore.data import RawRow, load_rows
+from gadcore.errors import UserError
+from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
+from gadcore.evaluate.settings import EvalConfig, SetSettings
+from gadcore.groups import Response
+from gadcore.loader import build_prompts
+from gadcore.rollout import Engine, SampleRequest, make_engine
+from gadcore.template import ChatTemplate
+from gadcore.trainer import derived_seed
+
+Tell = Callable[[str], None]
+
+
+def find_model(value: str) -> str:
+    """The model directory or hub id of a run folder (its student), a model directory, a bundled name or a hub id."""
+    folder = Path(value).expanduser()
+    if (folder / "config.toml").is_file():
+        if not (folder / "student" / "config.json").is_file():
+            raise UserError(f"the run {value} has no student yet: let it finish (--resume auto)")
+        return str(folder / "student")
+    return models.resolve_model(value)
+
+
+def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
+    """Draws every response that is missing in eval.out."""
+    out = Path(config.eval.out)
+    sets = {name: _load(name, settings, config) for name, settings in all_sets(config).items()}
+    paths = {name: find_model(value) for name, value in config.eval.models.items()}
+    sampler = _Sampler(config, device)
+    try:
+        for model, path in paths.items():
+            weights = identity(path)
+            for name, rows in sets.items():
+                made_from = _made_from(config, weights, rows)
+                if not _is_done(out / name, model, made_from):
+                    tell(f"sampling {len(rows)} responses of {model} to {name}")
+                    sampler.use(path)
+                    _sample(sampler, rows, out / name, model, made_from, tell)
+    finally:
+        sampler.close()
+
+
+def all_sets(config: EvalConfig) -> dict[str, SetSettings]:
+    """The sets in their order: in domain, then out of domain."""
+    return config.eval.in_domain | config.eval.out_of_domain
+
+
+def _load(name: str, settings: SetSettings, config: EvalConfig) -> list[RawRow]:
+    try:
+        return load_rows(settings.source, settings.columns, settings.rows or config.eval.rows, split="eval")
+    except UserError as error:
+        raise UserError(f"set {name}: {error}") from None
+
+
+def identity(path: str) -> str:
+    """What changes when a model's weights do: a checksum, or the name of a model on the hub."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    digest = hashlib.sha256(path.encode() if not files else b"")
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _made_from(config: EvalConfig, weights: str, rows: list[RawRow]) -> dict[str, Any]:
+    """Everything that the responses depend on."""
+    text = hashlib.sha256(repr([(row.messages, row.teacher_response) for row in rows]).encode()).hexdigest()[:32]
+    settings = {**config.data.model_dump(), "seed": config.run.seed}
+    settings |= {name: getattr(config.sampling, name) for name in ("temperature", "dtype")}
+    return {"weights": weights, "rows": text, **settings}
+
+
+def _is_done(folder: Path, model: str, made_from: dict[str, Any]) -> bool:
+    responses, record = folder / f"{model}.jsonl", folder / f"sampled-{model}.json"
+    if not responses.is_file():
+        return False
+    if not record.is_file():
+        # Responses that another system wrote are there to be measured.
+        return True
+    before = read_json(record).get("made_from", {})
+    if changed := sorted(key for key in made_from if before.get(key) != made_from[key]):
+        raise UserError(
+            f"{responses} was made with other {', '.join(changed)}: choose another eval.out, or delete it to draw the "
+            "responses again"
+        )
+    return True
+
+
+class _Sampler:
+    """One engine at a time; models of one shape and vocabulary share it, since a start of vLLM takes long."""
+
+    model: PreTrainedModel
+    template: ChatTemplate
+
+    def __init__(self, config: EvalConfig, device: torch.device) -> None:
+        self.config = config
+        self.run_config = config.as_run()
+        self.device = device
+        self.engine: Engine | None = None
+        self._kind: tuple[str, str] | None = None
+        self._path: str | None = None
+
+    def use(self, path: str) -> None:
+        """From here on generate() samples from the model at `path`."""
+        if path == self._path:
+            return
+        model = models.load_causal_lm(path, self.config.sampling.dtype, self.device)
+        _check_context(model, path, self.run_config.context_tokens)
+        self.template = ChatTemplate(models.load_tokenizer(path), system_prompt=self.config.data.system_prompt)
+        kind = _kind_of(model, self.template)
+        if self.engine is not None and kind == self._kind:
+            with torch.no_grad():
+                for mine, new in zip(self.model.parameters(), model.parameters(), strict=True):
+                    mine.copy_(new)
+        else:
+            self.close()
+            self.model, self._kind = model, kind
+            self.engine = make_engine(self.run_config, path, model, self.template)
+        self._path = path
+
+    def generate(self, requests: list[SampleRequest]) -> list[Response]:
+        """One response per request."""
+        engine = self.engine
+        if engine is None:
+            raise RuntimeError("use() comes before generate()")
+        engine.wake()
+        engine.update_weights(self.model)
+        drawn = engine.generate(
+            requests, temperature=self.config.sampling.temperature, max_tokens=self.config.data.max_response_tokens
+        )
+        engine.sleep()
+        return [samples[0] for samples in drawn]
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+        self.engine = None
+
+
+def _check_context(model: PreTrainedModel, path: str, needed: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and needed > limit:
+        raise UserError(
+            f"prompt and response limits need a context of {needed} tokens, the model {path} has {limit}: lower "
+            "data.max_prompt_tokens or data.max_response_tokens"
+        )
+
+
+def _kind_of(model: PreTrainedModel, template: ChatTemplate) -> tuple[str, str]:
+    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    tokenizer = template.tokenizer
+    return repr(shape), tokenizer.backend_tokenizer.to_str() + tokenizer.chat_template
+
+
+def _sample(
+    sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], tell: Tell
+) -> None:
+    groups, report = build_prompts(rows, sampler.template, sampler.run_config.data)
+    requests = [
+        # The same seed for every model: equal models give equal responses.
+        SampleRequest(g.prompt.token_ids, 1, derived_seed(sampler.config.run.seed, folder.name, g.prompt.index))
+        for g in groups
+    ]
+    begin = time.perf_counter()
+    responses = sampler.generate(requests)
+    seconds = time.perf_counter() - begin
+    tokens = sum(len(response.token_ids) for response in responses)
+    made = [
+        ResponseRow(
+            prompt=group.prompt.messages[-1]["content"],
+            messages=group.prompt.messages,
+            reference=group.teacher.text,
+            response=response.text,
+            finished=response.finished,
+            source=rows[group.prompt.index].where,
+            reference_finished=group.teacher.finished,
+            index=group.prompt.index,
+        )
+        for group, response in zip(groups, responses, strict=True)
+    ]
+    write_responses(folder / f"{model}.jsonl", made)
+    record = {"made_from": made_from, "notes": report.sentences(), "tokens": tokens, "seconds": round(seconds, 3)}
+    write_json(folder / f"sampled-{model}.json", record)
+    tell(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
+    for sentence in report.sentences():
+        tell(f"  {sentence}")

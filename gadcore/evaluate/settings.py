@@ -1,0 +1,160 @@
+"""Settings of `python -m gadcore.run eval`. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from gadcore.config import (
+    Config,
+    DataSettings,
+    DiscriminatorSettings,
+    NonNegative,
+    Positive,
+    Rate,
+    RolloutSettings,
+    RunSettings,
+    Section,
+)
+
+# Column and file names beside the models' own.
+_RESERVED = ("teacher",)
+
+
+class SetSettings(Section):
+    """One set of prompts with reference responses."""
+
+    source: str = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
+    rows: Positive | None = Field(None, description="Use only the first rows; default eval.rows.")
+    columns: dict[str, str] = Field(default_factory=dict, description="As data.columns of a training run.")
+
+
+def _pairs(text: str, key: str) -> dict[str, str]:
+    """'a=x,b=y' as {"a": "x", "b": "y"}."""
+    pairs = [item.partition("=") for item in text.split(",")]
+    if not all(name.strip() and equals and value.strip() for name, equals, value in pairs):
+        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
+    table = {name.strip(): value.strip() for name, _, value in pairs}
+    if len(table) < len(pairs):
+        raise ValueError(f"{key} uses a name twice: {text}")
+    return table
+
+
+class EvalSettings(Section):
+    """What is compared on what. Tables may be written NAME=VALUE,NAME=VALUE.
+
+    A set is a source, or a table {source = "..", rows = 500, columns = {prompt = "question"}}.
+    """
+
+    models: dict[str, str] = Field(
+        default_factory=dict, description="Run folders (their student) or models; differences are to the first."
+    )
+    in_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Sets like the training data, by name.")
+    out_of_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Other sets, by name.")
+    rows: Positive | None = Field(None, description="Use only the first rows of every set.")
+    out: str = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
+    resamples: Positive = Field(2000, description="Of the bootstrap that the intervals come from.")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _models(cls, value: Any) -> Any:
+        return _pairs(value, "eval.models") if isinstance(value, str) else value
+
+    @field_validator("in_domain", "out_of_domain", mode="before")
+    @classmethod
+    def _sets(cls, value: Any) -> Any:
+        table = _pairs(value, "eval.in_domain, eval.out_of_domain") if isinstance(value, str) else value
+        if not isinstance(table, dict):
+            return table
+        return {name: {"source": item} if isinstance(item, str) else item for name, item in table.items()}
+
+    @model_validator(mode="after")
+    def _names(self) -> EvalSettings:
+        if twice := self.in_domain.keys() & self.out_of_domain.keys():
+            raise ValueError(f"eval.in_domain and eval.out_of_domain share the name {min(twice)}")
+        for name in (*self.models, *self.in_domain, *self.out_of_domain):
+            # They become names of files and folders.
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ValueError(f"{name!r} is no name for a model or set: use letters, digits and _ . + -")
+        for name in self.models:
+            if name in _RESERVED or re.match(r"(judge|compare|fresh|sampled)-", name):
+                raise ValueError(
+                    f"eval.models must not use the name {name}: it stands for something else in the results"
+                )
+        return self
+
+
+class MachineSettings(Section):
+    """Where it is computed, and the seed of the responses."""
+
+    device: str = Field("auto", description='"auto": cuda where there is one, else cpu; or a torch device.')
+    threads: NonNegative = Field(0, description="CPU threads; 0: what the environment says.")
+    seed: NonNegative = 0
+
+
+class LimitSettings(Section):
+    """Templates and limits, as those of a training run."""
+
+    system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
+    max_prompt_tokens: Positive = 2048
+    max_response_tokens: Positive = Field(1536, description="Longer references are cut there, as responses are.")
+    long_prompt: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
+    )
+
+
+class SamplingSettings(Section):
+    """How responses are drawn, one per prompt."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    temperature: Rate = Field(0.8, description="0: greedy.")
+    max_num_seqs: Positive = 256
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
+
+
+class FreshSettings(Section):
+    """How long a fresh discriminator learns, and from what (gadcore.evaluate.fresh)."""
+
+    steps: Positive = Field(40, description="Optimizer steps.")
+    batch_size: Positive = Field(16, description="Prompts per step.")
+    seed: NonNegative = Field(0, description="Of the halves, the order and the new head.")
+    cross_fit: bool = Field(True, description="Both halves are trained on and judged, each by a discriminator anew.")
+
+
+class FreshModelSettings(FreshSettings):
+    """The fresh discriminator of `eval`."""
+
+    enabled: bool = Field(True, description="false: leaves this test out.")
+    model: str | None = Field(None, description="Its weights before training; default: those of the first model.")
+    lr: Rate = 1e-5
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: Literal["none", "bfloat16"] = "none"
+    micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
+
+    def discriminator(self) -> DiscriminatorSettings:
+        return DiscriminatorSettings(dtype=self.dtype, autocast=self.autocast, lr=self.lr, grad_clip=self.grad_clip)
+
+
+class EvalConfig(Section):
+    """All settings of `python -m gadcore.run eval`."""
+
+    model_config = ConfigDict(title="eval")
+
+    eval: EvalSettings = EvalSettings()
+    run: MachineSettings = MachineSettings()
+    data: LimitSettings = LimitSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    fresh: FreshModelSettings = FreshModelSettings()
+
+    def as_run(self) -> Config:
+        """The settings that are a training run's too, as such: limits, device, engine."""
+        return Config(
+            run=RunSettings(**self.run.model_dump()),
+            data=DataSettings(**self.data.model_dump()),
+            rollout=RolloutSettings(**self.sampling.model_dump(exclude={"temperature"})),
+        )

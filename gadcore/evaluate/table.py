@@ -1,0 +1,124 @@
+"""The table of an evaluation: one part per set, a row per measure, a column per model and per difference.
+
+evaluation.json holds every figure; Markdown and the report's part are made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from gadcore.evaluate.measure import MEASURES, TEACHER
+from gadcore.evaluate.responses import read_json
+from gadcore.measures import Measure
+
+NAME = "evaluation"
+DOMAINS = {"in": "in domain", "out": "out of domain"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The table of one set, as text. rows: (measure, cells, better when); a cell per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...], str], ...]
+
+
+def parts_of(evaluation: Mapping[str, Any]) -> list[Part]:
+    """The tables of evaluation.json's content, in the order of its sets."""
+    first, *others = evaluation["models"]
+    columns = (TEACHER, first, *others, *(f"{name} − {first}" for name in others))
+    parts = []
+    for name, found in evaluation["sets"].items():
+        rows = []
+        for measure in MEASURES:
+            (key,) = measure.path
+            cells = [_cell(measure, found["results"][who].get(key)) for who in (TEACHER, first, *others)]
+            cells += [_cell(measure, found["differences"][who].get(key), signed=True) for who in others]
+            if any(key in found["results"][who] for who in (TEACHER, first, *others)):
+                rows.append((measure.label, tuple(cells), measure.better))
+        title = f"{name} ({DOMAINS[found['domain']]}, {found['prompts']} prompts of {found['source']})"
+        parts.append(Part(title, columns, tuple(rows)))
+    return parts
+
+
+def _cell(measure: Measure, found: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    if found is None:
+        return "–"
+    text = measure.show(found["mean"], signed)
+    # A judge that gave no usable verdict leaves none.
+    if found["interval"] is not None:
+        low, high = found["interval"]
+        text += f" [{measure.show(low, signed)}, {measure.show(high, signed)}]"
+        text += " *" if signed and (low > 0 or high < 0) else ""
+    if found.get("unparsable"):
+        text += f" ({found['unparsable']} unparsable)"
+    return text
+
+
+LEGEND = (
+    "Means over prompts with 95 % intervals; differences are paired by prompt, * marks those whose interval excludes "
+    "0, as some of so many do by chance. Intervals cover the choice of prompts, not another draw of responses or "
+    "another training run. The fresh discriminator is trained on one half of the pairs and asked about the other: "
+    "50 % where it cannot tell student from teacher, which with few prompts or steps says more about it than about "
+    "the student."
+)
+
+
+def markdown(evaluation: Mapping[str, Any]) -> str:
+    """All tables as Markdown, with what they mean and what happened to rows on the way."""
+    lines = ["# Evaluation", "", LEGEND, ""]
+    for name, source in evaluation["models"].items():
+        lines.append(f"- {name}: `{source}`")
+    for part in parts_of(evaluation):
+        lines += ["", f"## {part.title}", "", _line(["measure", *part.columns, "better"])]
+        lines.append(_line(["---", *("---:" for _ in part.columns), "---"]))
+        lines += [_line([label, *cells, better]) for label, cells, better in part.rows]
+    if evaluation["notes"]:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in evaluation["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+_SECTION = """\
+<section aria-labelledby="evaluation">
+  <h2 id="evaluation">Evaluation</h2>
+  <p class="lead">{{ legend }}</p>
+  {% for part in parts %}
+  <div class="card scroll" tabindex="0" role="region" aria-label="{{ part.title }}">
+  <table class="figures">
+    <caption>{{ part.title }}</caption>
+    <thead><tr><th scope="col">Measure</th>\
+{% for name in part.columns %}<th scope="col">{{ name }}</th>{% endfor %}<th scope="col">Better when</th></tr></thead>
+    <tbody>
+    {% for label, cells, better in part.rows %}
+    <tr><th scope="row">{{ label }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}<td>{{ better }}</td></tr>
+    {% endfor %}
+    </tbody>
+  </table>
+  </div>
+  {% endfor %}
+  {% for note in notes %}<p class="note">{{ note }}</p>
+  {% endfor %}
+</section>
+"""
+
+
+def evaluation_section(folder: Path) -> Markup | None:
+    """The same tables as a section of the report, from <folder>/evaluation.json; None where there is none."""
+    path = folder / f"{NAME}.json"
+    if not path.is_file():
+        return None
+    evaluation = read_json(path)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_SECTION)
+    return Markup(page.render(legend=LEGEND, parts=parts_of(evaluation), notes=evaluation["notes"]))

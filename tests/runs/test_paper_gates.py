@@ -1,0 +1,52 @@
+"""The paper's findings, trained anew: one seed of the mixture, and the gates over all recorded seeds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from bench import record
+from bench.paper.gates import GATES, Gate, judged
+from bench.paper.language import Language
+from bench.paper.language_runs import Experiment
+from bench.paper.mixture import TEACHERS
+from bench.paper.mixture_runs import ARMS, run
+
+ALL = os.environ.get("GADCORE_PAPER_GATES") == "all"
+RECORDED = record.read(record.path_of("paper"))
+
+
+def ids(gate: Gate) -> str:
+    return f"{gate.experiment}: {gate.says}"
+
+
+@pytest.fixture(scope="module")
+def mixture() -> list[dict]:
+    return [run(TEACHERS[0], arm, seed=0) for arm in ARMS]
+
+
+@pytest.fixture(scope="module")
+def language() -> list[dict]:
+    experiment = Experiment(Language("styles"), seed=0)
+    return [experiment.run(arm) for arm in ("seqkd", "gad", "frozen", "no_student_warmup")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "mixture"], ids=ids)
+def test_mixture(mixture, gate) -> None:
+    assert judged(gate, mixture) == {0: True}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not ALL, reason="takes five minutes or more: set GADCORE_PAPER_GATES=all")
+@pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "language" and g.required], ids=ids)
+def test_language(language, gate) -> None:
+    assert judged(gate, language) == {0: True}
+
+
+@pytest.mark.parametrize("gate", [g for g in GATES if g.required], ids=ids)
+def test_recorded_results(gate) -> None:
+    held = judged(gate, RECORDED)
+    assert held and all(held.values())
