@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 
@@ -58,26 +58,36 @@ class CompareSettings(JudgingSettings):
     b: str = Field("", description="The model that it is compared with; must be given.")
 
 
-class JudgeConfig(Section):
+class Asking(Section):
+    """How the judge is asked."""
+
+    endpoint: Endpoint = Endpoint()
+    sampling: JudgeSampling = JudgeSampling()
+    budget: Budget = Budget()
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self) -> Asking:
+        if self.budget.money is not None and None in (self.endpoint.price_input, self.endpoint.price_output):
+            raise ValueError(
+                "budget.money needs endpoint.price_input and endpoint.price_output, per million tokens: set both"
+            )
+        return self
+
+
+class JudgeConfig(Asking):
     """Ratings from 1 to 10 of every model's responses beside the references, by an LLM judge, in both orders."""
 
     model_config = ConfigDict(title="judge")
 
     judge: ScoreSettings = ScoreSettings()
-    endpoint: Endpoint = Endpoint()
-    sampling: JudgeSampling = JudgeSampling()
-    budget: Budget = Budget()
 
 
-class CompareConfig(Section):
+class CompareConfig(Asking):
     """Win / Tie / Loss of model a against model b, by an LLM judge, in both orders."""
 
     model_config = ConfigDict(title="compare")
 
     compare: CompareSettings = CompareSettings()
-    endpoint: Endpoint = Endpoint()
-    sampling: JudgeSampling = JudgeSampling()
-    budget: Budget = Budget()
 
 
 class Job(NamedTuple):
@@ -119,7 +129,7 @@ def compare_main(arguments: list[str]) -> int:
     return _work(config, chosen, jobs)
 
 
-def _work(config: JudgeConfig | CompareConfig, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
+def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
     """0: all is judged. 1: some requests have no reply (failed, or the budget is spent). 128 + signal: stopped."""
     complete = True
     try:
@@ -138,7 +148,7 @@ def _work(config: JudgeConfig | CompareConfig, chosen: JudgingSettings, jobs: Se
 
 
 @contextmanager
-def _judge(config: JudgeConfig | CompareConfig, chosen: JudgingSettings) -> Iterator[Judge]:
+def _judge(config: Asking, chosen: JudgingSettings) -> Iterator[Judge]:
     prompts = load_prompts(Path(chosen.prompts) if chosen.prompts else None)
     path = Path(chosen.store) if chosen.store else Path(chosen.responses) / "judgements.jsonl"
     with ReplyStore(path) as store, Progress(console=Console(stderr=True), transient=True) as progress:

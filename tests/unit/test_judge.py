@@ -185,6 +185,11 @@ def test_the_interval_covers_the_score_as_often_as_it_says() -> None:
     assert 0.88 <= hits / trials <= 0.99
 
 
+def test_a_budget_of_money_needs_prices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="budget.money needs endpoint.price_input"):
+        judge_main(judging.arguments("judge", tmp_path, "http://127.0.0.1:1/v1", budget__money=1.0))
+
+
 def test_no_folder_and_no_responses(tmp_path: Path) -> None:
     for folder, problem in ((tmp_path / "none", "is no folder"), (tmp_path, "holds no such responses")):
         with pytest.raises(UserError, match=problem):
