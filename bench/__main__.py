@@ -1,4 +1,7 @@
-"""python -m bench SUITE [--quick] [--out FILE] [--threads N[,N]] [--cases NAME[,NAME]] [--data FOLDER]"""
+"""python -m bench SUITE [WHAT] [--quick] [--out FILE] [--threads N[,N]] [--cases NAME[,NAME]] [--data FOLDER]
+
+WHAT and --seeds are for the suite paper.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ SUITES = {
     "gpu": "the same on a CUDA device; skipped where there is none",
     "traffic": "bytes, launches and FLOPs of the Triton kernels under the interpreter",
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
-    "tables": "docs/kernels.md and docs/step.md, from the results that lie in bench/results",
+    "paper": "the paper's findings on toys: mixture, language, fresh, or all of them",
+    "tables": "docs/kernels.md, docs/step.md and docs/findings.md, from the results that lie in bench/results",
 }
 
 
@@ -29,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"--threads is for the suites kernels, step and rollout, not for {options.suite}")
     if options.suite != "step" and (options.cases or options.data):
         return _refuse(f"--cases and --data are for the suite step, not for {options.suite}")
+    if options.suite != "paper" and (options.what or options.seeds):
+        return _refuse(f"{options.what or '--seeds'} is for the suite paper, not for {options.suite}")
+    if options.suite == "paper":
+        return _paper(options)
     if options.suite == "tables":
         return _tables(options)
     if options.suite == "step":
@@ -89,14 +97,32 @@ def _step(options: argparse.Namespace) -> int:
     return _told(rows, out)
 
 
+def _paper(options: argparse.Namespace) -> int:
+    """Minutes an arm, so every row is written when it is there, and rows of other arms and seeds in the file stay."""
+    paper = importlib.import_module("bench.suites.paper")
+    if options.what not in (None, *paper.EXPERIMENTS):
+        return _refuse(f"no experiment {options.what}: there are {', '.join(paper.EXPERIMENTS)}")
+    out = _out(options)
+    rows: list[dict[str, Any]] = []
+    which = [options.what] if options.what else paper.EXPERIMENTS
+    for row in paper.run(options.quick, options.seeds or paper.SEEDS, which):
+        rows += record.stamped("paper", [row])
+        if out is not None:
+            kept = {paper.key(old): old for old in record.read(out)} | {paper.key(new): new for new in rows}
+            record.write(out, list(kept.values()))
+    return _told(rows, out)
+
+
 def _tables(options: argparse.Namespace) -> int:
     """--out: one file for the kernels alone."""
-    names = ("bench.tables",) if options.out else ("bench.tables", "bench.tables_step")
+    names = ("bench.tables",) if options.out else ("bench.tables", "bench.tables_step", "bench.paper.findings")
     for name in names:
         tables = importlib.import_module(name)
         out = options.out or tables.DOCUMENT
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(tables.document(), encoding="utf-8")
+        if name == "bench.paper.findings":
+            tables.write()
         print(out)
     return 0
 
@@ -116,6 +142,12 @@ def _threads(text: str) -> list[int]:
     return counts
 
 
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1, is {text}")
+    return int(text)
+
+
 def _names(text: str) -> list[str]:
     return text.split(",")
 
@@ -128,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", choices=list(SUITES), metavar="SUITE")
+    parser.add_argument("what", nargs="?", metavar="WHAT", help="of the suite paper: mixture, language or fresh")
+    parser.add_argument("--seeds", type=_count, help="seeds of the suite paper, default 3")
     parser.add_argument("--quick", action="store_true", help="small shapes, seconds; writes a file only with --out")
     parser.add_argument("--out", type=Path, help="file to write, default bench/results/SUITE.json")
     parser.add_argument("--threads", type=_threads, help="thread counts of the suites kernels and step, default 1,2")
