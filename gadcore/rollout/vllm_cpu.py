@@ -125,7 +125,6 @@ class SharedPrefill:
             other = longest[texts[r]]
             shift = begin[r] - begin[other]
             first[starts[r] : starts[r + 1]] = torch.arange(starts[other] + shift, starts[other + 1])
-        # The first of equal ones must come first among the computed rows as well.
         return None if len(longest) == requests else first
 
     def _repeat(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
