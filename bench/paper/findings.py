@@ -32,10 +32,9 @@ MIXTURE = """One Gaussian over 128 bins learns from 4096 samples of three Gaussi
 with weights .7, .2, .1 and sd .1. This geometry was chosen: the Gaussian of maximal likelihood is no local optimum of
 the reverse KL there, so a student that follows it leaves. KL in nats; on mode: mass within 2.5 sd of a mode."""
 
-SYMMETRIC = """`symmetric`: modes at -.3, 0 and .3 with equal weights. Here SeqKD's Gaussian lies at a local optimum of
-the reverse KL, and a student that follows it from there keeps all three modes: **mode seeking does not appear**,
-with the oracle neither. What GAD shows on real text is not decided by the objective alone, but also by where it
-starts."""
+SYMMETRIC = """`symmetric`: modes at -.3, 0 and .3 with equal weights. SeqKD's Gaussian lies at a local optimum of the
+reverse KL here, so the student is not expected to leave it, not even with the oracle: mode seeking should *not* appear.
+What GAD does is not decided by its objective alone, but also by where it starts."""
 
 LANGUAGE = """A prompt is a count and three letters, a response as many segments `opener letter letter letter`. The
 teacher chooses a hidden style once a response and takes every opener from it; the student (a two-layer Llama that sees
@@ -44,18 +43,23 @@ optimum of SeqKD is valid in .298 of its samples. D is a two-layer Llama that re
 samples that the teacher could have said, exactly; log p: the teacher's of a sample. Out of domain: first letters that
 no training prompt had."""
 
-PARITY = """`parity`: each opener is one of two words, and the second one comes an even number of times. Whether a
-response is right is a parity of the openers. The same models, settings and steps as above. The figures say what
-became of GAD; a student that keeps to one word everywhere would be right always, and the oracle shows whether the
-optimiser finds that."""
+PARITY = """`parity`: each opener is one of two words, and the second one comes an even number of times in every
+response. Models, settings and steps are those above. A student that keeps to one word is always right, and the oracle
+shows whether it can be taught that; a D has to find the parity of the openers first, and where it does not, its
+rewards say nothing about what is wrong."""
 
 FRESH = """At every point new discriminators learn for 100 steps on half of 200 held-out pairs and are asked about the
-other half, and the other way round. .5: they cannot tell. Healthy is GAD, hacked is GAD with a frozen D."""
+other half, and the other way round. .5: they cannot tell. Healthy is GAD, hacked is GAD with a frozen D. A student
+that keeps to one style can be told from a teacher with two, so .5 is not where a good run ends."""
 
-TUNED = """Learning rates, steps and (for the mixture) the gradient clip were chosen by hand on seed 0, from the values
-of a first exploration; nothing else was tuned, and all arms share them. They are `SETTINGS` in
-`bench/paper/mixture_runs.py` and `bench/paper/language_runs.py`. SeqKD runs to its plateau (see its curve in the
-results); all other settings are gadcore's defaults, but temperature 1 and, for the language, no KL term."""
+TUNED = """By hand, mostly on seed 0, starting from the values of a first exploration: the student's learning rate and
+the steps of the GAD stage. Mixture: at .008 with 800 steps GAD stayed at the saddle before the one-mode optimum in
+one of three seeds (reverse KL .93), at .008 with 2000 steps it came back to it; .004 with 2500 steps is what is
+shown. Language: at 2e-4 valid samples fell to .12 in the first 50 steps before they rose to .95 in 300; 1e-4 with 500
+steps is what is shown. The discriminator's rates (12 and 30 times the student's), the gradient clip and the warmups'
+rates were set once. All arms share `SETTINGS` of `bench/paper/mixture_runs.py` and `bench/paper/language_runs.py`;
+SeqKD runs to its plateau (its curve is in the results). All else is gadcore's default, but temperature 1 and, for the
+language, no KL term."""
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -78,7 +82,7 @@ def document(read: Callable[[str], list[Row]] | None = None) -> str:
     blocks = [HEADER, _provenance(rows), "## Verdicts", _verdicts(rows), "## Gaussian mixture", MIXTURE]
     blocks += [_mixture(rows, "skewed"), SYMMETRIC, _mixture(rows, "symmetric")]
     blocks += ["## Tiny language", LANGUAGE, *_language(rows, "styles")]
-    blocks += ["### A language in which D has a harder task", PARITY, *_language(rows, "parity")]
+    blocks += ["### A language in which GAD does not win", PARITY, *_language(rows, "parity")]
     blocks += ["## Fresh discriminators", FRESH, _fresh(rows), "## What was tuned", TUNED]
     return "\n\n".join(block for block in blocks if block) + "\n"
 

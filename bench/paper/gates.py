@@ -75,8 +75,13 @@ GATES = (
          lambda a: _rise(a["gad"]) < 0.1, required=False),
     Gate("language", "styles", "hacked: fresh accuracy ends .1 or more above its minimum", ("frozen",),
          lambda a: _rise(a["frozen"]) >= 0.1, required=False),
+    # Where GAD is expected to win nothing.
+    Gate("mixture", "symmetric", "neither GAD nor the oracle leaves SeqKD's 3 modes", ("seqkd", "gad", "oracle"),
+         lambda a: a["seqkd"]["modes"] == a["gad"]["modes"] == a["oracle"]["modes"] == 3, required=False),
+    Gate("language", "parity", "GAD wins less than .1 over SeqKD, the oracle more than .3", ("seqkd", "gad", "oracle"),
+         lambda a: _valid(a["gad"]) < _valid(a["seqkd"]) + 0.1 and _valid(a["oracle"]) > _valid(a["seqkd"]) + 0.3,
+         required=False),
 )  # fmt: skip
-# Where GAD is expected to win nothing: no gates, the findings say what came out.
 
 
 def judged(gate: Gate, rows: Sequence[Row]) -> dict[int, bool]:

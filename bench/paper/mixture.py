@@ -44,8 +44,8 @@ class Teacher:
     def groups(self, template: WordTemplate, count: int, seed: int) -> list[Group]:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(self.probabilities, count, replacement=True, generator=generator)
-        # A response is exactly one token: no end marker follows, as after a cut at one token.
-        return [template.group(i, "x", WORDS[bin], finished=False) for i, bin in enumerate(drawn.tolist())]
+        # A response is exactly one token: no end marker follows, as after a cut at one token. The prompt says nothing.
+        return [template.group(i, WORDS[0], WORDS[bin], finished=False) for i, bin in enumerate(drawn.tolist())]
 
 
 # The Gaussian that maximises likelihood is no local optimum of the reverse KL in the first geometry. In the second it

@@ -1,4 +1,4 @@
-"""The paper's findings, trained anew: one seed of the mixture, and the gates over all recorded seeds."""
+"""The paper's findings, trained anew with seed 0; docs/findings.md says in how many seeds each one held."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 import pytest
 
-from bench import record
 from bench.paper.gates import GATES, Gate, judged
 from bench.paper.language import Language
 from bench.paper.language_runs import Experiment
 from bench.paper.mixture import TEACHERS
 from bench.paper.mixture_runs import ARMS, run
 
+# The arms that fit into two minutes.
+QUICK = ("seqkd", "gad", "oracle")
 ALL = os.environ.get("GADCORE_PAPER_GATES") == "all"
-RECORDED = record.read(record.path_of("paper"))
 
 
 def ids(gate: Gate) -> str:
@@ -23,7 +23,7 @@ def ids(gate: Gate) -> str:
 
 @pytest.fixture(scope="module")
 def mixture() -> list[dict]:
-    return [run(TEACHERS[0], arm, seed=0) for arm in ARMS]
+    return [run(TEACHERS[0], arm, seed=0) for arm in (ARMS if ALL else QUICK)]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,10 @@ def language() -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "mixture"], ids=ids)
+@pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "mixture" and g.required], ids=ids)
 def test_mixture(mixture, gate) -> None:
+    if not ALL and not set(gate.arms) <= set(QUICK):
+        pytest.skip("the frozen D takes another minute: set GADCORE_PAPER_GATES=all")
     assert judged(gate, mixture) == {0: True}
 
 
@@ -44,11 +46,3 @@ def test_mixture(mixture, gate) -> None:
 @pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "language" and g.required], ids=ids)
 def test_language(language, gate) -> None:
     assert judged(gate, language) == {0: True}
-
-
-@pytest.mark.parametrize("gate", [g for g in GATES if g.required], ids=ids)
-def test_recorded_results(gate) -> None:
-    held = judged(gate, RECORDED)
-    if not held:
-        pytest.skip("bench/results/paper.json holds no run of it yet: python -m bench paper")
-    assert all(held.values())
