@@ -27,11 +27,12 @@ from gadcore.loader import Loader, build_prompts
 from gadcore.memory.phases import Phases
 from gadcore.rollout import make_engine
 from gadcore.run_folder import RunFolder
+from gadcore.schedule import stage_steps
 from gadcore.student import Student
 from gadcore.template import ChatTemplate
 from gadcore.terminal import Plan, make_view
 from gadcore.tracking import make_tracker
-from gadcore.trainer import Trainer, stage_steps
+from gadcore.trainer import Trainer
 
 
 @dataclass(frozen=True)

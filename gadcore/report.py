@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from gadcore.files import write_whole
 from gadcore.report_files import RunFiles, load
 from gadcore.report_parts import parts_of
 
@@ -25,9 +25,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = load(run_dir)
     target = Path(run_dir) / "report.html"
-    partial = target.with_name("report.html.partial")
-    partial.write_text(render(run), encoding="utf-8", errors="replace")
-    os.replace(partial, target)
+    write_whole(target, render(run), errors="replace")
     return target
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from gadcore.config import Config
 from gadcore.errors import UserError
+from gadcore.files import write_whole
 from gadcore.settings import dump
 from gadcore.tracking import MetricsLog
 
@@ -83,12 +84,8 @@ class RunFolder:
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        target = self.path / name
-        target.parent.mkdir(exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        # A lone half of a surrogate pair, which a tokenizer can produce, has no UTF-8.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, target)
+        # A tokenizer can produce a lone half of a surrogate pair.
+        write_whole(self.path / name, text, errors="backslashreplace")
 
 
 def _fresh(name: str) -> Path:

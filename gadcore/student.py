@@ -160,15 +160,13 @@ class Student:
         of the size of a usual std keeps groups whose rewards hardly differ from being blown up to full advantages.
         """
         sizes = [len(group) for group in rewards]
-        centred = group_advantages(
+        advantages = group_advantages(
             torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
             GroupLayout.of(sizes, teacher=False),
-            normalise=False,
-        ).split(sizes)
-        if not self.algorithm.normalise_advantage:
-            return list(centred)
-        # A sample that is alone in its group has nothing to deviate from.
-        return [c / (c.std() + self.algorithm.advantage_std_floor) if len(c) > 1 else c for c in centred]
+            normalise=self.algorithm.normalise_advantage,
+            std_floor=self.algorithm.advantage_std_floor,
+        )
+        return list(advantages.split(sizes))
 
     def step(self, lr: float) -> float:
         """One optimizer step on the gradient that is there; returns its norm before clipping."""

@@ -20,8 +20,10 @@ from gadcore.kernels.dispatch import Impl, choose, implementation
 from gadcore.kernels.layout import GroupLayout
 
 
-def group_advantages(rewards: Tensor, groups: GroupLayout, *, normalise: bool = True) -> Tensor:
-    """Advantages [S] of rewards [S], computed in float64, in the dtype of `rewards`.
+def group_advantages(
+    rewards: Tensor, groups: GroupLayout, *, normalise: bool = True, std_floor: float = 1e-6
+) -> Tensor:
+    """Advantages [S] of rewards [S], (r - mean r) / (std r + std_floor), in float64, in the dtype of `rewards`.
 
     A teacher's reward is left out and its advantage is 0; a sample alone in its group gets 0 too.
     """
@@ -39,7 +41,7 @@ def group_advantages(rewards: Tensor, groups: GroupLayout, *, normalise: bool = 
     centred = (samples - mean[group]).masked_fill(teacher, 0.0)
     if normalise:
         std = (group_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (std[group] + 1e-6)
+        centred = centred / (std[group] + std_floor)
     return centred.to(rewards.dtype)
 
 

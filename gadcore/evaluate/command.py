@@ -15,8 +15,9 @@ from typing import Any
 
 from gadcore import settings
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import read_json, write_json, write_whole
+from gadcore.evaluate.responses import read_json, write_json
 from gadcore.evaluate.settings import EvalConfig
+from gadcore.files import write_whole
 
 
 def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None = None) -> int:

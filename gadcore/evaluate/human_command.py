@@ -12,7 +12,8 @@ from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally
 from gadcore.evaluate.judge_rows import find, read_both
-from gadcore.evaluate.responses import read_json, write_json, write_whole
+from gadcore.evaluate.responses import read_json, write_json
+from gadcore.files import write_whole
 
 
 class SheetSettings(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,19 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 2000) 
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1 or not data.size or not np.isfinite(data).all():
         raise ValueError(f"values must be a list of at least one finite number, found {values!r:.80}")
+    low, high = resampled(lambda rows: data[rows].mean(), data.size, seed=seed, resamples=resamples)
+    return Estimate(float(data.mean()), low, high, data.size)
+
+
+def resampled(
+    statistic: Callable[[np.ndarray], float], n: int, *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of any statistic of n rows; it gets int64 [n], the rows drawn."""
     generator = np.random.default_rng(seed)
-    # Row by row of the resamples: [resamples, n] at once would be large for large sets.
-    means = [data[generator.integers(data.size, size=data.size)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(data.mean()), float(low), float(high), data.size)
+    # One resample at a time: [resamples, n] at once would be large for large sets.
+    drawn = [statistic(generator.integers(n, size=n)) for _ in range(resamples)]
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Estimate:

@@ -24,7 +24,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from gadcore.errors import UserError
-from gadcore.evaluate.intervals import LEVEL
+from gadcore.evaluate.intervals import resampled
 from gadcore.evaluate.judge_rows import conversation
 from gadcore.evaluate.responses import ResponseRow
 from gadcore.teacher.client import Tally, ask_all
@@ -185,13 +185,10 @@ def share_of_total(
     part: np.ndarray, rest: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, list[float]]:
     """100 * sum(part) / (sum(part) + sum(rest)) of float [prompts] each, and its percentile bootstrap interval."""
-    generator = np.random.default_rng(seed)
-    count = len(part)
 
     def share(picked: np.ndarray) -> float:
         mine = part[picked].sum()
         return float(100 * mine / (mine + rest[picked].sum()))
 
-    drawn = [share(generator.integers(count, size=count)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return share(np.arange(count)), [float(low), float(high)]
+    interval = resampled(share, len(part), seed=seed, resamples=resamples)
+    return share(np.arange(len(part))), list(interval)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,7 +22,7 @@ from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
 from gadcore.evaluate.responses import read_responses, write_json
 from gadcore.teacher.client import Tally
-from gadcore.teacher.settings import Budget, Endpoint, SamplingSettings
+from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
 from gadcore.terminal import clean
 
@@ -58,20 +58,10 @@ class CompareSettings(JudgingSettings):
     b: str = Field("", description="The model that it is compared with; must be given.")
 
 
-class Asking(Section):
+class Asking(AskingConfig):
     """How the judge is asked."""
 
-    endpoint: Endpoint = Endpoint()
     sampling: JudgeSampling = JudgeSampling()
-    budget: Budget = Budget()
-
-    @model_validator(mode="after")
-    def _money_needs_prices(self) -> Asking:
-        if self.budget.money is not None and None in (self.endpoint.price_input, self.endpoint.price_output):
-            raise ValueError(
-                "budget.money needs endpoint.price_input and endpoint.price_output, per million tokens: set both"
-            )
-        return self
 
 
 class JudgeConfig(Asking):

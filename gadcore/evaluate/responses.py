@@ -11,7 +11,6 @@ of other systems can be measured by writing such files.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.errors import UserError
+from gadcore.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one move."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in one move; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

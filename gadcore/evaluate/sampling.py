@@ -23,8 +23,8 @@ from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.groups import Response
 from gadcore.loader import build_prompts
 from gadcore.rollout import Engine, SampleRequest, make_engine
+from gadcore.schedule import derived_seed
 from gadcore.template import ChatTemplate
-from gadcore.trainer import derived_seed
 
 Tell = Callable[[str], None]
 

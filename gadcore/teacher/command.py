@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gadcore import settings
+from gadcore.files import write_whole
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
 from gadcore.terminal import clean
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     # Only now: the client takes a second to import.
     from gadcore.teacher.card import data_card
     from gadcore.teacher.client import ask_all
-    from gadcore.teacher.dataset import requests_of, write_rows, write_whole
+    from gadcore.teacher.dataset import requests_of, write_rows
     from gadcore.teacher.progress import progress
     from gadcore.teacher.store import ReplyStore
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from gadcore.files import write_whole
 from gadcore.teacher.prompts import Messages, PromptRow, asked_messages
 from gadcore.teacher.settings import CollectConfig
 from gadcore.teacher.store import ChatRequest, Reply, ReplyStore
@@ -83,13 +82,6 @@ def write_rows(
         # One of an earlier call would hold rows that are in train.jsonl now.
         (folder / "eval.jsonl").unlink(missing_ok=True)
     return collected
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader, or a kill, finds the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _count(collected: Collected, reply: Reply, received: str) -> None:

@@ -136,21 +136,26 @@ class OutputSettings(Section):
     )
 
 
-class CollectConfig(Section):
-    """All settings of `python -m gadcore.run collect`."""
+class AskingConfig(Section):
+    """What every command that asks an endpoint is told."""
 
-    model_config = ConfigDict(title="collect")
-
-    prompts: PromptSettings = PromptSettings()
     endpoint: Endpoint = Endpoint()
-    sampling: SamplingSettings = SamplingSettings()
     budget: Budget = Budget()
-    output: OutputSettings = OutputSettings()
 
     @model_validator(mode="after")
-    def _money_needs_prices(self) -> CollectConfig:
+    def _money_needs_prices(self) -> AskingConfig:
         if self.budget.money is not None and None in (self.endpoint.price_input, self.endpoint.price_output):
             raise ValueError(
                 "budget.money needs endpoint.price_input and endpoint.price_output, per million tokens: set both"
             )
         return self
+
+
+class CollectConfig(AskingConfig):
+    """All settings of `python -m gadcore.run collect`."""
+
+    model_config = ConfigDict(title="collect")
+
+    prompts: PromptSettings = PromptSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    output: OutputSettings = OutputSettings()

@@ -10,20 +10,11 @@ import pytest
 
 import judging
 from gadcore.evaluate.judge_command import compare_main, judge_main
-from tiny import save_tiny
 from vllm_server import VllmServer
 
 ROWS = 3
 # The tiny tokenizer counts letters, and the context is short: the questions have to be, too.
 QUESTIONS = "# score\nRate $a and $b: $prompt\n\n# compare\nA $a, B $b, TIE: $prompt\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    pytest.importorskip("vllm")
-    folder = tmp_path_factory.mktemp("vllm")
-    with VllmServer(save_tiny(folder / "tiny"), folder / "server.log") as running:
-        yield running
 
 
 @pytest.mark.timeout(400)
@@ -35,18 +26,19 @@ def test_every_reply_is_kept_and_counted(server: VllmServer, tmp_path: Path) -> 
     )
     more = {"endpoint__model": "tiny", "sampling__max_tokens": 16}
     argv = judging.arguments("judge", out, server.base_url, judge__prompts=questions, judge__models='["gad"]', **more)
+    before = server.received()
     assert judge_main(argv) == 0
-    assert server.received() == 2 * ROWS
+    assert server.received() - before == 2 * ROWS
     result = judging.result(out, "judge-gad")
     assert result["unanswered"] == 0
     assert 2 * ROWS - result["unparsable"] >= 2 * result["n"]
     assert (result["score"] is None) == (result["n"] == 0)
-    assert judge_main(argv) == 0 and server.received() == 2 * ROWS
+    assert judge_main(argv) == 0 and server.received() - before == 2 * ROWS
 
     argv = judging.arguments("compare", out, server.base_url, compare__prompts=questions, compare__a="gad",
                              compare__b="seqkd", **more)  # fmt: skip
     assert compare_main(argv) == 0
-    assert server.received() == 4 * ROWS
+    assert server.received() - before == 4 * ROWS
     stored = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
     assert len({row["key"] for row in stored}) == len(stored) == 4 * ROWS
     assert all(row["reply"]["model"] == "tiny" and row["parameters"]["temperature"] == 0 for row in stored)
