@@ -69,7 +69,13 @@ class VLLMEngine:
             enable_sleep_mode=not self.on_cpu,
             disable_log_stats=True,
             use_tqdm_on_load=False,
-            **({} if self.on_cpu else {"gpu_memory_utilization": rollout.gpu_memory_utilization}),
+            **(
+                # Where only a part of a seeded prompt fits into a batch, vLLM turns back its generator, which a CPU's
+                # cannot: whole prompts then.
+                {"enable_chunked_prefill": False}
+                if self.on_cpu
+                else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+            ),
         )
         (self.engine_model,) = self.llm.apply_model(lambda m: m)
         if self.on_cpu and rollout.enforce_eager:

@@ -103,6 +103,16 @@ def test_seed_alone_decides_a_prompts_samples(sampled) -> None:
     assert ids(sampled.engine.generate(other, temperature=0.8, max_tokens=24)) != together
 
 
+def test_more_prompt_tokens_than_fit_into_one_batch_change_nothing(sampled) -> None:
+    """vLLM computes at most a few thousand prompt tokens at a time, and used to cut the prompt at the border."""
+    prompt = (sampled.requests[0].prompt_ids * 60)[:60]
+    requests = [SampleRequest((*prompt, 10 + i), 1, i) for i in range(150)]
+    drawn = sampled.engine.generate(requests, temperature=0.8, max_tokens=3)
+    for i in (0, 40, 80, 149):
+        ((alone,),) = sampled.engine.generate(requests[i : i + 1], temperature=0.8, max_tokens=3)
+        assert alone.token_ids == drawn[i][0].token_ids
+
+
 def test_responses_end_at_the_marker_or_at_the_limit(sampled) -> None:
     requests = [replace(request, seed=seed) for seed in range(8) for request in sampled.requests]
     drawn = sampled.engine.generate(requests, temperature=1.5, max_tokens=24)
