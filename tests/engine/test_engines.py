@@ -24,7 +24,7 @@ def make_config(engine: str, dtype: str = "float32") -> Config:
     return Config.model_validate(
         {
             "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
-            "rollout": {"engine": engine, "dtype": dtype, "group_size": 4, "max_num_seqs": 32},
+            "rollout": {"engine": engine, "dtype": dtype, "group_size": 4, "max_num_seqs": 128},
             "algorithm": {"kl_coef": 0.0},
         }
     )
@@ -106,7 +106,7 @@ def test_seed_alone_decides_a_prompts_samples(sampled) -> None:
 def test_more_prompt_tokens_than_fit_into_one_batch_change_nothing(sampled) -> None:
     """vLLM computes at most a few thousand prompt tokens at a time, and used to cut the prompt at the border."""
     prompt = (sampled.requests[0].prompt_ids * 60)[:60]
-    requests = [SampleRequest((*prompt, 10 + i), 1, i) for i in range(150)]
+    requests = [SampleRequest((10 + i, *prompt), 1, i) for i in range(150)]
     drawn = sampled.engine.generate(requests, temperature=0.8, max_tokens=3)
     for i in (0, 40, 80, 149):
         ((alone,),) = sampled.engine.generate(requests[i : i + 1], temperature=0.8, max_tokens=3)
