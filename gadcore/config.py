@@ -175,6 +175,24 @@ class ConvergenceSettings(Section):
     rise: Above = Field(0.1, description="An accuracy this much above the minimum ends the stage at once.")
 
 
+class MemorySettings(Section):
+    """Who holds the device when (gadcore/memory/holdings.py)."""
+
+    offload: Literal["auto", "none", "pinned", "file"] = Field(
+        "auto",
+        description="Where parameters and optimizer states wait while others compute: none: they stay; pinned: in "
+        "page-locked memory of the host (CUDA); file: in files of memory.dir; auto: pinned on CUDA, else none.",
+    )
+    dir: str | None = Field(None, description='Folder for offload = "file"; default: offload/ of the run folder.')
+    shared_weights: bool = Field(
+        True, description="One copy of the student's weights for trainer and vLLM, where both are on the CPU."
+    )
+    limit_gib: Above | None = Field(
+        None, description="Ends the run with a list of the holders before more than this is held; none: the device's."
+    )
+    prefetch: bool = Field(True, description="Bring in what comes next while the present state computes, if it fits.")
+
+
 class CheckpointSettings(Section):
     """Saving and going on."""
 
@@ -206,6 +224,7 @@ class Config(Section):
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
     convergence: ConvergenceSettings = ConvergenceSettings()
+    memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
 
