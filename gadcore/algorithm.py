@@ -36,7 +36,7 @@ class Run(Protocol):
     def discriminator(self) -> Discriminator: ...
 
     def phases(self, name: str) -> AbstractContextManager[None]:
-        """Marks what the time inside the block is spent on."""
+        """Marks what the time inside the block is spent on, and lets the device hold what it needs."""
 
     def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
         """(step within the stage, from 1; its batch), for as long as the stage lasts.
@@ -45,7 +45,7 @@ class Run(Protocol):
         """
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
-        """Draws N samples of the current student for every group."""
+        """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
     def record(
         self,
@@ -72,8 +72,7 @@ def warmup(run: Run) -> None:
     for step, groups in run.steps("warmup"):
         stats = student_norm = judgement = discriminator_norm = None
         if algorithm.discriminator_warmup:
-            with phase("rollout"):
-                run.sample(groups, "warmup", step)
+            run.sample(groups, "warmup", step)
             with phase("discriminator"):
                 judgement, discriminator_norm = judge_and_update(run, groups, step)
         if algorithm.student_warmup and step > algorithm.critic_warmup:
@@ -91,8 +90,7 @@ def gad(run: Run) -> None:
     student, phase = run.student, run.phases
     run.ensure_reference()
     for step, groups in run.steps("gad"):
-        with phase("rollout"):
-            run.sample(groups, "gad", step)
+        run.sample(groups, "gad", step)
         with phase("discriminator"):
             judgement, discriminator_norm = judge_and_update(
                 run, groups, step, frozen=run.config.algorithm.freeze_discriminator

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -24,8 +24,9 @@ from gadcore.discriminator import Discriminator
 from gadcore.errors import UserError
 from gadcore.groups import Group
 from gadcore.loader import Loader, build_prompts
+from gadcore.memory.colocation import Colocation
 from gadcore.memory.phases import Phases
-from gadcore.rollout import make_engine
+from gadcore.rollout import Engine, make_engine
 from gadcore.run_folder import RunFolder
 from gadcore.schedule import stage_steps
 from gadcore.student import Student
@@ -195,6 +196,12 @@ def build(
             view.status(f"starting the sampler ({config.rollout.engine})")
             engine = make_engine(config, inputs.student_path, student.model, inputs.template)
             stack.callback(engine.close)
+            memory = Colocation(
+                device, config.memory, Path(config.memory.dir or folder.path / "offload"), engine, shared=engine.shared
+            )
+            stack.callback(memory.close)
+            _hand_over(memory, student, discriminator, engine)
+            phases.memory = memory
             tracker = make_tracker(
                 config.tracking.tracker,
                 config.tracking.project,
@@ -216,6 +223,7 @@ def build(
                 loader=loader,
                 held_out=inputs.held_out,
                 phases=phases,
+                memory=memory,
                 view=view,
                 tracker=tracker,
                 stop_requested=stop_requested,
@@ -228,6 +236,20 @@ def build(
             del saved
         phases.take_step()
         yield trainer
+
+
+def _hand_over(memory: Colocation, student: Student, discriminator: Discriminator | None, engine: Engine) -> None:
+    """Everything that is there before the first step becomes a holding; the reference policy follows when made."""
+    models: list[tuple[Literal["student", "discriminator"], Student | Discriminator]] = [("student", student)]
+    if discriminator is not None:
+        models.append(("discriminator", discriminator))
+    for name, model in models:
+        memory.add(f"{name}.parameters", model.model.parameters, engine.aliases() if name == "student" else ())
+        # Moments that are not there yet cannot be moved; where nothing moves they come with the first step.
+        moments = model.optimizer.moments if memory.tier == "none" else model.optimizer.allocate
+        memory.add(f"{name}.optimizer", moments)
+        memory.add_gradients(f"{name}.gradients", model.model.parameters())
+    memory.begin()
 
 
 def has_discriminator(stages: Sequence[str]) -> bool:

@@ -189,7 +189,14 @@ def restore_optimizer(
     keys = {frozenset(state) for state in restored.values()}
     if len(keys) > 1 or any("step" not in each for each in keys):
         raise UserError("the checkpoint's optimizer state is incomplete for some parameters: resume from another one")
-    optimizer.state.clear()
+    for parameter, state in restored.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # Into the memory that is there: others may look at it.
+            state[key] = value.copy_(state[key])
+    for parameter in managed.values():
+        if parameter not in restored:
+            for value in optimizer.state.get(parameter, {}).values():
+                value.zero_()
     optimizer.state.update(restored)
 
 

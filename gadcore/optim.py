@@ -27,6 +27,21 @@ class Optimizer:
             self.parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
 
+    def allocate(self) -> list[torch.Tensor]:
+        """The moments of all parameters, made now where they are not there yet: zero, as before the first step."""
+        for p in self.parameters:
+            if not self.adamw.state[p]:
+                self.adamw.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        return self.moments()
+
+    def moments(self) -> list[torch.Tensor]:
+        """The moments that are there."""
+        return [state[key] for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+
     def set_lr(self, lr: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = lr

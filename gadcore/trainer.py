@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from gadcore import checkpoint
 from gadcore.config import Config
@@ -22,6 +25,7 @@ from gadcore.evaluate.heldout import evaluate
 from gadcore.groups import Group
 from gadcore.health import Monitor, watched
 from gadcore.loader import Loader
+from gadcore.memory.colocation import Colocation
 from gadcore.memory.phases import Phases
 from gadcore.metrics import sample_traits, step_metrics
 from gadcore.models import save_model
@@ -51,6 +55,7 @@ class Trainer:
         loader: Loader,
         held_out: Sequence[Group],
         phases: Phases,
+        memory: Colocation,
         view: View,
         tracker: Tracker,
         stop_requested: Callable[[], str | None],
@@ -68,6 +73,7 @@ class Trainer:
         self.loader = loader
         self.held_out = held_out
         self.phases = phases
+        self.memory = memory
         self.view = view
         self.tracker = tracker
         self.stop_requested = stop_requested
@@ -146,14 +152,14 @@ class Trainer:
             SampleRequest(g.prompt.token_ids, n, derived_seed(self.config.run.seed, purpose, g.prompt.index))
             for g in groups
         ]
-        self.engine.wake()
-        self.engine.update_weights(self.student.model)
-        responses = self.engine.generate(
-            requests,
-            temperature=self.config.rollout.temperature,
-            max_tokens=self.config.data.max_response_tokens,
-        )
-        self.engine.sleep()
+        with self.phases("synchronise"):
+            self.engine.update_weights(self.student.model)
+        with self.phases("rollout"):
+            responses = self.engine.generate(
+                requests,
+                temperature=self.config.rollout.temperature,
+                max_tokens=self.config.data.max_response_tokens,
+            )
         for group, samples in zip(groups, responses, strict=True):
             group.samples = samples
 
@@ -195,7 +201,7 @@ class Trainer:
 
     def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:
         taken = self.phases.take_step()
-        values = dict(values)
+        values = values | self.memory.take_step()
         values |= {f"time/{name}": seconds for name, seconds in taken.items()}
         values["time/total"] = sum(taken.values())
         for phase, tokens in (("rollout", "sampled"), ("student", "student"), ("discriminator", "discriminator")):
@@ -236,7 +242,8 @@ class Trainer:
         self.view.status(f"evaluating on {len(self.held_out)} held-out prompts")
         with self.phases("evaluation"):
             groups = self._held_out_samples()
-            result, rows = evaluate(groups, self._discriminator)
+            with self.phases("discriminator") if self._discriminator else nullcontext():
+                result, rows = evaluate(groups, self._discriminator)
         self.phases.take_step()
         self.folder.write_evaluation(name, rows)
         self.progress.evaluations[name] = result
@@ -257,7 +264,9 @@ class Trainer:
         if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
             self.view.status("measuring the discriminator at the gate")
             with self.phases("evaluation"):
-                judgement = self.discriminator.judge(self._held_out_samples(settings.rows), backward=False)
+                groups = self._held_out_samples(settings.rows)
+                with self.phases("discriminator"):
+                    judgement = self.discriminator.judge(groups, backward=False)
             self.phases.take_step()
             progress.gate = progress.gate.look(progress.step, judgement.accuracy)
         self.view.message(progress.gate.told(settings))
@@ -276,6 +285,8 @@ class Trainer:
         self.view.status("training a fresh discriminator on held-out pairs")
         with self.phases("evaluation"):
             groups = self._held_out_samples(settings.rows)
+            # The fresh discriminator gets the device for itself.
+            self.memory.enter("rest")
             found = measure(groups, self._make_discriminator, settings, self.config.run.seed)
         progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
         self.view.message(progress.convergence.told())
@@ -300,11 +311,12 @@ class Trainer:
         with self.phases("checkpoint"):
             self._save_reference()
             self.progress.seconds = dict(self.phases.seconds)
-            tensors = {}
+            tensors: dict[str, dict[str, Tensor]] = {}
             for name, model in self._models().items():
                 parameters = dict(model.model.named_parameters())
-                tensors[name] = {n: p.detach() for n, p in parameters.items()}
-                tensors[f"{name}-optimizer"] = checkpoint.optimizer_tensors(model.optimizer.adamw, parameters)
+                tensors[name] = self.memory.readable(parameters)
+                moments = checkpoint.optimizer_tensors(model.optimizer.adamw, parameters)
+                tensors[f"{name}-optimizer"] = self.memory.readable(moments)
             rng = checkpoint.rng_state()
             tensors["rng"] = rng.tensors
             state = {
@@ -355,6 +367,7 @@ class Trainer:
     def _restore_models(self, saved: checkpoint.Checkpoint) -> None:
         with torch.no_grad():
             for name, model in self._models().items():
+                self.memory.enter(name)
                 parameters = dict(model.model.named_parameters())
                 here = {n: p.shape for n, p in parameters.items()}
                 if here != {n: t.shape for n, t in saved.tensors[name].items()}:
@@ -365,8 +378,8 @@ class Trainer:
                     p.copy_(saved.tensors[name][n])
                 checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
 
-    def _models(self) -> dict[str, Student | Discriminator]:
-        models: dict[str, Student | Discriminator] = {"student": self.student}
+    def _models(self) -> dict[Literal["student", "discriminator"], Student | Discriminator]:
+        models: dict[Literal["student", "discriminator"], Student | Discriminator] = {"student": self.student}
         if self._discriminator is not None:
             models["discriminator"] = self._discriminator
         return models
@@ -376,9 +389,15 @@ class Trainer:
 
         It is saved beside the first checkpoint of the stage, once.
         """
+        self.memory.enter("student")
         self.student.freeze_reference()
-        reference = self.student.reference
-        if reference is None or self.progress.stage != "gad" or self.progress.stage_step == 0:
+        if self.student.reference is not None:
+            self._load_reference(self.student.reference)
+            self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
+
+    def _load_reference(self, reference: PreTrainedModel) -> None:
+        """Gives the reference the weights that it had when the stage began, where that was in an earlier process."""
+        if self.progress.stage != "gad" or self.progress.stage_step == 0:
             return
         path = checkpoint.latest(self.folder.reference)
         if path is None:
@@ -394,7 +413,7 @@ class Trainer:
 
     def _save_reference(self) -> None:
         if self.student.reference is not None and not self._reference_saved:
-            tensors = dict(self.student.reference.named_parameters())
+            tensors = self.memory.readable(dict(self.student.reference.named_parameters()))
             checkpoint.save(self.folder.reference, self.progress.step, {"reference": tensors}, {}, keep=1)
             self._reference_saved = True
 
@@ -402,8 +421,10 @@ class Trainer:
         """Exports both models as ordinary Hugging Face directories, and writes summary and report."""
         self.view.status("saving the models")
         with self.phases("checkpoint"):
+            self.memory.enter("student")
             save_model(self.student.model, self.template.tokenizer, self.folder.path / "student")
             if self._discriminator is not None:
+                self.memory.enter("discriminator")
                 tokenizer = self._discriminator.template.tokenizer
                 save_model(self._discriminator.model, tokenizer, self.folder.path / "discriminator")
         summary = self.summary()
@@ -423,6 +444,7 @@ class Trainer:
             "steps": {**self.stage_steps, **self.progress.lasted},
             "tokens": self.progress.tokens,
             **self.facts,
+            "memory": self.memory.summary(),
             "evaluations": self.progress.evaluations,
             "gate": asdict(self.progress.gate) if self.progress.gate.measured else None,
             "convergence": self.progress.convergence.summary(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gadcore.algorithm import STAGES
-from gadcore.config import Config, DiscriminatorSettings
+from gadcore.config import Config, DiscriminatorSettings, MemorySettings
 from gadcore.discriminator import Discriminator, Judgement
 from gadcore.groups import Group, Prompt, Response
 from gadcore.kernels.prefix_layout import PrefixLayout
 from gadcore.loader import Loader
+from gadcore.memory.colocation import Colocation, Part
+from gadcore.memory.holdings import Holding
 from gadcore.memory.phases import Phases
 from gadcore.rollout import SampleRequest
 from gadcore.run_folder import RunFolder
@@ -71,6 +74,7 @@ class ToyEngine:
 
     def __init__(self, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model, self.template = model, template
+        self.shared = True
 
     @torch.no_grad()
     def generate(
@@ -147,8 +151,14 @@ class ToyEngine:
     def sleep(self) -> None:
         """Nothing to give back."""
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
         """Nothing to take."""
+
+    def held(self) -> dict[Holding, int]:
+        return {}
+
+    def aliases(self) -> list[Tensor]:
+        return []
 
     def close(self) -> None:
         """Nothing to end."""
@@ -229,17 +239,20 @@ def run(
 
     look: gets the row of metrics of every step, after the step.
     """
+    engine = ToyEngine(student.model, template)
+    memory = Colocation(torch.device("cpu"), MemorySettings(offload="none"), Path(), engine, shared=engine.shared)
     trainer = Trainer(
         config,
         (stage,),
         cast(RunFolder, SimpleNamespace(metrics=_NoFile(), samples=_NoFile())),
         student=student,
         discriminator=cast(Discriminator, discriminator),
-        engine=ToyEngine(student.model, template),
+        engine=engine,
         template=template,
         loader=Loader(groups, config.schedule.batch_size, config.run.seed),
         held_out=(),
         phases=Phases(),
+        memory=memory,
         view=_Watch(look),
         tracker=_NoTracker(),
         stop_requested=lambda: None,

@@ -87,8 +87,9 @@ class Ours:
         clock, config, problem = self.clock, self.config, self.problem
         groups = problem.batch(number)
         with clock("weight update"):
-            self.engine.wake()
+            self.engine.wake("weights")
             self.engine.update_weights(self.student.model)
+            self.engine.wake("kv_cache")
         with clock("generate"):
             drawn = self.engine.generate(
                 requests(groups, problem.samples, number),

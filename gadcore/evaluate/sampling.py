@@ -141,8 +141,9 @@ class _Sampler:
         engine = self.engine
         if engine is None:
             raise RuntimeError("use() comes before generate()")
-        engine.wake()
+        engine.wake("weights")
         engine.update_weights(self.model)
+        engine.wake("kv_cache")
         drawn = engine.generate(
             requests, temperature=self.config.sampling.temperature, max_tokens=self.config.data.max_response_tokens
         )

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 State = Literal["synchronise", "rollout", "discriminator", "student", "rest"]
-Holding = Literal[
+# A name of HOLDINGS.
+Holding = str
+HOLDINGS: tuple[Holding, ...] = (
     "student.parameters",
     "student.gradients",
     "student.optimizer",
@@ -25,7 +27,7 @@ Holding = Literal[
     "discriminator.optimizer",
     "engine.weights",
     "engine.kv_cache",
-]
+)
 
 NEEDS: Mapping[State, frozenset[Holding]] = {
     "synchronise": frozenset({"student.parameters", "engine.weights"}),
@@ -33,6 +35,23 @@ NEEDS: Mapping[State, frozenset[Holding]] = {
     "discriminator": frozenset({"discriminator.parameters", "discriminator.gradients", "discriminator.optimizer"}),
     "student": frozenset({"student.parameters", "student.gradients", "student.optimizer", "reference.parameters"}),
     "rest": frozenset(),
+}
+
+# What a state writes to, and has to be kept anew when it leaves the device.
+CHANGES: Mapping[State, frozenset[Holding]] = {
+    "synchronise": frozenset(),
+    "rollout": frozenset(),
+    "discriminator": frozenset({"discriminator.parameters", "discriminator.optimizer"}),
+    "student": frozenset({"student.parameters", "student.optimizer"}),
+    "rest": frozenset(),
+}
+
+# What follows in a step of the GAD stage.
+FOLLOWS: Mapping[State, State] = {
+    "synchronise": "rollout",
+    "rollout": "discriminator",
+    "discriminator": "student",
+    "student": "synchronise",
 }
 
 

@@ -1,19 +1,27 @@
-"""The phases of a run, and the seconds that each takes."""
+"""The phases of a run, the seconds that each takes, and the state of memory that each begins with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-PHASES = ("setup", "rollout", "discriminator", "student", "evaluation", "checkpoint")
+from gadcore.memory.colocation import Colocation
+from gadcore.memory.holdings import NEEDS
+
+PHASES = ("setup", "synchronise", "rollout", "discriminator", "student", "evaluation", "checkpoint")
 
 
 class Phases:
     """Marks which phase the run is in. Phases do not nest: one device, one phase at a time.
 
+    An evaluation alone has phases inside: they change who holds the device, and their time is the evaluation's.
+
     seconds: total per phase since the run began (resumed runs go on counting).
+    memory: what holds the device when; a phase that is one of its states enters it. None: nobody minds.
     """
+
+    memory: Colocation | None = None
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -24,17 +32,29 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         if name not in self.seconds:
             raise ValueError(f"unknown phase {name}: use one of {', '.join(PHASES)}")
+        if self._current == "evaluation" and name in NEEDS:
+            with self._state(name):
+                yield
+            return
         if self._current is not None:
             raise RuntimeError(f"phase {name} begins inside phase {self._current}")
         self._current = name
         start = time.perf_counter()
         try:
-            yield
+            with self._state(name):
+                yield
         finally:
             elapsed = time.perf_counter() - start
             self.seconds[name] += elapsed
             self._step[name] += elapsed
             self._current = None
+
+    @contextmanager
+    def _state(self, name: str) -> Iterator[None]:
+        with nullcontext() if self.memory is None else self.memory.explained():
+            if self.memory is not None and name in NEEDS:
+                self.memory.enter(name)  # type: ignore[arg-type]
+            yield
 
     def take_step(self) -> dict[str, float]:
         """Seconds per phase since the last call, for the phases that took any."""

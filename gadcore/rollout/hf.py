@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from gadcore.groups import Response
+from gadcore.memory.colocation import Part
+from gadcore.memory.holdings import Holding
 from gadcore.rollout.protocol import SampleRequest
 from gadcore.template import ChatTemplate
 
@@ -22,6 +24,7 @@ class HFEngine:
     def __init__(self, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model
         self.template = template
+        self.shared = True
 
     @torch.no_grad()
     def generate(
@@ -74,8 +77,14 @@ class HFEngine:
     def sleep(self) -> None:
         """Nothing to give back: the key-value cache lives only inside generate()."""
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
         """Nothing to take."""
+
+    def held(self) -> dict[Holding, int]:
+        return {}
+
+    def aliases(self) -> list[Tensor]:
+        return []
 
     def close(self) -> None:
         """Nothing to end."""

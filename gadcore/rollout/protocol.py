@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from gadcore.config import Config
 from gadcore.groups import Response
+from gadcore.memory.colocation import Part
+from gadcore.memory.holdings import Holding
 from gadcore.template import ChatTemplate
 
 
@@ -28,8 +30,13 @@ class SampleRequest:
 class Engine(Protocol):
     """A sampler that holds the student's weights.
 
-    The order of a step is wake -> update_weights -> generate -> sleep -> (training).
+    The order of a step is wake("weights") -> update_weights -> wake("kv_cache") -> generate -> sleep -> (training).
+    An engine that has slept has lost its weights, unless they are the trainer's own.
+
+    shared: generate() computes with the trainer's own weights.
     """
+
+    shared: bool
 
     def generate(
         self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
@@ -50,11 +57,19 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Gives back the memory that only sampling needs."""
+        """Gives back the memory that only sampling needs, for an engine that sleeps already without effect."""
         ...
 
-    def wake(self) -> None:
-        """Takes it again."""
+    def wake(self, part: Part) -> None:
+        """Takes the memory of a part again, for one that is awake without effect."""
+        ...
+
+    def held(self) -> dict[Holding, int]:
+        """Bytes of the device that the engine holds for itself now."""
+        ...
+
+    def aliases(self) -> list[Tensor]:
+        """The engine's own tensors that look at the trainer's weights."""
         ...
 
     def close(self) -> None:

@@ -17,6 +17,10 @@ from transformers import PreTrainedModel
 
 from gadcore.config import Config
 from gadcore.groups import Response
+from gadcore.memory.colocation import Part
+from gadcore.memory.holdings import Holding
+from gadcore.memory.resident import drop_pages, resident_bytes
+from gadcore.memory.tiers import tier_name
 from gadcore.rollout import vllm_cpu
 from gadcore.rollout.protocol import SampleRequest, fingerprint
 from gadcore.template import ChatTemplate
@@ -85,13 +89,22 @@ class VLLMEngine:
             if vllm_cpu.SharedPrefill.fits(runner):
                 vllm_cpu.SharedPrefill(runner, self.engine_model)
         self.slices = map_weights(model, self.engine_model)
+        self._kv_cache = self._find_kv_cache()
         # On CUDA a sleeping engine's weights are unmapped, so there the trainer keeps its own.
-        self.shared = self.on_cpu and all(
-            p.dtype == q.dtype and p.device == q.device
-            for p, q in zip(dict(model.named_parameters()).values(), self.weights().values(), strict=True)
+        self.shared = (
+            self.on_cpu
+            and config.memory.shared_weights
+            and all(
+                p.dtype == q.dtype and p.device == q.device
+                for p, q in zip(dict(model.named_parameters()).values(), self.weights().values(), strict=True)
+            )
         )
         if self.shared:
             self._share(model)
+        self._awake: set[Part] = {"weights", "kv_cache"}
+        # On the CPU memory is given back where the run asks for that; vLLM itself has no sleep there.
+        self._gives_back = not self.on_cpu or tier_name(config.memory.offload, model.device) != "none"
+        self._current = False
         self.update_weights(model)
         self.sleep()
 
@@ -106,9 +119,15 @@ class VLLMEngine:
         engine = dict(self.engine_model.named_parameters())
         return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self.slices}
 
+    def _find_kv_cache(self) -> list[Tensor]:
+        (caches,) = self.llm.collective_rpc(lambda worker: worker.model_runner.kv_caches)
+        return list({cache.data_ptr(): cache for cache in caches}.values())
+
     def generate(
         self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
     ) -> list[list[Response]]:
+        if not self._current or "kv_cache" not in self._awake:
+            raise RuntimeError("the engine has slept: wake its weights, update them, then wake its key-value cache")
         prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
         params = [
             self.vllm.SamplingParams(
@@ -138,6 +157,8 @@ class VLLMEngine:
         return Response(text, ids, finished, logprobs)
 
     def update_weights(self, model: PreTrainedModel) -> None:
+        if "weights" not in self._awake:
+            raise RuntimeError("the engine sleeps: wake its weights before they are updated")
         weights, trainer = self.weights(), dict(model.named_parameters())
         if self.shared:
             if moved := [n for n, p in trainer.items() if p.data_ptr() != weights[n].data_ptr()]:
@@ -152,14 +173,43 @@ class VLLMEngine:
         # Cached keys and values belong to the old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
+        self._current = True
 
     def sleep(self) -> None:
-        if not self.on_cpu:
-            self.llm.sleep(level=1)
+        if not self._awake or not self._gives_back:
+            return
+        if self.on_cpu:
+            # All that is lost is what update_weights() and a reset prefix cache make anew.
+            for tensor in [*self._kv_cache, *([] if self.shared else self._own_weights())]:
+                drop_pages(tensor)
+        else:
+            # Level 2 keeps no copy of the weights: the trainer's are newer.
+            self.llm.sleep(level=2)
+        self._awake = set()
+        self._current = self.shared
 
-    def wake(self) -> None:
+    def wake(self, part: Part) -> None:
+        if part in self._awake:
+            return
         if not self.on_cpu:
-            self.llm.wake_up()
+            self.llm.wake_up(tags=[part])
+        self._awake.add(part)
+
+    def held(self) -> dict[Holding, int]:
+        weights = 0 if self.shared or "weights" not in self._awake else sum(w.nbytes for w in self._own_weights())
+        cache = 0
+        if "kv_cache" in self._awake:
+            # On the CPU the blocks that were never used take no memory.
+            cache = sum(resident_bytes(c) if self.on_cpu else c.nbytes for c in self._kv_cache)
+        return {"engine.weights": weights, "engine.kv_cache": cache}
+
+    def aliases(self) -> list[Tensor]:
+        return self._own_weights() if self.shared else []
+
+    def _own_weights(self) -> list[Tensor]:
+        """vLLM's parameters that the trainer's lie in."""
+        engine = dict(self.engine_model.named_parameters())
+        return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self.slices)]
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from runs import ROOT, records, run, tiny_arguments
+from runs import ROOT, assert_same_run, records, run, tiny_arguments
 
-FILES = ["student/model.safetensors", "discriminator/model.safetensors", "samples.jsonl"]
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
 MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("checkpoint", 3), ("checkpoint", 8)]
 
@@ -25,17 +24,6 @@ def whole(tmp_path_factory):
     done = run([*tiny_arguments(folder), "--run.dir", "run"], folder)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    assert records(ours) == records(theirs)
-    for name in FILES:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
-    for file in (theirs / "evaluations").iterdir():
-        assert (ours / "evaluations" / file.name).read_bytes() == file.read_bytes()
-    summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
-    assert summaries[0]["evaluations"] == summaries[1]["evaluations"]
-    assert summaries[0]["tokens"] == summaries[1]["tokens"]
 
 
 def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str = "hf") -> None:

@@ -69,4 +69,16 @@ def run(
 def records(path: Path) -> list[dict]:
     """metrics.jsonl without what no two runs share: times."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/", "memory/"))} for row in rows]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Two run folders hold the same metrics, samples, evaluations and weights, to the bit."""
+    assert records(ours) == records(theirs)
+    for name in ("student/model.safetensors", "discriminator/model.safetensors", "samples.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    for file in (theirs / "evaluations").iterdir():
+        assert (ours / "evaluations" / file.name).read_bytes() == file.read_bytes()
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (ours, theirs)]
+    assert summaries[0]["evaluations"] == summaries[1]["evaluations"]
+    assert summaries[0]["tokens"] == summaries[1]["tokens"]

@@ -210,7 +210,7 @@ def test_optimizer_without_a_step(tmp_path: Path) -> None:
     stepped = torch.optim.AdamW(model.parameters())
     _step(model, stepped, 0)
     checkpoint.restore_optimizer(stepped, {}, names)
-    assert len(stepped.state) == 0
+    assert all(not value.any() for state in stepped.state.values() for value in state.values())
     _step(model, stepped, 1)
     assert checkpoint.optimizer_tensors(stepped, names)["0.bias.step"] == 1
 

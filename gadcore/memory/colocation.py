@@ -1,0 +1,248 @@
+"""Student, discriminator, reference policy and engine on one device, by turns.
+
+Entering a state (gadcore/memory/holdings.py) does, in this order:
+
+    the engine sleeps, unless the state samples or synchronises
+    what the state does not need leaves the device, in whole buffers
+    freed memory is given back, so that the engine's own allocator can have it
+    the ledger is asked whether the rest fits; the run ends here if not
+    what the state needs comes in
+    the engine wakes: its weights to synchronise, its key-value cache to sample
+
+and what the next state needs starts coming where it fits. Any other order of these calls uses memory twice, or hands
+vLLM weights that it throws away when it wakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gadcore.config import MemorySettings
+from gadcore.errors import UserError
+from gadcore.memory.arena import Arena
+from gadcore.memory.holdings import CHANGES, FOLLOWS, HOLDINGS, NEEDS, Holding, State, needs
+from gadcore.memory.ledger import GIB, PROCESS, Ledger
+from gadcore.memory.meter import Meter, meter_of
+from gadcore.memory.tiers import make_tier, tier_name
+
+Part = Literal["weights", "kv_cache"]
+
+
+class Sleeper(Protocol):
+    """What is asked of an engine; gadcore.rollout.Engine is one."""
+
+    def sleep(self) -> None: ...
+    def wake(self, part: Part) -> None: ...
+    def held(self) -> Mapping[Holding, int]: ...
+
+
+class Colocation:
+    """Which holdings are on the device, and the ledger of them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        settings: MemorySettings,
+        folder: Path,
+        engine: Sleeper,
+        *,
+        shared: bool,
+        meter: Meter | None = None,
+        on_copy: Callable[[str, float, float], None] | None = None,
+    ) -> None:
+        """folder: of the `file` tier. shared: the engine computes with the trainer's own weights.
+
+        Raises UserError where the device has no tier of that name.
+        """
+        self.device, self.settings, self.folder, self.engine = device, settings, folder, engine
+        self.shared = shared
+        self.tier = tier_name(settings.offload, device)
+        self.meter = meter_of(device) if meter is None else meter
+        limit = self.meter.limit if settings.limit_gib is None else int(settings.limit_gib * GIB)
+        self.ledger = Ledger(limit)
+        self.state: State | None = None
+        self._arenas: dict[Holding, Arena] = {}
+        self._staying: dict[Holding, Callable[[], Iterable[Tensor]]] = {}
+        self._gradients: dict[Holding, Sequence[Tensor]] = {}
+        self._seen: dict[str, float] = {}
+        self._states: dict[State, dict[str, int]] = {}
+
+    # What there is
+
+    def add(
+        self,
+        holding: Holding,
+        tensors: Callable[[], Iterable[Tensor]],
+        aliases: Iterable[Tensor] = (),
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """Takes over tensors of the device, which hold their values now.
+
+        aliases: other tensors that look at the same memory, and must go on doing so.
+        frozen: the values never change.
+        """
+        if holding not in HOLDINGS:
+            raise ValueError(f"unknown holding {holding}: use one of {', '.join(HOLDINGS)}")
+        if self.tier == "none":
+            self._staying[holding] = tensors
+        else:
+            place = lambda size: make_tier(self.tier, self.device, self.folder, holding, size)  # noqa: E731
+            self._arenas[holding] = Arena(holding, [*tensors(), *aliases], place, frozen=frozen)
+        self._account()
+
+    def add_gradients(self, holding: Holding, parameters: Iterable[Tensor]) -> None:
+        """Parameters whose gradients must be gone when their state ends."""
+        self._gradients[holding] = list(parameters)
+
+    def begin(self) -> None:
+        """Everything that is there from the beginning has been added: what else is in use is the process's own."""
+        self.meter.give_back()
+        self._account()
+        self.ledger.update({PROCESS: max(0, self.meter.in_use() - self.ledger.total)})
+
+    # States
+
+    def enter(self, state: State) -> None:
+        """Makes the device hold what `state` needs. UserError where that does not fit, or a copy fails."""
+        if state not in NEEDS:
+            raise ValueError(f"unknown state {state}: use one of {', '.join(NEEDS)}")
+        if state == self.state:
+            return
+        if state == "rollout" and self.state != "synchronise":
+            raise RuntimeError(f"rollout follows synchronise, not {self.state}: an engine that slept has no weights")
+        self.observe()
+        needed = needs(state, shared=self.shared)
+        self._no_gradients(needed)
+        if "engine.kv_cache" not in needed and state != "synchronise":
+            self.engine.sleep()
+        for holding, arena in self._arenas.items():
+            if holding not in needed:
+                arena.leave()
+        if self._arenas:
+            self.meter.give_back()
+        self._account(coming=needed)
+        self.ledger.check(state)
+        for holding, arena in self._arenas.items():
+            if holding in needed:
+                arena.come()
+                if holding in CHANGES[state]:
+                    arena.changed()
+        if state == "synchronise":
+            self.engine.wake("weights")
+        if state == "rollout":
+            self.engine.wake("kv_cache")
+        self._account()
+        self.meter.reset_peak()
+        self.state = state
+        self._prefetch(state)
+
+    def observe(self) -> None:
+        """Notes what the present state held and used at most. UserError where that was above the limit."""
+        if self.state is None:
+            return
+        self._account()
+        peak, held = self.meter.peak(), self.ledger.total
+        found = {f"memory/{self.state}_held": held, f"memory/{self.state}_resident": self.meter.in_use()}
+        if peak is not None:
+            peak = max(peak, held, int(self._seen.get(f"memory/{self.state}_peak", 0)))
+            found[f"memory/{self.state}_peak"] = peak
+        self._seen |= found
+        self._states[self.state] = dict(self.ledger.held)
+        if peak is not None:
+            self.ledger.seen(self.state, peak)
+
+    def take_step(self) -> dict[str, float]:
+        """Bytes by state since the last call, for metrics: held by the ledger, resident at its end, the peak."""
+        self.observe()
+        seen, self._seen = self._seen, {}
+        return seen
+
+    def readable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of tensors of any holdings, wherever they are: memory that can be read, without copies.
+
+        To be let go before the next state is entered.
+        """
+        away = {
+            id(tensor): values
+            for arena in self._arenas.values()
+            if not arena.resident
+            for tensor, values in arena.readable()
+        }
+        return {name: away.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says."""
+        states = {}
+        for state, held in self._states.items():
+            gradients = {
+                name: sum(p.nbytes for p in self._gradients[name]) for name in NEEDS[state] if name in self._gradients
+            }
+            work = max(0, self.ledger.work.get(state, 0) - sum(gradients.values()))
+            states[state] = held | gradients | ({"work": work} if work else {})
+        return {
+            "offload": self.tier,
+            "shared_weights": self.shared,
+            "process_bytes": self.ledger.held.get(PROCESS, 0),
+            "limit_bytes": self.ledger.limit,
+            "states": states,
+        }
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Tells an out-of-memory error of the device as a UserError that lists the holders."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory() from error
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            raise self._out_of_memory() from error
+
+    def close(self) -> None:
+        for arena in self._arenas.values():
+            arena.close()
+
+    def _out_of_memory(self) -> UserError:
+        return UserError(f"out of memory in state {self.state}, which {self.ledger.over()}")
+
+    def _no_gradients(self, needed: frozenset[Holding]) -> None:
+        for holding, parameters in self._gradients.items():
+            if holding not in needed and any(p.grad is not None for p in parameters):
+                raise RuntimeError(f"{holding} are still there when their state ends: no optimizer step cleared them")
+
+    def _account(self, coming: frozenset[Holding] = frozenset()) -> None:
+        held: dict[str, int] = {
+            holding: arena.bytes if holding in coming else arena.device_bytes for holding, arena in self._arenas.items()
+        }
+        for holding, tensors in self._staying.items():
+            held[holding] = _storage_bytes(tensors())
+        self.ledger.update(held | {"engine.weights": 0, "engine.kv_cache": 0} | dict(self.engine.held()))
+
+    def _prefetch(self, state: State) -> None:
+        if not self.settings.prefetch or state not in FOLLOWS:
+            return
+        for holding in sorted(needs(FOLLOWS[state], shared=self.shared)):
+            arena = self._arenas.get(holding)
+            if arena is None or arena.resident:
+                continue
+            if arena.tier.loads_ahead:
+                room = self.meter.limit if self.ledger.limit is None else self.ledger.limit
+                if state not in self.ledger.work or self.ledger.total + self.ledger.work[state] + arena.bytes > room:
+                    # Unknown until the state has been seen once.
+                    continue
+            arena.come_soon()
+            self._account()
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,173 @@
+"""Where a holding waits while others have the device: in page-locked memory of the host, or in a file.
+
+A tier keeps one copy of an arena's buffer. store() and load() raise before anything is lost: after a failed store() the
+buffer is the only copy, after a failed load() the tier's is.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gadcore.errors import UserError
+
+_CHUNK = 1 << 26
+
+
+class Tier(Protocol):
+    """A place for one buffer of bytes (a contiguous uint8 tensor)."""
+
+    name: str
+    # Whether start_load() fills device memory while something else computes.
+    loads_ahead: bool
+
+    def store(self, buffer: Tensor) -> None:
+        """Keeps a copy of the buffer."""
+
+    def start_load(self, buffer: Tensor | None) -> None:
+        """Announces load(): into this buffer, where loads_ahead."""
+
+    def load(self, buffer: Tensor) -> None:
+        """Fills the buffer with what store() kept."""
+
+    def readable(self) -> Tensor:
+        """What store() kept, as a CPU tensor of bytes, without a copy. Valid until the next store()."""
+
+    def close(self) -> None:
+        """Gives up the copy."""
+
+
+class FileTier:
+    """A file without a name: it takes its space at once, and is gone with the process, however that ends."""
+
+    name = "file"
+    loads_ahead = False
+
+    def __init__(self, folder: Path, holding: str, size: int) -> None:
+        """Raises UserError where the folder cannot hold `size` bytes more."""
+        self.folder, self.holding, self.size = folder, holding, size
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, path = tempfile.mkstemp(prefix=f".{holding}-", dir=folder)
+        except OSError as error:
+            raise self._failed("make a file for", error, "nothing is lost") from error
+        os.unlink(path)
+        self._file = descriptor
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.close(descriptor)
+            raise self._failed("reserve space for", error, "nothing is lost") from error
+
+    def _failed(self, what: str, error: OSError, then: str) -> UserError:
+        return UserError(
+            f"cannot {what} {self.holding} ({self.size / 2**20:.0f} MiB) in {self.folder}: {error.strerror}; {then}: "
+            "free some space, choose another memory.dir, or set memory.offload to none"
+        )
+
+    def store(self, buffer: Tensor) -> None:
+        view, position = buffer.numpy().data, 0
+        try:
+            while position < self.size:
+                position += os.pwrite(self._file, view[position : position + _CHUNK], position)
+        except OSError as error:
+            raise self._failed("write", error, "it is still in memory") from error
+
+    def start_load(self, buffer: Tensor | None) -> None:
+        os.posix_fadvise(self._file, 0, self.size, os.POSIX_FADV_WILLNEED)
+
+    def load(self, buffer: Tensor) -> None:
+        view, position = buffer.numpy().data, 0
+        try:
+            while position < self.size:
+                read = os.preadv(self._file, [view[position : position + _CHUNK]], position)
+                if not read:
+                    raise OSError(errno.EIO, "the file ends too early")
+                position += read
+        except OSError as error:
+            raise self._failed("read", error, "go on from the last checkpoint") from error
+
+    def readable(self) -> Tensor:
+        # Private: a reader that writes does not change the copy.
+        return torch.frombuffer(mmap.mmap(self._file, self.size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class PinnedTier:
+    """Page-locked memory of the host, copied on a stream of its own beside what the device computes."""
+
+    name = "pinned"
+    loads_ahead = True
+
+    def __init__(self, device: torch.device, holding: str, size: int) -> None:
+        """Raises UserError where the host has no `size` bytes to lock. They are locked once: that takes long."""
+        self.device = device
+        try:
+            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot lock {size / 2**20:.0f} MiB of host memory for {holding}: set memory.offload to file or none"
+            ) from error
+        self._stream = torch.cuda.Stream(device)
+        self._loading: torch.cuda.Event | None = None
+
+    def store(self, buffer: Tensor) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._host.copy_(buffer, non_blocking=True)
+        # The caller frees the buffer: its memory must not be given away before the copy has read it.
+        self._stream.synchronize()
+
+    def start_load(self, buffer: Tensor | None) -> None:
+        if buffer is None:
+            raise ValueError("device memory is needed to load ahead")
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(self._host, non_blocking=True)
+            self._loading = torch.cuda.Event()
+            self._loading.record(self._stream)
+        buffer.record_stream(self._stream)
+
+    def load(self, buffer: Tensor) -> None:
+        if self._loading is None:
+            self.start_load(buffer)
+        assert self._loading is not None
+        torch.cuda.current_stream(self.device).wait_event(self._loading)
+        self._loading = None
+
+    def readable(self) -> Tensor:
+        return self._host
+
+    def close(self) -> None:
+        del self._host
+
+
+def make_tier(name: str, device: torch.device, folder: Path, holding: str, size: int) -> Tier:
+    """The tier that memory.offload names, for `size` bytes; "none" has none."""
+    if name == "pinned":
+        return PinnedTier(device, holding, size)
+    return FileTier(folder, holding, size)
+
+
+def tier_name(offload: str, device: torch.device) -> str:
+    """memory.offload for a device, "auto" resolved. Raises UserError where the device has no such tier."""
+    on_cuda = device.type == "cuda"
+    if offload == "auto":
+        return "pinned" if on_cuda else "none"
+    if offload == "pinned" and not on_cuda:
+        raise UserError(
+            "memory.offload = pinned moves what waits from a GPU into host memory, and this run is on the CPU: use "
+            "file or none"
+        )
+    if offload == "file" and on_cuda:
+        raise UserError("memory.offload = file frees host memory and this run is on a GPU: use pinned or none")
+    return offload
