@@ -22,7 +22,8 @@ SUITES = {
     "traffic": "bytes, launches and FLOPs of the Triton kernels under the interpreter",
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     "paper": "the paper's findings on toys: mixture, language, fresh, or all of them",
-    "tables": "docs/kernels.md, docs/step.md and docs/findings.md, from the results that lie in bench/results",
+    "memory": "bytes by state of runs that share the device by turns, and a run under a limit",
+    "tables": "docs/kernels.md, docs/step.md, docs/memory.md and docs/findings.md, from the results that lie in bench/results",
 }
 
 
@@ -74,7 +75,7 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.suite == "gpu":
         return importlib.import_module("bench.gpu").run(options.quick)
     suite = importlib.import_module(f"bench.suites.{options.suite}")
-    return suite.run(options.quick, options.threads) if options.threads else suite.run(options.quick)
+    return list(suite.run(options.quick, options.threads) if options.threads else suite.run(options.quick))
 
 
 def _step(options: argparse.Namespace) -> int:
@@ -115,7 +116,11 @@ def _paper(options: argparse.Namespace) -> int:
 
 def _tables(options: argparse.Namespace) -> int:
     """--out: one file for the kernels alone."""
-    names = ("bench.tables",) if options.out else ("bench.tables", "bench.tables_step", "bench.paper.findings")
+    names = (
+        ("bench.tables",)
+        if options.out
+        else ("bench.tables", "bench.tables_step", "bench.tables_memory", "bench.paper.findings")
+    )
     for name in names:
         tables = importlib.import_module(name)
         out = options.out or tables.DOCUMENT

@@ -1,0 +1,68 @@
+"""docs/memory.md, from bench/results/memory.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import record
+from bench.suites.memory import STATES
+
+DOCUMENT = record.ROOT / "docs" / "memory.md"
+GIB = 2**30
+
+
+def document() -> str:
+    rows = record.read(record.path_of("memory"))
+    return "\n".join([*_head(rows), *_states(rows), *_limited(rows)]) + "\n"
+
+
+def _head(rows: list[dict[str, Any]]) -> list[str]:
+    machine = rows[0]["machine"] if rows else {}
+    return [
+        "# Memory by state",
+        "",
+        "Made by `python -m bench tables` from bench/results/memory.json, which `python -m bench memory` measures:",
+        "SmolLM2-135M as student and as discriminator, fp32, vLLM, the default job's sizes, 1 warmup and 3 GAD steps.",
+        "`held` is what the ledger says, `resident` what the kernel says at the end of a state, `peak` the most inside",
+        "it (activations, logits, gradients); GiB, medians over the GAD steps but the first.",
+        "",
+        f"{machine.get('cpu', '')}, {machine.get('cores', '')} cores, commit {rows[0]['commit'] if rows else ''}.",
+        "",
+    ]
+
+
+def _states(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| waiting holdings | weights | "
+        + " | ".join(f"{state}: held / resident / peak" for state in STATES)
+        + " | highest peak | ledger off by | s a step | weights to the bit |",
+        "| --- | --- |" + " --- |" * (len(STATES) + 4),
+    ]
+    runs = [row for row in rows if row["op"] == "run"]
+    for row in runs:
+        states = [
+            " / ".join(f"{row['states'][state][what] / GIB:.2f}" for what in ("held", "resident", "peak"))
+            for state in STATES
+        ]
+        cells = [
+            {"none": "stay", "file": "in files"}[row["offload"]],
+            "shared" if row["shared_weights"] else "two copies",
+            *states,
+            f"{row['peak_bytes'] / GIB:.2f}",
+            f"{row['ledger_error']:.1%}",
+            f"{row['step_s']:.1f}",
+            "same" if row["weights"] == runs[0]["weights"] else "**differ**",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _limited(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in (row for row in rows if row["op"] == "limited run"):
+        end = "finishes" if row["finished"] else f"ends with exit code {row['exit_code']}: `{row['said']}`"
+        lines.append(
+            f"- Under a control group's limit of {row['limit_bytes'] / GIB:.2f} GiB, memory.offload = "
+            f"{row['offload']}: the run {end}."
+        )
+    return lines

@@ -1,0 +1,120 @@
+"""What only a GPU can prove of the memory states: page-locked copies, vLLM's sleep levels, the driver's own figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from builders import TEMPLATE
+from gadcore.config import Config, MemorySettings
+from gadcore.errors import UserError
+from gadcore.memory.arena import Arena
+from gadcore.memory.colocation import Colocation
+from gadcore.memory.meter import CudaMeter
+from gadcore.memory.tiers import PinnedTier
+from runs import assert_same_run, run, tiny_arguments
+from tiny import save_tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+MIB = 2**20
+
+
+def pinned(size: int) -> PinnedTier:
+    return PinnedTier(torch.device("cuda"), "student.parameters", size)
+
+
+def test_page_locked_copies_keep_every_bit_while_the_device_computes() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    held = [torch.randn(n, generator=generator, device="cuda") for n in (1, 1000, 64 * MIB // 4)]
+    arena = Arena("student.parameters", held, pinned)
+    busy = torch.randn(2048, 2048, device="cuda")
+    for round_ in range(3):
+        # Written on the current stream, without waiting: the copy must.
+        for tensor in held:
+            tensor.add_(1)
+        expected = [tensor.clone() for tensor in held]
+        arena.changed()
+        arena.leave()
+        assert all(torch.equal(v.cpu(), e.cpu()) for (_, v), e in zip(arena.readable(), expected, strict=True))
+        if round_:
+            arena.come_soon()
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        arena.come()
+        assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+
+
+def test_leaving_frees_the_devices_memory() -> None:
+    meter = CudaMeter(torch.device("cuda"))
+    held = [torch.ones(512 * MIB // 4, device="cuda")]
+    arena = Arena("student.optimizer", held, pinned)
+    meter.give_back()
+    before = meter.in_use()
+    arena.leave()
+    meter.give_back()
+    assert meter.in_use() <= before - 500 * MIB
+    arena.come()
+    assert meter.in_use() >= before - 16 * MIB
+
+
+def test_a_limit_is_told_before_the_device_runs_out() -> None:
+    class NoEngine:
+        def sleep(self) -> None: ...
+        def wake(self, part: str) -> None: ...
+        def held(self) -> dict:
+            return {}
+
+    settings = MemorySettings(offload="pinned", limit_gib=0.1)
+    memory = Colocation(torch.device("cuda"), settings, Path(), NoEngine(), shared=False)
+    memory.add("student.parameters", lambda held=[torch.ones(256 * MIB // 4, device="cuda")]: held)
+    with pytest.raises(UserError, match="state student needs .* of 0.10 GiB allowed"):
+        memory.enter("student")
+    with pytest.raises(UserError, match="out of memory in state"), memory.explained():
+        torch.empty(1 << 45, dtype=torch.uint8, device="cuda")
+
+
+def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path) -> None:
+    pytest.importorskip("vllm")
+    from gadcore.models import load_causal_lm
+    from gadcore.rollout import SampleRequest, make_engine
+
+    path = str(save_tiny(tmp_path))
+    model = load_causal_lm(path, "float32", torch.device("cuda"))
+    config = Config.model_validate(
+        {
+            "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
+            "rollout": {"dtype": "float32", "gpu_memory_utilization": 0.1},
+        }
+    )
+    engine = make_engine(config, path, model, TEMPLATE)
+    requests = [SampleRequest((5, 6, 7, 8), 1, 0)]
+
+    def greedy() -> list[tuple[int, ...]]:
+        engine.wake("weights")
+        engine.update_weights(model)
+        engine.wake("kv_cache")
+        drawn = engine.generate(requests, temperature=0.0, max_tokens=16)
+        engine.sleep()
+        return [group[0].token_ids for group in drawn]
+
+    first = greedy()
+    assert engine.held() == {"engine.weights": 0, "engine.kv_cache": 0}
+    assert greedy() == first, "sleeping and waking changed greedy output"
+    with pytest.raises(RuntimeError, match="has slept"):
+        engine.generate(requests, temperature=0.0, max_tokens=4)
+    engine.close()
+
+
+def test_a_run_with_pinned_holdings_is_the_run_without(tmp_path) -> None:
+    for offload in ("none", "pinned"):
+        done = run([*tiny_arguments(tmp_path), "--memory.offload", offload, "--run.dir", offload], tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "pinned", tmp_path / "none")
+    memory = json.loads((tmp_path / "pinned/summary.json").read_text())["memory"]
+    assert "discriminator.optimizer" not in memory["states"]["student"]
