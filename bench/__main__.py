@@ -23,7 +23,7 @@ SUITES = {
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     "paper": "the paper's findings on toys: mixture, language, fresh, or all of them",
     "memory": "bytes by state of runs that share the device by turns, and a run under a limit",
-    "tables": "docs/kernels.md, docs/step.md, docs/memory.md and docs/findings.md, from the results that lie in bench/results",
+    "tables": "docs/kernels.md, step.md, memory.md and findings.md, from the results that lie in bench/results",
 }
 
 
@@ -116,11 +116,8 @@ def _paper(options: argparse.Namespace) -> int:
 
 def _tables(options: argparse.Namespace) -> int:
     """--out: one file for the kernels alone."""
-    names = (
-        ("bench.tables",)
-        if options.out
-        else ("bench.tables", "bench.tables_step", "bench.tables_memory", "bench.paper.findings")
-    )
+    others = ("bench.tables_step", "bench.tables_memory", "bench.paper.findings")
+    names = ("bench.tables", *(() if options.out else others))
     for name in names:
         tables = importlib.import_module(name)
         out = options.out or tables.DOCUMENT

@@ -72,7 +72,9 @@ def test_a_limit_is_told_before_the_device_runs_out() -> None:
 
     settings = MemorySettings(offload="pinned", limit_gib=0.1)
     memory = Colocation(torch.device("cuda"), settings, Path(), NoEngine(), shared=False)
-    memory.add("student.parameters", lambda held=[torch.ones(256 * MIB // 4, device="cuda")]: held)
+    held = [torch.ones(256 * MIB // 4, device="cuda")]
+    memory.add("student.parameters", lambda: held)
+    memory.enter("rest")
     with pytest.raises(UserError, match="state student needs .* of 0.10 GiB allowed"):
         memory.enter("student")
     with pytest.raises(UserError, match="out of memory in state"), memory.explained():
