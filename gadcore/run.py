@@ -5,6 +5,7 @@ python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
 python -m gadcore.run --config mine.toml --dry-run      print the resolved plan and stop
 python -m gadcore.run --resume auto                     go on with the newest run
 python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
+python -m gadcore.run plan ...                          what a run will need: memory, time, does it fit
 python -m gadcore.run report [RUN_FOLDER]               write report.html again
 python -m gadcore.run collect ...                       ask a teacher for responses, over an API
 python -m gadcore.run eval ...                          sample from models and compare them with the teacher
@@ -29,7 +30,7 @@ from gadcore.evaluate.settings import EvalConfig
 from gadcore.run_folder import LATEST, RunFolder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
-COMMANDS = (*STAGES, "report", "collect", "eval", "judge", "compare", "sheet", "tally")
+COMMANDS = (*STAGES, "plan", "report", "collect", "eval", "judge", "compare", "sheet", "tally")
 
 
 class StopSignals:
@@ -88,6 +89,10 @@ def _other(command: str, arguments: list[str]) -> int:
     """A command that trains nothing. Each is imported only when it is asked for."""
     if command == "report":
         return _report(arguments)
+    if command == "plan":
+        from gadcore.plan.command import main as plan
+
+        return plan(arguments, set_environment)
     if command == "collect":
         from gadcore.teacher.command import main as collect
 

@@ -1,0 +1,93 @@
+"""A prediction beside what a run measured, state by state and phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from gadcore.errors import UserError
+from gadcore.plan.memory import Case
+from gadcore.plan.planning import Plan, as_given
+from gadcore.plan.workload import Workload, at_lengths
+from gadcore.tracking import Row, read_rows
+
+_PHASES = ("synchronise", "rollout", "discriminator", "student")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """what: "time" in seconds or "memory" in bytes, of a step. Medians over steps of a stage."""
+
+    what: str
+    stage: str
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured
+
+
+def compare(folder: Path, case: Case) -> list[Comparison]:
+    """The steps of a run's metrics.jsonl beside what is predicted for their own token counts.
+
+    Raises UserError where the folder has no step that sampled.
+    """
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "tokens/sampled" in row and "time/rollout" in row]
+    if not rows:
+        raise UserError(f"plan.against = {folder} has no step that sampled: there is nothing to compare with")
+    found: list[Comparison] = []
+    for stage in ("warmup", "gad"):
+        steps = [row for row in rows if row["stage"] == stage]
+        if steps:
+            plans = [as_given(replace(case, work=_work_of(row, case.work))) for row in steps]
+            found += _times(stage, steps, plans)
+            if stage == "gad":
+                found += _memory(steps, plans)
+    return found
+
+
+def _work_of(row: Row, work: Workload) -> Workload:
+    """The workload of one step, from its token counts."""
+    prompts = round(row["tokens/sampled"] / (row["length/student"] * work.samples))
+    teacher = float(row["length/teacher"])
+    prompt = (row["tokens/discriminator"] - row["tokens/sampled"]) / prompts - teacher
+    return at_lengths(
+        work, prompts=prompts, prompt=max(prompt, 1.0), response=float(row["length/student"]), teacher=teacher
+    )
+
+
+def _times(stage: str, steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comparison]:
+    found = []
+    for phase in _PHASES:
+        measured = [row[f"time/{phase}"] for row in steps if f"time/{phase}" in row]
+        predicted = [plan.time.steps[stage].get(phase, 0.0) for plan in plans]
+        if phase == "rollout" and not any("time/synchronise" in row for row in steps):
+            predicted = [
+                seconds + plan.time.steps[stage].get("synchronise", 0.0)
+                for seconds, plan in zip(predicted, plans, strict=True)
+            ]
+        if measured and median(predicted) > 0:
+            found.append(Comparison("time", stage, phase, median(predicted), median(measured)))
+    totals = [row["time/total"] for row in steps]
+    predicted = [sum(plan.time.steps[stage].values()) for plan in plans]
+    found.append(Comparison("time", stage, "step", median(predicted), median(totals)))
+    return found
+
+
+def _memory(steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comparison]:
+    found = []
+    for state in plans[0].memory:
+        for kind in ("held", "peak"):
+            measured = [row[f"memory/{state}_{kind}"] for row in steps if f"memory/{state}_{kind}" in row]
+            if not measured:
+                continue
+            memories = [plan.memory[state] for plan in plans]
+            predicted = [sum(m.held.values()) if kind == "held" else m.total for m in memories]
+            if median(measured) > 0:
+                found.append(Comparison("memory", "gad", f"{state}, {kind}", median(predicted), median(measured)))
+    return found

@@ -1,0 +1,200 @@
+"""Machines: how many accelerators, and the figures that memory and time are predicted from."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gadcore.errors import UserError
+from gadcore.plan.assumptions import Assumption, Assumptions
+
+H100 = re.compile(r"(?:(?P<nodes>[1-9]\d?)x(?P<per_node>[1-8])-)?h100-80gb(?:-x(?P<count>[1-8]))?")
+# Rows of a decoding step that a CPU's rate is measured at: it depends on them.
+DECODE_ROWS = (1, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """kind: "cuda" or "cpu", which counts as one accelerator. figures: per accelerator but where they say so."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    nodes: int
+    per_node: int
+    figures: Assumptions
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a run: one an accelerator."""
+        return self.nodes * self.per_node
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory of an accelerator that a plan may fill."""
+        return self.figures["memory_bytes"] * (1 - self.figures["reserve_share"])
+
+    def product_flops(self, dtype: str) -> float:
+        """FLOP/s of large products of one accelerator in "float32" or "bfloat16", before any share is taken."""
+        return self.figures[f"product_flops_{dtype}"]
+
+    def decode_flops(self, rows: float, dtype: str) -> float:
+        """FLOP/s of the products of a decoding step of `rows` sequences, where memory does not limit them."""
+        if self.kind == "cuda":
+            return self.product_flops(dtype) * self.figures["decode_flops_share"]
+        return self.figures[f"decode_flops_{min(DECODE_ROWS, key=lambda at: abs(at - rows))}"]
+
+    def with_ranks(self, ranks: int) -> Machine:
+        """The same accelerators, 8 a node."""
+        per_node = min(8, ranks)
+        return replace(self, name=f"{ranks} of {self.name}", nodes=-(-ranks // per_node), per_node=per_node)
+
+
+def h100(nodes: int, per_node: int, name: str) -> Machine:
+    """Nodes of H100 SXM 80 GB."""
+    vendor, guess = "NVIDIA's data sheet (H100 SXM)", "assumed, not measured here"
+    figures = [
+        Assumption("memory_bytes", 80e9, "bytes", "by name; drivers report a little more"),
+        Assumption("reserve_share", 0.05, "share", f"{guess}: left free for fragmentation"),
+        Assumption("process_bytes", 1.5e9, "bytes", f"{guess}: CUDA context and communication buffers"),
+        Assumption("engine_bytes", 3e9, "bytes", f"{guess}: what vLLM takes beside weights and KV cache"),
+        Assumption("host_memory_bytes", 2e12, "bytes", "per node, as in a DGX H100"),
+        Assumption("product_flops_bfloat16", 989e12, "FLOP/s", f"{vendor}, dense"),
+        Assumption("product_flops_float32", 67e12, "FLOP/s", f"{vendor}, without TF32"),
+        Assumption("product_share", 0.6, "share", f"{guess}: of the peak, large products"),
+        Assumption("head_share", 0.5, "share", f"{guess}: of the peak, output head with its softmax"),
+        Assumption("attention_share", 0.35, "share", f"{guess}: of the peak, packed attention"),
+        Assumption("elementwise_share", 0.25, "share", f"{guess}: of the layers' time, norms, activations, casts"),
+        Assumption("memory_bandwidth", 3.35e12, "bytes/s", vendor),
+        Assumption("memory_share", 0.8, "share", f"{guess}: of the bandwidth, optimizer and decoding"),
+        Assumption("decode_flops_share", 0.5, "share", f"{guess}: of the peak, products of a decoding step"),
+        Assumption("engine_step_seconds", 3e-3, "s", f"{guess}: vLLM's scheduling and sampling, per decoding step"),
+        Assumption("engine_layer_seconds", 2.5e-4, "s", f"{guess}: launches of a layer without CUDA graphs"),
+        Assumption("host_link", 55e9, "bytes/s", "PCIe Gen5 x16, page-locked memory"),
+        Assumption("node_link", 450e9, "bytes/s", f"{vendor}: NVLink, one way"),
+        Assumption("network_link", 50e9, "bytes/s", "400 Gb/s InfiniBand per accelerator"),
+        Assumption("collective_share", 0.75, "share", f"{guess}: of the links, gathering and reducing"),
+        Assumption("overlap_share", 0.8, "share", f"{guess}: of the computing time, that hides communication"),
+        Assumption("file_write", 2e9, "bytes/s", f"{guess}: per node, checkpoints and files"),
+        Assumption("file_read", 5e9, "bytes/s", f"{guess}: per node, files"),
+    ]
+    return Machine(name, "cuda", nodes, per_node, Assumptions(figures))
+
+
+def cpu(name: str, memory_bytes: float) -> Machine:
+    """A CPU, of whose rates one AVX2 core's are assumed: gadcore.plan.calibrate measures others."""
+    guess = "assumed of one AVX2 core; --calibrate measures it"
+    fixed = "seen with vLLM 0.32 on an AVX2 core"
+    figures = [
+        Assumption("memory_bytes", memory_bytes, "bytes", "what the operating system reports"),
+        Assumption("reserve_share", 0.1, "share", "assumed: left to the operating system and others"),
+        Assumption("process_bytes", 0.7e9, "bytes", "resident size of a process with torch, transformers and vLLM"),
+        Assumption(
+            "allocator_share", 0.8, "share", "seen with glibc: of the student's weights and gradients, freed but kept"
+        ),
+        Assumption("engine_bytes", 0.2e9, "bytes", "assumed: logits and buffers of vLLM while it samples"),
+        Assumption("product_flops_float32", 85e9, "FLOP/s", guess),
+        Assumption("product_flops_bfloat16", 8e9, "FLOP/s", "assumed: no matrix instructions for bfloat16"),
+        Assumption("product_share", 1.0, "share", "the product rate is a measured one"),
+        Assumption("head_share", 0.85, "share", guess),
+        Assumption("attention_share", 0.4, "share", "assumed: of the product rate, packed attention"),
+        Assumption("elementwise_share", 0.12, "share", guess),
+        Assumption("memory_bandwidth", 17e9, "bytes/s", guess),
+        Assumption("memory_share", 1.0, "share", "the bandwidth is a measured one"),
+        Assumption("decode_bandwidth", 13e9, "bytes/s", guess),
+        *(
+            Assumption(f"decode_flops_{rows}", rate, "FLOP/s", guess)
+            for rows, rate in zip(DECODE_ROWS, (7e9, 55e9, 60e9, 76e9, 79e9), strict=True)
+        ),
+        Assumption("engine_step_seconds", 8e-3, "s", f"{fixed}: scheduling, per decoding step"),
+        Assumption("engine_layer_seconds", 5e-4, "s", f"{fixed}: one layer beside its products"),
+        Assumption("engine_row_seconds", 5e-4, "s", f"{fixed}: sampling of one sequence's token"),
+        Assumption("file_write", 0.4e9, "bytes/s", guess),
+        Assumption("file_read", 1e9, "bytes/s", guess),
+    ]
+    return Machine(name, "cpu", 1, 1, Assumptions(figures))
+
+
+def here(threads: int) -> Machine:
+    """This machine's GPU, else its CPU, with the figures of its calibration where there are some."""
+    # Imported only here: a plan for another machine needs neither.
+    import psutil
+    import torch
+
+    from gadcore.plan.calibrate import device_name, read
+
+    measured, date = read(threads)
+    plural = "s" if threads > 1 else ""
+    if torch.cuda.is_available():
+        name = f"this machine: {device_name()}"
+        machine = h100(1, 1, name)
+        reported = {
+            "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+            "host_memory_bytes": psutil.virtual_memory().total,
+        }
+        machine = replace(machine, figures=machine.figures.replaced(reported, "what the driver reports"))
+    else:
+        machine = cpu(f"this machine: {device_name()}, {threads} thread{plural}", psutil.virtual_memory().total)
+    # Another version of gadcore may have kept figures of other names.
+    known = {key: value for key, value in measured.items() if key in machine.figures}
+    if known:
+        return replace(machine, figures=machine.figures.replaced(known, f"measured on {date}"))
+    note = f"not calibrated for {threads} thread{plural}: `plan --calibrate` measures this machine"
+    return replace(machine, notes=(note,))
+
+
+def from_file(path: Path) -> Machine:
+    """A machine of a TOML file: base, nodes, accelerators (per node) and any figure by name.
+
+    Raises UserError for a file that cannot be read, or a key or value that is not known.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"plan.machine = {path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"plan.machine = {path} is not valid TOML: {error}") from None
+    base, name = table.pop("base", "h100-80gb"), str(table.pop("name", path.stem))
+    counts = {key: table.pop(key, 1) for key in ("nodes", "accelerators")}
+    for key, count in counts.items():
+        if type(count) is not int or count < 1:
+            raise UserError(f"{key} = {count!r} ({path}) must be a whole number from 1")
+    for key, value in table.items():
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(f"{key} = {value!r} ({path}) must be a number above 0")
+    if base == "cpu":
+        machine = cpu(name, 16e9)
+    elif base == "h100-80gb":
+        machine = h100(counts["nodes"], counts["accelerators"], name)
+    else:
+        raise UserError(f'base = {base!r} ({path}) is unknown: use "h100-80gb" or "cpu"')
+    return replace(machine, figures=machine.figures.replaced(table, str(path)))
+
+
+def find(name: str, threads: int, assume: Mapping[str, float] | None = None) -> Machine:
+    """The machine that plan.machine names. assume: other values for its figures.
+
+    Raises UserError for a name that is none.
+    """
+    machine = _named(name, threads)
+    return replace(machine, figures=machine.figures.replaced(assume or {}, "plan.assume"))
+
+
+def _named(name: str, threads: int) -> Machine:
+    if name == "here":
+        return here(threads)
+    if (path := Path(name)).suffix == ".toml":
+        return from_file(path)
+    match = H100.fullmatch(name)
+    if match is None or (match["nodes"] and match["count"]):
+        raise UserError(
+            f"plan.machine = {name} is unknown: use here, h100-80gb-x1 to -x8, 2x8-h100-80gb (nodes x accelerators), "
+            "or a TOML file"
+        )
+    if match["nodes"]:
+        return h100(int(match["nodes"]), int(match["per_node"]), name)
+    return h100(1, int(match["count"] or 1), name)

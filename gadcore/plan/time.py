@@ -1,0 +1,244 @@
+"""Seconds of every phase of a step, from a roofline: rates of products and of memory, and the work that is to be done.
+
+layers      2 FLOPs a matrix entry and token forward, twice that backward, once more for what is computed again;
+            over the product rate, and over what norms, activations and casts leave of the time
+attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
+head        three products in the policy's pass, one in the reference's, four in the warmup's
+decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
+optimizer   ten passes over parameters: AdamW reads four and writes three, clipping reads two and writes one
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gadcore.memory.holdings import State, needs
+from gadcore.plan.dimensions import Dimensions
+from gadcore.plan.memory import ITEM, Case, Choice, holdings
+
+_OPTIMIZER_PASSES = 10
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a model over packed tokens. head: FLOPs factor of the output head, on `responses` tokens."""
+
+    tokens: float
+    pairs: float
+    responses: float
+    head: float
+    backward: bool
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """Seconds. steps: of every stage, {phase: seconds}; stages: number of steps; once: what comes on top."""
+
+    steps: dict[str, dict[str, float]]
+    stages: dict[str, int]
+    once: dict[str, float]
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Of the whole run, by phase."""
+        total: dict[str, float] = {}
+        for stage, phases in self.steps.items():
+            for phase, seconds in phases.items():
+                total[phase] = total.get(phase, 0.0) + seconds * self.stages[stage]
+        return total | self.once
+
+    @property
+    def total(self) -> float:
+        return sum(self.phases.values())
+
+
+def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, work: Pass) -> float:
+    """One forward pass on every rank, with its backward pass where there is one; tokens are of all ranks."""
+    machine, figures = case.machine, case.machine.figures
+    settings = getattr(case.config, settings_name)
+    dtype = "bfloat16" if settings.autocast != "none" else settings.dtype
+    rate = machine.product_flops(dtype)
+    # Forward passes that backward makes again: "selective" leaves products and attention out.
+    again = {"off": 0.0, "selective": figures["elementwise_share"], "full": 1.0}[choice.mode]
+    times, attention_times = (3 + again, 3.5 + (choice.mode == "full")) if work.backward else (1.0, 1.0)
+    layers = times * d.token_flops * work.tokens / (rate * figures["product_share"])
+    layers /= 1 - figures["elementwise_share"]
+    attention = attention_times * d.pair_flops * work.pairs / (rate * figures["attention_share"])
+    head = work.head * d.head_flops * work.responses / (rate * figures["head_share"])
+    computing = (layers + attention + head) / machine.ranks
+    if machine.ranks == 1:
+        return computing
+    is_student = settings_name == "student"
+    parameters = d.parameters if is_student else d.judge_parameters
+    micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
+    # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
+    moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
+    hidden = figures["overlap_share"] * computing
+    return computing + max(0.0, moved / collective_bandwidth(case) - hidden)
+
+
+def collective_bandwidth(case: Case) -> float:
+    """Bytes/s at which every rank gathers, or reduces, what is cut over all of them."""
+    figures, machine = case.machine.figures, case.machine
+    link = figures["node_link"]
+    if machine.nodes > 1:
+        # A ring over nodes enters and leaves each one by all of its network links.
+        link = min(link, figures["network_link"] * machine.per_node)
+    return link * figures["collective_share"] * machine.ranks / (machine.ranks - 1)
+
+
+def optimizer_seconds(case: Case, parameters: int, dtype: str) -> float:
+    """Clipping and AdamW on every rank's shard."""
+    figures = case.machine.figures
+    moved = _OPTIMIZER_PASSES * parameters * ITEM[dtype] / case.machine.ranks
+    return moved / (figures["memory_bandwidth"] * figures["memory_share"])
+
+
+def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float) -> float:
+    """One decoding step of one sampler: `rows` sequences, each with `context` tokens behind it."""
+    d, machine, figures = case.student, case.machine, case.machine.figures
+    cut = choice.tensor_parallel
+    item = ITEM[case.config.rollout.dtype]
+    bandwidth = figures.get("decode_bandwidth") or figures["memory_bandwidth"] * figures["memory_share"]
+    entries = d.layers * d.matrices + d.head
+    reading = entries * item / cut / bandwidth
+    keys = rows * context * d.kv_bytes(item) / cut / bandwidth
+    products = 2 * entries * rows / cut / machine.decode_flops(rows, case.config.rollout.dtype)
+    launches = figures["engine_layer_seconds"] * d.layers
+    beside = figures["engine_step_seconds"] + figures.get("engine_row_seconds", 0.0) * rows
+    if machine.kind == "cpu":
+        # Nothing runs beside anything else.
+        return max(reading, products) + keys + launches + beside
+    return max(reading + keys, products, launches) + beside
+
+
+def rollout_seconds(case: Case, choice: Choice, prompts: float, samples: int) -> float:
+    """Sampling of a batch. Lengths are taken as exponential, cut at the limit, with the mean that is asked for."""
+    work, samplers = case.work, case.machine.ranks / choice.tensor_parallel
+    d, rollout = case.student, case.config.rollout
+    sequences = prompts * samples / samplers
+    if sequences == 0:
+        return 0.0
+    machine, figures = case.machine, case.machine.figures
+    rate = machine.product_flops(rollout.dtype) * figures["product_share"] * (1 - figures["elementwise_share"])
+    prefill = prompts / samplers * work.prompt * (d.token_flops + d.pair_flops * work.prompt / 2)
+    seconds = prefill / choice.tensor_parallel / rate
+
+    slots = min(sequences, rollout.max_num_seqs)
+    if rollout.engine == "vllm":
+        per_sequence = work.prompt / samples + work.response
+        total_kv = choice.kv_bytes * choice.tensor_parallel
+        slots = max(1.0, min(slots, total_kv / (per_sequence * d.kv_bytes(ITEM[rollout.dtype]))))
+    else:
+        slots = min(slots, samples)  # One prompt at a time.
+    # Until the last sequences have begun, all slots are taken.
+    full = (sequences - slots) * work.response / slots
+    seconds += full * decode_step_seconds(case, choice, slots, work.prompt + work.response / 2)
+    decay = _decay(work.response, work.limit)
+    stride = max(1, work.limit // 128)
+    for step in range(0, work.limit, stride):
+        rows = slots * math.exp(-step / decay)
+        if rows < 0.5:
+            break
+        width = min(stride, work.limit - step)
+        seconds += width * decode_step_seconds(case, choice, max(rows, 1.0), work.prompt + step)
+    return seconds
+
+
+def _decay(mean: float, limit: int) -> float:
+    """Mean of the exponential distribution that has the mean `mean` when cut at `limit`."""
+    if mean >= 0.99 * limit:
+        return 100.0 * limit
+    low, high = mean, 100.0 * limit
+    for _ in range(60):
+        middle = (low + high) / 2
+        if middle * (1 - math.exp(-limit / middle)) < mean:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def synchronise_seconds(case: Case) -> float:
+    """The student's weights reach the sampler: gathered, copied, and compared by a fingerprint."""
+    if case.shared:
+        return 0.0
+    figures, parameters = case.machine.figures, case.student.parameters
+    read = parameters * (ITEM[case.config.student.dtype] + 3 * ITEM[case.config.rollout.dtype])
+    seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
+    if case.machine.ranks > 1:
+        seconds += parameters * ITEM[case.config.rollout.dtype] / collective_bandwidth(case)
+    return seconds
+
+
+def offload_seconds(case: Case, choice: Choice) -> float:
+    """Copies between accelerator and host, or files, over one GAD step; the reference is only ever read back."""
+    sizes, seconds = holdings(case, choice), 0.0
+    states: tuple[State, ...] = ("synchronise", "rollout", "discriminator", "student")
+    figures = case.machine.figures
+    if case.offload == "file":
+        out, back = (figures[name] / case.machine.per_node for name in ("file_write", "file_read"))
+    else:
+        out = back = figures.get("host_link", math.inf)
+    for before, state in zip((states[-1], *states[:-1]), states, strict=True):
+        old, new = needs(before, shared=case.shared), needs(state, shared=case.shared)
+        for name, size in sizes.items():
+            sleeps = name == "engine.weights" and case.machine.kind == "cuda"
+            if name.endswith((".gradients", "kv_cache")) or not (sleeps or case.offload != "none"):
+                continue
+            if name in new - old:
+                seconds += size / (figures["host_link"] if sleeps else back)
+            elif name in old - new and name not in ("reference.parameters", "engine.weights"):
+                seconds += size / out
+    return seconds
+
+
+def run_time(case: Case, choice: Choice) -> RunTime:
+    """Seconds per phase of a step of each stage, and of the full run. Starting up is left out."""
+    work, config, judge = case.work, case.config, case.judge
+    algorithm = config.algorithm
+    responses, teacher = work.sampled, work.prompts * work.teacher
+    update = optimizer_seconds(case, judge.judge_parameters, config.discriminator.dtype)
+    scored = Pass(work.judge_tokens, work.judge_pairs, 0, 0, True)
+    d_seconds = pass_seconds(case, choice, judge, "discriminator", scored) + update
+    looked = pass_seconds(case, choice, judge, "discriminator", Pass(work.judge_tokens, work.judge_pairs, 0, 0, False))
+    updates = algorithm.discriminator_steps / algorithm.discriminator_every
+    d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
+    g_update = optimizer_seconds(case, case.student.parameters, config.student.dtype)
+    policy = Pass(work.student_tokens, work.student_pairs, responses, 3, True)
+    g_seconds = pass_seconds(case, choice, case.student, "student", policy) + g_update
+    if algorithm.kl_coef > 0:
+        reference = Pass(work.student_tokens, work.student_pairs, responses, 1, False)
+        g_seconds += pass_seconds(case, choice, case.student, "student", reference)
+    entropy = Pass(work.warmup_tokens, work.warmup_pairs, teacher, 4, True)
+    ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
+
+    sampling = {
+        "synchronise": synchronise_seconds(case),
+        "rollout": rollout_seconds(case, choice, work.prompts, work.samples),
+        "offload": offload_seconds(case, choice),
+    }
+    warmup = {**sampling, "discriminator": d_seconds} if algorithm.discriminator_warmup else {}
+    if algorithm.student_warmup:
+        warmup = {**warmup, "student": ce_seconds}
+    gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
+    stages = work.steps
+    return RunTime({"warmup": warmup, "gad": gad}, stages, _once(case, choice, looked))
+
+
+def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
+    """Held-out evaluations before, between and after the stages, and checkpoints."""
+    work, every, steps = case.work, case.config.checkpoint.every, sum(case.work.steps.values())
+    share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.judge_tokens
+    evaluation = rollout_seconds(case, choice, work.eval_rows, 1) + looked * share
+    # Parameters and both moments.
+    saved = 3.0 * (
+        case.student.parameters * ITEM[case.config.student.dtype]
+        + case.judge.judge_parameters * ITEM[case.config.discriminator.dtype]
+    )
+    count = (steps // every + len(work.steps) if every else 0) + 1
+    return {
+        "evaluation": evaluation * (1 + len(work.steps)),
+        "checkpoint": count * saved / (case.machine.figures["file_write"] * case.machine.nodes),
+    }

@@ -1,0 +1,172 @@
+"""How much work a step and a run are: rows, steps, and mean tokens of prompts and responses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gadcore.config import Config
+from gadcore.errors import UserError
+from gadcore.plan.assumptions import Assumption
+from gadcore.plan.settings import PlanSettings
+from gadcore.schedule import stage_steps
+
+# Rows of a set that is not read here, mean tokens of its prompts and responses.
+_KNOWN = {
+    "ytz20/LMSYS-Chat-GPT-5-Chat-Response": (
+        192_014,
+        110.0,
+        320.0,
+        "card of a copy of the set: 192,014 rows of 1,908 bytes; assumed: 4.4 bytes a token, a quarter the prompt's",
+    )
+}
+STAGES = ("warmup", "gad")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step: `prompts` prompts with `samples` samples and one teacher response each. Lengths are means, in tokens.
+
+    steps: of every stage. eval_rows: held-out prompts. limit: tokens of a response at most, longest_prompt: of a
+    prompt.
+    """
+
+    prompts: int
+    samples: int
+    prompt: float
+    response: float
+    teacher: float
+    limit: int
+    longest_prompt: int
+    steps: dict[str, int]
+    eval_rows: int
+
+    @property
+    def sampled(self) -> float:
+        """Tokens that a step samples."""
+        return self.prompts * self.samples * self.response
+
+    @property
+    def student_tokens(self) -> float:
+        """Packed tokens of a step's policy pass; a response's last token predicts nothing and is left out."""
+        return self.prompts * (self.prompt + self.samples * (self.response - 1))
+
+    @property
+    def student_pairs(self) -> float:
+        return self.prompts * _pairs(self.prompt, [self.response] * self.samples)
+
+    @property
+    def judge_tokens(self) -> float:
+        """Packed tokens of a step's discriminator pass."""
+        return self.prompts * (self.prompt + self.teacher + self.samples * self.response)
+
+    @property
+    def judge_pairs(self) -> float:
+        return self.prompts * _pairs(self.prompt, [self.teacher] + [self.response] * self.samples)
+
+    @property
+    def warmup_tokens(self) -> float:
+        """Packed tokens of a warmup step's cross-entropy."""
+        return self.prompts * (self.prompt + self.teacher - 1)
+
+    @property
+    def warmup_pairs(self) -> float:
+        return self.prompts * _pairs(self.prompt, [self.teacher])
+
+
+def _pairs(prompt: float, responses: list[float]) -> float:
+    return prompt * prompt / 2 + sum(r * prompt + r * r / 2 for r in responses)
+
+
+def read_workload(config: Config, plan: PlanSettings) -> tuple[Workload, list[Assumption]]:
+    """The work of a run, and where its figures come from.
+
+    The data is read where it comes with gadcore or is a file here, and the tokenizer is at hand. Raises UserError for
+    broken data, or where neither plan.rows nor the data says how many rows there are.
+    """
+    data = config.data
+    rows, prompt, response, why = _from_data(config) or _assumed(config, plan)
+    teacher = plan.teacher_tokens or response
+    sampled = plan.response_tokens or teacher
+    items = [
+        Assumption("rows", plan.rows or rows, "rows", "plan.rows" if plan.rows else why),
+        Assumption(
+            "prompt_tokens", plan.prompt_tokens or prompt, "tokens", "plan.prompt_tokens" if plan.prompt_tokens else why
+        ),
+        Assumption("teacher_tokens", teacher, "tokens", "plan.teacher_tokens" if plan.teacher_tokens else why),
+        Assumption(
+            "response_tokens",
+            sampled,
+            "tokens",
+            "plan.response_tokens" if plan.response_tokens else "assumed: samples as long as the teacher's responses",
+        ),
+    ]
+    for item, limit in zip(items[1:], (data.max_prompt_tokens, *[data.max_response_tokens] * 2), strict=True):
+        if item.value > limit:
+            raise UserError(
+                f"plan.{item.name} = {item.value:g} is a mean above the limit of {limit} tokens in data: lower it"
+            )
+    count = int(items[0].value)
+    per_epoch = math.ceil(count / config.schedule.batch_size)
+    work = Workload(
+        prompts=min(config.schedule.batch_size, count),
+        samples=config.rollout.group_size,
+        prompt=items[1].value,
+        teacher=items[2].value,
+        response=items[3].value,
+        limit=data.max_response_tokens,
+        longest_prompt=data.max_prompt_tokens,
+        steps=stage_steps(config, STAGES, per_epoch),
+        eval_rows=(data.eval_rows or 500) if data.eval else 0,
+    )
+    why = "data.eval_rows" if data.eval_rows else "assumed: data.eval_rows is not set"
+    items.append(Assumption("eval_rows", work.eval_rows, "rows", why if data.eval else "no held-out rows"))
+    return work, items
+
+
+def _from_data(config: Config) -> tuple[int, float, float, str] | None:
+    data = config.data
+    if data.train != "house" and not Path(data.train).expanduser().exists():
+        return None
+    # Imported only here: most plans read no data.
+    from gadcore import models
+    from gadcore.data import load_rows
+    from gadcore.loader import build_prompts
+    from gadcore.template import ChatTemplate
+
+    rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
+    name = config.student.model
+    at_hand = name in models.BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
+    if not at_hand:
+        return None
+    template = ChatTemplate(models.load_tokenizer(models.resolve_model(name)), system_prompt=data.system_prompt)
+    groups, _ = build_prompts(rows, template, data)
+    prompts = sum(len(group.prompt.token_ids) for group in groups) / len(groups)
+    teacher = sum(len(group.teacher.token_ids) for group in groups) / len(groups)
+    return len(groups), prompts, teacher, f"counted in data.train = {data.train}"
+
+
+def _assumed(config: Config, plan: PlanSettings) -> tuple[int, float, float, str]:
+    data = config.data
+    if data.train in _KNOWN:
+        rows, prompt, response, why = _KNOWN[data.train]
+        return (
+            min(rows, data.train_rows or rows),
+            min(prompt, data.max_prompt_tokens),
+            min(response, data.max_response_tokens),
+            why,
+        )
+    if plan.rows is None and data.train_rows is None:
+        raise UserError(
+            f"data.train = {data.train} cannot be counted here: give plan.rows (and plan.prompt_tokens, "
+            "plan.teacher_tokens)"
+        )
+    # Conversations are mostly far shorter than their limits.
+    why = "assumed: a quarter of the limit"
+    return plan.rows or data.train_rows or 1, data.max_prompt_tokens / 4, data.max_response_tokens / 4, why
+
+
+def at_lengths(work: Workload, *, prompt: float, response: float, teacher: float, prompts: int) -> Workload:
+    """The same work with the lengths that a step really had."""
+    return replace(work, prompt=prompt, response=response, teacher=teacher, prompts=prompts)
