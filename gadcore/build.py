@@ -334,7 +334,7 @@ def _facts(
             },
         },
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "device": name,
             "torch": torch.__version__,
@@ -345,7 +345,7 @@ def _facts(
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

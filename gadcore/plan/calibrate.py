@@ -48,9 +48,9 @@ def device_name() -> str:
     """The GPU's name where there is one, else the CPU's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    from gadcore.build import _cpu_name
+    from gadcore.build import cpu_name
 
-    return _cpu_name()
+    return cpu_name()
 
 
 def read(threads: int) -> tuple[dict[str, float], str]:

@@ -19,7 +19,6 @@ from gadcore.plan.machine import Machine
 from gadcore.plan.workload import Workload
 
 STATES: tuple[State, ...] = get_args(State)
-HOLDINGS: tuple[Holding, ...] = get_args(Holding)
 Offload = Literal["none", "pinned", "file"]
 ITEM = {"float32": 4, "bfloat16": 2}
 # Logits that the head's kernels hold at a time on CUDA (kernels/grpo_triton.py); the CPU's hold blocks in the cache.
@@ -115,11 +114,11 @@ def host_bytes(case: Case, choice: Choice) -> float:
     """Bytes of page-locked host memory of a node: copies of all that is moved off an accelerator."""
     if case.machine.kind != "cuda":
         return 0.0
-    # A sleeping vLLM keeps its weights in host memory, whatever the trainer does.
+    # A sleeping vLLM keeps nothing: the trainer's weights are newer.
     moved = [
         size
         for name, size in holdings(case, choice).items()
-        if name == "engine.weights" or (case.offload == "pinned" and not name.endswith((".gradients", "kv_cache")))
+        if case.offload == "pinned" and not name.startswith("engine.") and not name.endswith(".gradients")
     ]
     return sum(moved) * case.machine.per_node
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gadcore.memory.holdings import HOLDINGS
 from gadcore.plan.against import Comparison
 from gadcore.plan.assumptions import Assumption
-from gadcore.plan.memory import HOLDINGS, Case, StateMemory
+from gadcore.plan.memory import Case, StateMemory
 from gadcore.plan.planning import Advice, Plan, utilisation
 
 # (what a part of a bar stands for, its character, its colour)

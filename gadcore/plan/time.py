@@ -184,12 +184,11 @@ def offload_seconds(case: Case, choice: Choice) -> float:
     for before, state in zip((states[-1], *states[:-1]), states, strict=True):
         old, new = needs(before, shared=case.shared), needs(state, shared=case.shared)
         for name, size in sizes.items():
-            sleeps = name == "engine.weights" and case.machine.kind == "cuda"
-            if name.endswith((".gradients", "kv_cache")) or not (sleeps or case.offload != "none"):
+            if name.endswith(".gradients") or name.startswith("engine.") or case.offload == "none":
                 continue
             if name in new - old:
-                seconds += size / (figures["host_link"] if sleeps else back)
-            elif name in old - new and name not in ("reference.parameters", "engine.weights"):
+                seconds += size / back
+            elif name in old - new and name != "reference.parameters":
                 seconds += size / out
     return seconds
 

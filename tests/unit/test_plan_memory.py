@@ -63,11 +63,11 @@ def test_shared_weights_are_counted_once() -> None:
 def test_auto_is_pinned_on_cuda_and_takes_host_memory() -> None:
     gpu, cpu = round_case(kind="cuda", ranks=2, config=config()), round_case(config=config())
     assert (gpu.offload, cpu.offload) == ("pinned", "none")
-    # Of each rank: half of the student four times, of the discriminator three times; the sampler's weights.
-    assert host_bytes(gpu, CHOICE) == 2 * ((4 * 12800 + 3 * 12840) / 2 + 12800)
+    # Of each rank: half of the student four times, of the discriminator three times; a sleeping sampler keeps nothing.
+    assert host_bytes(gpu, CHOICE) == 2 * (4 * 12800 + 3 * 12840) / 2
     assert host_bytes(cpu, CHOICE) == 0
     none = replace(gpu, config=config("none"))
-    assert host_bytes(none, CHOICE) == 2 * 12800
+    assert host_bytes(none, CHOICE) == 0
 
 
 def test_activations_follow_the_mode_and_the_micro_batch() -> None:

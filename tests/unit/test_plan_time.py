@@ -86,10 +86,10 @@ def test_sampling_takes_as_many_steps_as_the_longest_response() -> None:
 def test_the_optimizer_and_offload_by_hand() -> None:
     case = round_case(kind="cuda", config=Config(memory=MemorySettings(offload="pinned")))
     assert optimizer_seconds(case, 3200, "float32") == pytest.approx(0.128)
-    # Into and out of the device once a step: student 3 copies in and out, discriminator likewise; the reference and the
-    # sampler's weights in only. The student's parameters stay from its own state to synchronise.
+    # Into and out of the device once a step: the student's moments and parameters, the discriminator's likewise; the
+    # reference in only. The student's parameters stay from its own state to synchronise.
     student, judge = 12800, 12840
-    moved = 2 * 2 * student + (student + student) + 2 * 3 * judge + student + student
+    moved = 2 * 2 * student + (student + student) + 2 * 3 * judge + student
     assert offload_seconds(case, CHOICE) == pytest.approx(moved / 1e6)
     none = replace(case, config=Config(memory=MemorySettings(offload="none")))
     assert offload_seconds(none, CHOICE) == pytest.approx(student / 1e6)
