@@ -26,12 +26,14 @@ from gadcore.groups import Group
 from gadcore.loader import Loader, build_prompts
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.phases import Phases
+from gadcore.monitor import MachineMonitor
 from gadcore.rollout import Engine, make_engine
 from gadcore.run_folder import RunFolder
 from gadcore.schedule import stage_steps
 from gadcore.student import Student
 from gadcore.template import ChatTemplate
-from gadcore.terminal import Plan, make_view
+from gadcore.terminal import Plan, View, make_view
+from gadcore.trace import Trace
 from gadcore.tracking import make_tracker
 from gadcore.trainer import Trainer
 
@@ -165,8 +167,12 @@ def build(
     stop_requested: Callable[[], str | None],
 ) -> Iterator[Trainer]:
     """A Trainer for the run in `folder`, resumed where the config says so; closes everything at the end."""
-    phases = Phases()
     with ExitStack() as stack:
+        trace = None
+        if config.tracking.trace:
+            trace = Trace(folder.trace)
+            stack.callback(trace.close)
+        phases = Phases(trace.phase if trace else None)
         with phases("setup"):
             view = make_view(config.tracking.view)
             stack.callback(view.close)
@@ -174,6 +180,9 @@ def build(
             start = checkpoint.latest(folder.checkpoints) if config.run.resume else None
             saved = checkpoint.load(start) if start else None
             device = device_of(config)
+            machine = _monitor(config, device, view, trace)
+            if machine is not None:
+                stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
             view.start(
                 Plan(
@@ -197,7 +206,12 @@ def build(
             engine = make_engine(config, inputs.student_path, student.model, inputs.template)
             stack.callback(engine.close)
             memory = Colocation(
-                device, config.memory, Path(config.memory.dir or folder.path / "offload"), engine, shared=engine.shared
+                device,
+                config.memory,
+                Path(config.memory.dir or folder.path / "offload"),
+                engine,
+                shared=engine.shared,
+                on_copy=trace.copy if trace else None,
             )
             stack.callback(memory.close)
             _hand_over(memory, student, discriminator, engine)
@@ -229,6 +243,8 @@ def build(
                 stop_requested=stop_requested,
                 facts=_facts(config, inputs, student, discriminator, device),
                 make_discriminator=partial(_fresh_discriminator, config, inputs, device),
+                machine=machine,
+                trace=trace,
             )
             if config.run.resume:
                 trainer.resume(saved)
@@ -250,6 +266,12 @@ def _hand_over(memory: Colocation, student: Student, discriminator: Discriminato
         memory.add(f"{name}.optimizer", moments)
         memory.add_gradients(f"{name}.gradients", model.model.parameters())
     memory.begin()
+
+
+def _monitor(config: Config, device: torch.device, view: View, trace: Trace | None) -> MachineMonitor | None:
+    interval = config.tracking.monitor_interval
+    on_sample = partial(trace.counter, "machine") if trace else None
+    return MachineMonitor(device, interval, view.message, on_sample) if interval else None
 
 
 def has_discriminator(stages: Sequence[str]) -> bool:

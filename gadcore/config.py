@@ -210,6 +210,10 @@ class TrackingSettings(Section):
     project: str = "gadcore"
     view: Literal["auto", "live", "plain"] = Field("auto", description="auto: live in a terminal, else plain lines.")
     sample_every: NonNegative = Field(5, description="Steps between printed sample triplets; 0: never.")
+    monitor_interval: Rate = Field(
+        1.0, description="Seconds between looks at CPU, GPU and memory (machine/* of metrics.jsonl); 0: none."
+    )
+    trace: bool = Field(False, description="Write trace.json, for ui.perfetto.dev.")
 
 
 class Config(Section):

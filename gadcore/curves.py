@@ -25,7 +25,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Spec:
-    """A chart to come: (key of metrics.jsonl, name) per series; the rest is as in Chart."""
+    """A chart to come: (key of metrics.jsonl, name) per series; the rest is as in Chart.
+
+    per: figures are shown divided by it, for example bytes as GiB.
+    """
 
     title: str
     about: str
@@ -36,6 +39,7 @@ class Spec:
     log: bool = False
     zero: bool = False
     stacked: bool = False
+    per: float = 1.0
 
 
 LEARNING = (
@@ -62,6 +66,14 @@ LEARNING = (
         "Standard deviation of the reward inside a group: what the student learns from. Near zero, there is nothing "
         "left to choose between.",
         [("reward/std", "within-group std")], zero=True,
+    ),
+    Spec(
+        "Fresh discriminator",
+        "Accuracy of a discriminator that is trained anew at every measurement of the convergence rule: on pairs that "
+        "it has not seen, and on those it was trained on. Healthy: the first falls towards one half as the student "
+        "comes near the teacher; a rise means that the student moves away again.",
+        [("convergence/accuracy", "unseen pairs"), ("convergence/train_accuracy", "its training pairs")], unit="%",
+        guides=[(0.5, "guessing")],
     ),
     Spec(
         "KL to the reference",
@@ -92,6 +104,23 @@ LENGTHS = (
         "Correlation of reward and length over the samples of a step. Beyond ±0.5 the student is mostly rewarded for "
         "length.",
         [("reward/length_corr", "correlation")], guides=[(0.5, ""), (0.0, "none"), (-0.5, "")],
+    ),
+    Spec(
+        "Reward and end marker",
+        "Correlation of reward and whether a sample ended by itself, inside groups, in steps that have both kinds. "
+        "Beyond ±0.8 the end marker says almost all about the reward.",
+        [("reward/finished_corr", "correlation")], guides=[(0.8, ""), (0.0, "none"), (-0.8, "")],
+    ),
+    Spec(
+        "Reward of an ending",
+        "Mean reward of samples that ended by themselves minus that of samples that were cut, inside groups.",
+        [("reward/finished_gap", "finished − cut")], guides=[(0.0, "no difference")],
+    ),
+    Spec(
+        "Repetition",
+        "Share of the runs of four words of a sample that were there before in the same sample. Above 25 % the samples "
+        "go round in circles.",
+        [("samples/repetition", "repeated")], unit="%", zero=True,
     ),
 )  # fmt: skip
 OPTIMISATION = (
@@ -144,7 +173,7 @@ MACHINERY = (
         "Seconds per step",
         "Where the time goes. A phase that grows from step to step is worth a look.",
         [("time/rollout", "rollout"), ("time/discriminator", "discriminator"), ("time/student", "student"),
-         ("time/checkpoint", "checkpoint")], stacked=True, unit="s",
+         ("time/checkpoint", "checkpoint"), ("time/evaluation", "evaluation")], stacked=True, unit="s",
     ),
     Spec(
         "Tokens per second",
@@ -159,12 +188,84 @@ MACHINERY = (
         zero=True,
     ),
 )  # fmt: skip
+STATES = ("synchronise", "rollout", "discriminator", "student", "rest")
+HARDWARE = (
+    Spec(
+        "Memory held",
+        "By models, optimizers, sampler and process, in each state of a step. States follow each other: the run needs "
+        "the largest, not the sum.",
+        [(f"memory/{state}_held", state) for state in STATES], zero=True, unit="GiB", per=2**30,
+    ),
+    Spec(
+        "Peak memory",
+        "The most that was resident while the run was in a state, what forward and backward need included. A climb "
+        "from step to step is a leak.",
+        [(f"memory/{state}_peak", state) for state in STATES], zero=True, unit="GiB", per=2**30,
+    ),
+    Spec(
+        "Resident memory of the process",
+        "The largest seen in a step.",
+        [("machine/rss_gib", "resident")], zero=True, unit="GiB",
+    ),
+    Spec(
+        "Memory of the GPU",
+        "In use on the whole device, the largest seen in a step.",
+        [("machine/gpu_memory_used_gib", "in use")], zero=True, unit="GiB",
+    ),
+    Spec(
+        "CPU load",
+        "CPU seconds of the process per second: how many cores were at work. Far below run.threads on a machine "
+        "without a GPU, something else has the cores.",
+        [("machine/cpu_load", "cores")], zero=True,
+    ),
+    Spec(
+        "GPU utilisation",
+        "Share of the time in which a kernel ran, not of the arithmetic that the GPU could do. Gaps are the CPU's.",
+        [("machine/gpu_util", "busy")], unit="%", zero=True,
+    ),
+    Spec(
+        "Clock of the GPU",
+        "Of its multiprocessors. It falls where the power or the temperature is at its limit.",
+        [("machine/gpu_sm_clock_mhz", "SM clock")], unit="MHz",
+    ),
+    Spec(
+        "Clocks held down",
+        "Share of the looks at which the GPU was at its limit of power or temperature; the log names the reason.",
+        [("machine/gpu_throttled_share", "throttled")], unit="%", zero=True,
+    ),
+    Spec(
+        "Power of the GPU",
+        "Mean over a step.",
+        [("machine/gpu_power_w", "power")], unit="W", zero=True,
+    ),
+    Spec(
+        "Energy per step",
+        "Of the GPU, and of the CPU packages with their memory, where the system lets a run read their counters.",
+        [("machine/gpu_energy_j", "GPU"), ("machine/energy_j", "CPU")], stacked=True, unit="J",
+    ),
+    Spec(
+        "Energy per sampled token",
+        "All energy of a step, training included, over the tokens that the student sampled in it.",
+        [("energy/j_per_sampled_token", "energy")], unit="J", zero=True,
+    ),
+    Spec(
+        "Major page faults",
+        "Of a step: waits for a disk. More than a few in every step mean that the memory does not suffice.",
+        [("machine/major_faults", "major faults")], zero=True,
+    ),
+    Spec(
+        "Minor page faults",
+        "Of a step: fresh pages of memory. Healthy: few after the first steps, as memory is used again.",
+        [("machine/minor_faults", "minor faults")], zero=True,
+    ),
+)  # fmt: skip
 SECTIONS = (
     ("learning", "Does it learn", "The contest between student and discriminator. Every chart runs over the steps of "
      "all stages; move over one, or use the arrow keys on it, to read all of them at one step.", LEARNING),
-    ("lengths", "Lengths", "The usual way in which a reward is gamed.", LENGTHS),
+    ("lengths", "Lengths, endings, repetition", "The usual ways in which a reward is gamed.", LENGTHS),
     ("optimisation", "Optimisation", "Losses, gradients and the sharpness of the student.", OPTIMISATION),
     ("machinery", "Machinery", "Whether sampler and trainer agree, and what the time is spent on.", MACHINERY),
+    ("hardware", "Hardware", "What the run asks of the machine.", HARDWARE),
 )  # fmt: skip
 # Sums of what the charts show.
 SUMS = {"time/total", "tokens/trained"}
@@ -195,13 +296,13 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
 
 
 def _chart(key: str, spec: Spec, rows: Sequence[Row]) -> Chart | None:
-    spread = [row.get(spec.spread, 0.0) for row in rows if spec.series[0][0] in row] if spec.spread else None
-    series = [Series(name, _points(rows, source), spread) for source, name in spec.series]
+    spread = [row.get(spec.spread, 0.0) / spec.per for row in rows if spec.series[0][0] in row] if spec.spread else None
+    series = [Series(name, _points(rows, source, spec.per), spread) for source, name in spec.series]
     drawn = [s for s in series if s.points]
     if not drawn:
         return None
     return Chart(key, spec.title, spec.about, drawn, spec.unit, spec.guides, spec.log, spec.zero, spec.stacked)
 
 
-def _points(rows: Sequence[Row], key: str) -> list[Point]:
-    return [(row["step"], row[key]) for row in rows if key in row]
+def _points(rows: Sequence[Row], key: str, per: float = 1.0) -> list[Point]:
+    return [(row["step"], row[key] / per) for row in rows if key in row]

@@ -14,9 +14,11 @@ from gadcore.charts import Band, draw
 from gadcore.config import GateSettings
 from gadcore.convergence import Convergence
 from gadcore.curves import groups_of
+from gadcore.evaluate.table import evaluation_section
 from gadcore.findings import pretty
 from gadcore.gate import Gate
 from gadcore.measures import MEASURES, clock, number
+from gadcore.memory_bars import memory_of
 from gadcore.report_files import RunFiles
 from gadcore.tracking import Row
 
@@ -51,6 +53,7 @@ def parts_of(run: RunFiles) -> dict[str, Any]:
         "checked": _checked(run.metrics, bool(warned)),
         "facts": _facts(run),
         "evaluation": _evaluation(run, figures),
+        "eval_tables": evaluation_section(run.folder / "eval"),
         "groups": [
             {
                 "key": group.key,
@@ -61,6 +64,7 @@ def parts_of(run: RunFiles) -> dict[str, Any]:
             }
             for group in groups_of(run.metrics)
         ],
+        "memory": memory_of(run),
         "samples": _samples(run.evaluations),
         "orders": ORDERS,
         "training_samples": [_training_sample(row) for row in run.samples],

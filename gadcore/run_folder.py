@@ -22,7 +22,7 @@ LATEST = RUNS / "latest"
 @dataclass(frozen=True)
 class RunFolder:
     """config.toml, metrics.jsonl, samples.jsonl, evaluations/, checkpoints/, reference/, student/, discriminator/,
-    summary.json and report.html of one run."""
+    summary.json, report.html and, where it was asked for, trace.json of one run."""
 
     path: Path
     metrics: MetricsLog
@@ -67,6 +67,10 @@ class RunFolder:
     def reference(self) -> Path:
         """The saved reference policy of the GAD stage."""
         return self.path / "reference"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
 
     def keep_config(self, config: Config, step: int) -> None:
         """Writes the settings that a resumed run goes on with; the ones before are kept as config-<step>.toml."""

@@ -29,6 +29,7 @@ from gadcore.memory.colocation import Colocation
 from gadcore.memory.phases import Phases
 from gadcore.metrics import sample_traits, step_metrics
 from gadcore.models import save_model
+from gadcore.monitor import MachineMonitor
 from gadcore.report import write_report
 from gadcore.rollout import Engine, SampleRequest
 from gadcore.run_folder import RunFolder
@@ -36,6 +37,7 @@ from gadcore.schedule import TIME_FORMAT, Progress, derived_seed, stage_steps
 from gadcore.student import PolicyStats, SeqKDStats, Student
 from gadcore.template import ChatTemplate
 from gadcore.terminal import View
+from gadcore.trace import Trace
 from gadcore.tracking import Tracker, read_rows
 
 
@@ -61,6 +63,8 @@ class Trainer:
         stop_requested: Callable[[], str | None],
         facts: dict[str, Any],
         make_discriminator: Callable[[], Discriminator] | None = None,
+        machine: MachineMonitor | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call."""
         self.config = config
@@ -79,6 +83,9 @@ class Trainer:
         self.stop_requested = stop_requested
         self.facts = facts
         self._make_discriminator = make_discriminator
+        self._machine = machine
+        self._trace = trace
+        self._step_began = 0.0
         self._health = Monitor()
         self._reference_saved = False
         self.progress = Progress()
@@ -98,9 +105,16 @@ class Trainer:
         self.view.stage(stage, self._length(stage))
         while self._goes_on(stage):
             self._stop_if_asked()
+            self._begin_step()
             yield self.progress.stage_step + 1, next(self.loader)
         if stage == "gad":
             self._take_best()
+
+    def _begin_step(self) -> None:
+        """What lies between two steps, checkpoints and evaluations, is part of neither."""
+        self._step_began = time.perf_counter()
+        if self._machine is not None:
+            self._machine.begin_step()
 
     def _length(self, stage: str) -> int:
         """Steps of the stage as far as is known."""
@@ -207,6 +221,11 @@ class Trainer:
         for phase, tokens in (("rollout", "sampled"), ("student", "student"), ("discriminator", "discriminator")):
             if phase in taken and f"tokens/{tokens}" in values:
                 values[f"perf/{phase}_tokens_per_s"] = values[f"tokens/{tokens}"] / taken[phase]
+        if self._machine is not None:
+            values |= self._machine.take_step(values.get("tokens/sampled"))
+        if self._trace is not None:
+            told = {"step": self.progress.step, "stage_step": step}
+            self._trace.span(stage, "steps", self._step_began, time.perf_counter(), **told)
         row = {
             "stage": stage,
             "step": self.progress.step,

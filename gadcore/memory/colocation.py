@@ -15,6 +15,7 @@ vLLM weights that it throws away when it wakes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,14 +55,16 @@ class Colocation:
         *,
         shared: bool,
         meter: Meter | None = None,
-        on_copy: Callable[[str, float, float], None] | None = None,
+        on_copy: Callable[[str, float, float, int], None] | None = None,
     ) -> None:
         """folder: of the `file` tier. shared: the engine computes with the trainer's own weights.
+        on_copy: told of every move at its end: what, start and end by time.perf_counter(), bytes.
 
         Raises UserError where the device has no tier of that name.
         """
         self.device, self.settings, self.folder, self.engine = device, settings, folder, engine
         self.shared = shared
+        self._on_copy = on_copy
         self.tier = tier_name(settings.offload, device)
         self.meter = meter_of(device) if meter is None else meter
         limit = self.meter.limit if settings.limit_gib is None else int(settings.limit_gib * GIB)
@@ -123,17 +126,19 @@ class Colocation:
         if "engine.kv_cache" not in needed and state != "synchronise":
             self.engine.sleep()
         for holding, arena in self._arenas.items():
-            if holding not in needed:
-                arena.leave()
+            if holding not in needed and arena.resident:
+                with self._copying(f"{holding} out", arena.bytes):
+                    arena.leave()
         if self._arenas:
             self.meter.give_back()
         self._account(coming=needed)
         self.ledger.check(state)
         for holding, arena in self._arenas.items():
-            if holding in needed:
-                arena.come()
-                if holding in CHANGES[state]:
-                    arena.changed()
+            if holding in needed and not arena.resident:
+                with self._copying(f"{holding} in", arena.bytes):
+                    arena.come()
+            if holding in CHANGES[state]:
+                arena.changed()
         if state == "synchronise":
             self.engine.wake("weights")
         if state == "rollout":
@@ -205,6 +210,13 @@ class Colocation:
             if "can't allocate memory" not in str(error):
                 raise
             raise self._out_of_memory() from error
+
+    @contextmanager
+    def _copying(self, what: str, size: int) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._on_copy is not None:
+            self._on_copy(what, start, time.perf_counter(), size)
 
     def close(self) -> None:
         for arena in self._arenas.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from gadcore.memory.colocation import Colocation
@@ -23,10 +23,12 @@ class Phases:
 
     memory: Colocation | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, on_span: Callable[[str, float, float], None] | None = None) -> None:
+        """on_span: told of every phase at its end: name, start and end, both by time.perf_counter()."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._step = dict.fromkeys(PHASES, 0.0)
         self._current: str | None = None
+        self._on_span = on_span
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -44,10 +46,12 @@ class Phases:
             with self._state(name):
                 yield
         finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] += elapsed
-            self._step[name] += elapsed
+            end = time.perf_counter()
+            self.seconds[name] += end - start
+            self._step[name] += end - start
             self._current = None
+            if self._on_span is not None:
+                self._on_span(name, start, end)
 
     @contextmanager
     def _state(self, name: str) -> Iterator[None]:

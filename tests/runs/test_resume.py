@@ -28,12 +28,23 @@ def whole(tmp_path_factory):
 
 def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str = "hf") -> None:
     killer = [sys.executable, str(ROOT / "tests/support/killed_run.py"), moment, str(count), "--"]
-    arguments = [*tiny_arguments(whole, engine), "--run.dir", str(folder / "run")]
+    arguments = [*tiny_arguments(whole, engine), "--run.dir", str(folder / "run"), "--tracking.trace", "true"]
     killed = run(arguments, folder, command=killer)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "run/summary.json").exists()
+    assert json.loads((folder / "run/trace.json").read_text() + "]")
     resumed = run(["--resume", "auto"], folder)
     assert resumed.returncode == 0, resumed.stderr
+    assert_watched(folder / "run")
+
+
+def assert_watched(path: Path) -> None:
+    """Every step has figures of the machine, and a span in a trace that both processes wrote."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["machine/cpu_load"] > 0 and row["machine/rss_gib"] > 0 for row in rows)
+    events = json.loads((path / "trace.json").read_text())
+    assert {e["args"]["step"] for e in events if "step" in e.get("args", {})} == {row["step"] for row in rows}
+    assert [e["name"] for e in events if e["ph"] == "X"].count("setup") == 2
 
 
 @pytest.mark.parametrize(("moment", "count"), MOMENTS)

@@ -11,6 +11,8 @@ from pathlib import Path
 from tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+# Figures that no two runs share: times, and what the machine did meanwhile.
+OF_THE_MACHINE = ("time/", "perf/", "machine/", "energy/", "memory/")
 PROMPTS = ["Name a city.", "What boils?", "When does water freeze?", "Write an answer.", "Who takes turns?"]
 ANSWERS = ["Paris.", "Water boils.", "At zero degrees.", "A short answer.", "The user and the assistant."]
 
@@ -67,9 +69,9 @@ def run(
 
 
 def records(path: Path) -> list[dict]:
-    """metrics.jsonl without what no two runs share: times."""
+    """metrics.jsonl without what no two runs share."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/", "memory/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(OF_THE_MACHINE)} for row in rows]
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:

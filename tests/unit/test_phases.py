@@ -77,3 +77,14 @@ def test_phases_do_not_nest(clock: Clock, inner: str) -> None:
             pytest.fail("the inner phase began")
         clock.now += 1.0
     assert phases.take_step() == {"student": 2.0}
+
+
+def test_every_phase_is_told_once_at_its_end_also_where_it_fails(clock: Clock) -> None:
+    spans: list[tuple[str, float, float]] = []
+    phases = Phases(lambda *span: spans.append(span))
+    spend(phases, "rollout", clock, 2.0)
+    clock.now += 10.0
+    with pytest.raises(ZeroDivisionError), phases("student"):
+        clock.now += 3.0
+        raise ZeroDivisionError
+    assert spans == [("rollout", 100.0, 102.0), ("student", 112.0, 115.0)]

@@ -13,7 +13,7 @@ import pytest
 
 from gadcore import findings
 from gadcore.charts import Band, Chart, Series, describe, draw, nice_ticks, smooth, thin
-from gadcore.curves import groups_of
+from gadcore.curves import STATES, groups_of
 from gadcore.errors import UserError
 from gadcore.report import write_report
 
@@ -119,7 +119,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "Student 39 0.3",
         "everything else",
         'name = "try-out"',
-        "Not recorded in this run: Discriminator margin, KL to the reference.",
+        "Not recorded in this run: Discriminator margin, Fresh discriminator, KL to the reference.",
     ):
         assert part in page.text, part
     assert page.text.count("Question 7 ") == 1
@@ -258,9 +258,46 @@ def test_the_difference_is_paired() -> None:
 
 
 def test_every_number_of_the_metrics_has_a_curve() -> None:
-    rows = metrics(**{"memory/peak_gib": 3.0, "student/loss": 0.1, "new/figure": 1})
+    rows = metrics(**{"memory/new_gib": 3.0, "student/loss": 0.1, "new/figure": 1})
     names = {s.name for group in groups_of(rows) for chart in group.charts for s in chart.series}
-    assert {"memory/peak_gib", "new/figure", "accuracy", "loss"} <= names
+    assert {"memory/new_gib", "new/figure", "accuracy", "loss"} <= names
+
+
+def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them() -> None:
+    keys = ["convergence/accuracy", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
+            "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
+            "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
+            "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token",
+            *(f"memory/{state}_{kind}" for state in STATES for kind in ("held", "peak"))]  # fmt: skip
+    groups = groups_of(metrics(**dict.fromkeys(keys, 1.0)))
+    assert "other" not in {group.key for group in groups}
+    (hardware,) = [group for group in groups if group.key == "hardware"]
+    assert hardware.absent == []
+
+
+def test_bytes_are_drawn_as_gib() -> None:
+    rows = metrics(**{"memory/rollout_held": 3 * 2**30})
+    (chart,) = [chart for group in groups_of(rows) for chart in group.charts if chart.title == "Memory held"]
+    assert [(s.name, {v for _, v in s.points}) for s in chart.series] == [("rollout", {3.0})]
+    assert "rollout: 3.000 GiB at step 1" in describe(chart)
+
+
+def test_the_tables_of_an_evaluation_stand_on_the_page(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics(), THREE)
+    assert "#evaluation" not in {attrs["href"] for attrs in page_of(run).all("a")}
+    figure = {"rouge_l": {"mean": 0.25, "interval": [0.2, 0.3]}}
+    found = {"domain": "in", "prompts": 8, "source": f"test.jsonl {HOSTILE}", "differences": {},
+             "results": {"teacher": {}, "gad": figure}}  # fmt: skip
+    (run / "eval").mkdir()
+    (run / "eval/evaluation.json").write_text(
+        json.dumps({"models": {"gad": "runs/gad"}, "sets": {"test": found}, "notes": ["2 responses were cut."]})
+    )
+    page = page_of(run)
+    assert "#evaluation" in {attrs["href"] for attrs in page.all("a")}
+    assert "0.250 [0.200, 0.300]" in page.text and "2 responses were cut." in page.text
+    headings = [attrs.get("id") for attrs in page.all("h2")]
+    assert headings[:4] == ["verdict", "before-and-after", "evaluation", "learning"]
+    assert page.all("img") == []
 
 
 BANDS = [Band("warmup", 1, 2), Band("GAD", 3, 5)]
