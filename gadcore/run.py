@@ -126,13 +126,17 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     set_environment(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.algorithm import train
-    from gadcore.build import build, describe_plan, read_inputs
+    from gadcore.build import build, describe_plan, has_discriminator, read_inputs
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     if dry_run:
         print(f"{settings.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        if has_discriminator(stages):
+            from gadcore.plan.command import ledger_lines
+
+            print("\n".join(ledger_lines(config, inputs.student_path)))
         return 0
     folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
     with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:

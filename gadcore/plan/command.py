@@ -180,13 +180,11 @@ def _compare(config: Config, plan: PlanSettings, console: Console) -> int:
     return 0
 
 
-def ledger_lines(config: Config, student_path: str, discriminator_path: str) -> list[str]:
+def ledger_lines(config: Config, student_path: str) -> list[str]:
     """Predicted bytes of every state of a run on this machine, a line each, for `--dry-run`."""
     from gadcore.plan.planning import as_given, ledger
 
-    student = config.student.model_copy(update={"model": student_path})
-    judge = config.discriminator.model_copy(update={"model": discriminator_path})
-    config = config.model_copy(update={"student": student, "discriminator": judge})
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model": student_path})})
     case, _ = build_case(config, PlanSettings(), _threads(config))
     plan = as_given(case)
     verdict = f"{plan.room / 1e9:.2f} GB left" if plan.fits else "; ".join(plan.problems)
