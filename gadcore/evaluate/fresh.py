@@ -9,6 +9,7 @@ learn from, may find more.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -100,6 +101,9 @@ def fresh_discriminator(
         trained += [accuracy for accuracy, _ in judged[0]]
         correct |= {i: accuracy for i, (accuracy, _) in zip(test, judged[1], strict=True)}
         margins += [margin for _, margin in judged[1]]
+        # A model with its hooks is a cycle: left to itself, it and its optimizer stay beside the next ones.
+        del discriminator
+        gc.collect()
     tested = tuple(sorted(correct))
     values = tuple(correct[i] for i in tested)
     found = wilson(fmean(values), len(values))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,3 +144,22 @@ def test_several_samples_of_a_prompt_are_one_trial() -> None:
 def test_one_prompt_has_no_halves() -> None:
     with pytest.raises(ValueError, match="two halves"):
         run(pairs(1, 0.0))
+
+
+def test_a_discriminator_is_gone_when_the_next_one_is_made() -> None:
+    """Models refer to themselves through their hooks; two of them with their optimizers once filled a machine."""
+    alive: list[weakref.ref[Linear]] = []
+
+    def make() -> Linear:
+        assert all(ref() is None for ref in alive)
+        made = Linear()
+        made.itself = made  # type: ignore[attr-defined]
+        alive.append(weakref.ref(made))
+        return made
+
+    gc.disable()
+    try:
+        fresh_discriminator(pairs(40, 1.0), make, FreshSettings(steps=2, batch_size=8, cross_fit=True))
+    finally:
+        gc.enable()
+    assert len(alive) == 2 and alive[1]() is None
