@@ -1,6 +1,6 @@
 """python -m bench SUITE [WHAT] [--quick] [--out FILE] [--threads N[,N]] [--cases NAME[,NAME]] [--data FOLDER]
 
-WHAT and --seeds are for the suite paper.
+WHAT and --seeds are for the suite paper. python -m bench real RUN RUN .. [--steps N,N] [settings of eval]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from gadcore.errors import UserError
 
 SUITES = {
     "kernels": "CPU timings of every kernel beside its opponents",
@@ -23,12 +24,16 @@ SUITES = {
     "aot": "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     "paper": "the paper's findings on toys: mixture, language, fresh, or all of them",
     "memory": "bytes by state of runs that share the device by turns, and a run under a limit",
+    "real": "runs on real text, GAD's first, compared over their seconds of training",
     "tables": "docs/kernels.md, step.md, memory.md and findings.md, from the results that lie in bench/results",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 where a correctness gate failed or a measurement broke off; 2 for wrong arguments."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["real"]:
+        return _real(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.threads and options.suite not in ("kernels", "step", "rollout"):
         return _refuse(f"--threads is for the suites kernels, step and rollout, not for {options.suite}")
@@ -114,6 +119,29 @@ def _paper(options: argparse.Namespace) -> int:
     return _told(rows, out)
 
 
+def _real(arguments: list[str]) -> int:
+    """Hours long; what is drawn and tested is kept, so the same command goes on. The file is made anew every time."""
+    parser = argparse.ArgumentParser(prog="python -m bench real", description="The other settings are those of eval.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, the one of GAD first")
+    parser.add_argument("--steps", type=_numbers, default=(), help="checkpoints of the first run, default all")
+    parser.add_argument("--quick", action="store_true", help="four rows; writes a file only with --out")
+    parser.add_argument("--out", type=Path, help="file to write, default bench/results/real.json")
+    options, more = parser.parse_known_args(arguments)
+    real = importlib.import_module("bench.paper.real")
+    options.suite = "real"
+    out = _out(options)
+    try:
+        rows = record.stamped("real", real.run(options.runs, options.quick, options.steps, more))
+    except UserError as error:
+        return _refuse(f"real: {error}")
+    except RuntimeError as error:
+        print(f"bench: real: {error}", file=sys.stderr)
+        return 1
+    if out is not None:
+        record.write(out, rows)
+    return _told(rows, out)
+
+
 def _tables(options: argparse.Namespace) -> int:
     """--out: one file for the kernels alone."""
     others = ("bench.tables_step", "bench.tables_memory", "bench.paper.findings")
@@ -134,11 +162,15 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _threads(text: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
     try:
-        counts = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,2") from None
+
+
+def _threads(text: str) -> list[int]:
+    counts = _numbers(text)
     if any(not 1 <= count <= record.cores() for count in counts):
         raise argparse.ArgumentTypeError(f"must be from 1 to {record.cores()}, the cores of this machine, are {text}")
     return counts

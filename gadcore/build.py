@@ -61,7 +61,7 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
     device_of(config)
     path = models.resolve_model(config.student.model)
-    judge_path = models.resolve_model(_discriminator_name(config)) if has_discriminator(stages) else path
+    judge_path = models.resolve_model(discriminator_name(config)) if has_discriminator(stages) else path
     limit = _context_of(path)
     if limit and config.context_tokens > limit:
         raise UserError(
@@ -189,7 +189,7 @@ def build(
                     run=config.run.name,
                     folder=folder.path,
                     student=config.student.model,
-                    discriminator=_discriminator_name(config) if has_discriminator(stages) else "none",
+                    discriminator=discriminator_name(config) if has_discriminator(stages) else "none",
                     device=str(device),
                     stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
                 )
@@ -307,13 +307,14 @@ def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
     )
 
 
-def _discriminator_name(config: Config) -> str:
+def discriminator_name(config: Config) -> str:
+    """The model that the discriminator starts from."""
     name = config.discriminator.model
     return config.student.model if name == "student" else name
 
 
 def _discriminator(config: Config, inputs: Inputs, device: torch.device) -> Discriminator:
-    path = models.resolve_model(_discriminator_name(config))
+    path = models.resolve_model(discriminator_name(config))
     tokenizer = models.load_tokenizer(path)
     template = ChatTemplate(tokenizer, system_prompt=config.data.system_prompt)
     model = models.load_discriminator(
@@ -348,7 +349,7 @@ def _facts(
     return {
         "models": {
             "student": config.student.model,
-            "discriminator": _discriminator_name(config) if discriminator else None,
+            "discriminator": discriminator_name(config) if discriminator else None,
             "parameters": student.model.num_parameters(),
             "activation_checkpointing": {
                 "student": student.keeps,

@@ -120,6 +120,12 @@ def latest(root: Path) -> Path | None:
     return found[0][1] if found else None
 
 
+def available(root: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint in a checkpoints folder, by rising step."""
+    # Of one step the replacement comes after the replaced, and stays.
+    return {step: path for step, path in reversed(_checkpoints(root))}
+
+
 def load(path: Path) -> Checkpoint:
     """Reads a checkpoint after checking the size and checksum of every file.
 
@@ -137,6 +143,29 @@ def load(path: Path) -> Checkpoint:
         if name.endswith(".safetensors")
     }
     return Checkpoint(manifest["step"], tensors, json.loads((path / STATE).read_bytes()))
+
+
+@torch.no_grad()
+def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
+    """Copies a checkpoint's tensors into the parameters of these names.
+
+    model: "student" or "discriminator", for the message. Raises UserError, with the parameters as they were, where
+    names or shapes are not the same.
+    """
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if here != saved:
+        name = min(name for name in here.keys() | saved.keys() if here.get(name) != saved.get(name))
+        raise UserError(
+            f"the checkpoint holds another {model} than {model}.model: its {name} is "
+            f"{_shape(saved.get(name))}, the model's {_shape(here.get(name))}; keep the {model}.model of the run"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -217,5 +217,5 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as e:
-        raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then --resume auto") from e
+        raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then go on") from e
     tokenizer.save_pretrained(path)

@@ -7,6 +7,7 @@ python -m gadcore.run --resume auto                     go on with the newest ru
 python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
 python -m gadcore.run plan ...                          what a run will need: memory, time, does it fit
 python -m gadcore.run report [RUN_FOLDER]               write report.html again
+python -m gadcore.run export RUN_FOLDER --out FOLDER    a checkpoint as a Hugging Face directory
 python -m gadcore.run collect ...                       ask a teacher for responses, over an API
 python -m gadcore.run eval ...                          sample from models and compare them with the teacher
 python -m gadcore.run judge | compare ...               ratings, or wins, by an LLM judge on what eval sampled
@@ -30,7 +31,7 @@ from gadcore.evaluate.settings import EvalConfig
 from gadcore.run_folder import LATEST, RunFolder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
-COMMANDS = (*STAGES, "plan", "report", "collect", "eval", "judge", "compare", "sheet", "tally")
+COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
 
 
 class StopSignals:
@@ -93,6 +94,10 @@ def _other(command: str, arguments: list[str]) -> int:
         from gadcore.plan.command import main as plan
 
         return plan(arguments, set_environment)
+    if command == "export":
+        from gadcore.export import main as export
+
+        return export(arguments)
     if command == "collect":
         from gadcore.teacher.command import main as collect
 

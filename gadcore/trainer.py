@@ -384,18 +384,11 @@ class Trainer:
             self.phases.seconds[phase] += seconds
 
     def _restore_models(self, saved: checkpoint.Checkpoint) -> None:
-        with torch.no_grad():
-            for name, model in self._models().items():
-                self.memory.enter(name)
-                parameters = dict(model.model.named_parameters())
-                here = {n: p.shape for n, p in parameters.items()}
-                if here != {n: t.shape for n, t in saved.tensors[name].items()}:
-                    raise UserError(
-                        f"the checkpoint holds another {name} than {model.model.config.name_or_path}: keep {name}.model"
-                    )
-                for n, p in parameters.items():
-                    p.copy_(saved.tensors[name][n])
-                checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
+        for name, model in self._models().items():
+            self.memory.enter(name)
+            parameters = dict(model.model.named_parameters())
+            checkpoint.restore_parameters(parameters, saved.tensors[name], name)
+            checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
 
     def _models(self) -> dict[Literal["student", "discriminator"], Student | Discriminator]:
         models: dict[Literal["student", "discriminator"], Student | Discriminator] = {"student": self.student}

@@ -1,4 +1,4 @@
-"""docs/findings.md and its drawings, wholly generated from bench/results/paper.json."""
+"""docs/findings.md and its drawings, wholly generated from paper.json and real.json in bench/results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import record
-from bench.paper import svg
+from bench.paper import real_text, svg
 from bench.paper.gates import GATES, curve, judged, verdict
 from bench.tables import _missing, _provenance, table
 
@@ -19,10 +19,10 @@ Row = dict[str, Any]
 
 HEADER = """# The paper's findings, small
 
-Generated from `bench/results/paper.json` by `python -m bench tables`: do not edit. Made by
-`python -m bench paper [mixture|language|fresh] [--seeds N]`.
+Generated from `bench/results/paper.json` and `real.json` by `python -m bench tables`: do not edit. The toys are made by
+`python -m bench paper [mixture|language|fresh] [--seeds N]`, what is on real text by `python -m bench real`.
 
-Everything is trained by `gadcore.algorithm.warmup()`, `gad()` and `seqkd()` through gadcore's own Trainer, Student and
+The toys are trained by `gadcore.algorithm.warmup()`, `gad()` and `seqkd()` through gadcore's own Trainer, Student and
 Discriminator; only the models, the teachers and the sampler are toys. Each arm differs from GAD by one setting
 (`algorithm.freeze_discriminator`, `student_warmup`, `discriminator_warmup`), the oracle by what stands in D's place:
 log p - log q, the exact optimum of the Bradley-Terry loss. Figures are means over seeds with a 95 % t-interval;
@@ -76,22 +76,23 @@ def estimate(values: Sequence[float], digits: int = 2) -> str:
 
 def document(read: Callable[[str], list[Row]] | None = None) -> str:
     """The whole file. read: rows of a suite's results, by default those in bench/results."""
-    rows = (read or (lambda suite: record.read(record.path_of(suite))))("paper")
+    read = read or (lambda suite: record.read(record.path_of(suite)))
+    rows, real = read("paper"), ["## On real text", *real_text.section(read("real"))]
     if not rows:
-        return "\n\n".join([HEADER, *_missing("paper")]) + "\n"
+        return "\n\n".join([HEADER, *_missing("paper"), *real]) + "\n"
     blocks = [HEADER, _provenance(rows), "## Verdicts", _verdicts(rows), "## Gaussian mixture", MIXTURE]
     blocks += [_mixture(rows, "skewed"), SYMMETRIC, _mixture(rows, "symmetric")]
     blocks += ["## Tiny language", LANGUAGE, *_language(rows, "styles")]
     blocks += ["### A language in which GAD does not win", PARITY, *_language(rows, "parity")]
-    blocks += ["## Fresh discriminators", FRESH, _fresh(rows), "## What was tuned", TUNED]
+    blocks += ["## Fresh discriminators", FRESH, _fresh(rows), *real, "## What was tuned", TUNED]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def write() -> None:
     """The drawings that the document shows."""
-    rows = record.read(record.path_of("paper"))
+    rows, real = (record.read(record.path_of(suite)) for suite in ("paper", "real"))
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name, drawing in drawings(rows).items():
+    for name, drawing in (drawings(rows) | real_text.drawings(real)).items():
         (IMAGES / name).write_text(drawing, encoding="utf-8")
 
 

@@ -12,11 +12,23 @@ DASHES = ("", "6 3", "2 2", "8 2 2 2", "4 1", "1 2")
 Point = tuple[float, float]
 
 
-def lines(title: str, x_name: str, series: dict[str, Sequence[Sequence[Point]]], *, top: float | None = None) -> str:
-    """A chart of named series, each of one or more curves (a seed each); y from 0. top: values above are cut there."""
+def lines(
+    title: str,
+    x_name: str,
+    series: dict[str, Sequence[Sequence[Point]]],
+    *,
+    top: float | None = None,
+    bars: dict[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> str:
+    """A chart of named series, each of one or more curves (a seed each); y from 0. top: values above are cut there.
+
+    bars: (x, low, high) of upright lines by name of a series: intervals.
+    """
     points = [p for curves in series.values() for curve in curves for p in curve]
     low, high = min(x for x, _ in points), max(x for x, _ in points)
-    most = top or 1.05 * max(y for _, y in points)
+    bars = bars or {}
+    heights = [y for _, y in points] + [y for row in bars.values() for _, _, y in row]
+    most = top or 1.05 * max(heights) or 1.0
     plot_w, plot_h = WIDTH - LEFT - 8, HEIGHT - BOTTOM - TOP - 16
 
     def at(x: float, y: float) -> str:
@@ -40,6 +52,9 @@ def lines(title: str, x_name: str, series: dict[str, Sequence[Sequence[Point]]],
         style = f'stroke="{COLOURS[i % 6]}" stroke-dasharray="{DASHES[i % 6]}"'
         for curve in curves:
             parts.append(f'<path d="M{"L".join(at(*p) for p in curve)}" fill="none" stroke-width="1.5" {style}/>')
+        for x, low_y, high_y in bars.get(name, ()):
+            ends = "L".join((at(x, low_y), at(x, high_y)))
+            parts.append(f'<path d="M{ends}" class="bar" stroke="{COLOURS[i % 6]}" stroke-opacity=".5"/>')
         x = LEFT + i * plot_w / len(series)
         parts.append(f'<path d="M{x:.0f},26h18" stroke-width="2" {style}/>')
         parts.append(f'<text x="{x + 22:.0f}" y="30">{escape(name)}</text>')

@@ -10,6 +10,7 @@ where it was stopped, and takes in the results that a judge has left there meanw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +44,34 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from gadcore.build import device_of, quiet
     from gadcore.evaluate.fresh_text import TextTest
     from gadcore.evaluate.measure import measure_set
-    from gadcore.evaluate.sampling import all_sets, find_model, sample_all
+    from gadcore.evaluate.sampling import all_sets, exported, find_model, sample_all
     from gadcore.evaluate.table import NAME, markdown
+    from gadcore.export import as_directory
 
     quiet()
     device = device_of(config.as_run())
     out = Path(config.eval.out)
     names = list(config.eval.models)
-    fresh = None
-    if config.fresh.enabled:
-        base = config.fresh.model or config.eval.models[names[0]]
-        fresh = TextTest(find_model(base), config.fresh, device, _tell).run
-    sample_all(config, device, _tell)
     sets: dict[str, Any] = {}
     notes: list[str] = []
-    for name, chosen in all_sets(config).items():
-        _tell(f"measuring {name}")
-        results, differences, prompts = measure_set(out / name, names, resamples=config.eval.resamples, fresh=fresh)
-        sets[name] = {
-            "domain": "in" if name in config.eval.in_domain else "out",
-            "source": chosen.source,
-            "prompts": prompts,
-            "results": results,
-            "differences": differences,
-        }
-        notes += _notes(out / name, names)
+    with ExitStack() as stack:
+        fresh = None
+        if config.fresh.enabled:
+            base = find_model(config.fresh.model or config.eval.models[names[0]])
+            path = stack.enter_context(as_directory(base, exported(out, "fresh-base")))
+            fresh = TextTest(path, config.fresh, device, _tell).run
+        sample_all(config, device, _tell)
+        for name, chosen in all_sets(config).items():
+            _tell(f"measuring {name}")
+            results, differences, prompts = measure_set(out / name, names, resamples=config.eval.resamples, fresh=fresh)
+            sets[name] = {
+                "domain": "in" if name in config.eval.in_domain else "out",
+                "source": chosen.source,
+                "prompts": prompts,
+                "results": results,
+                "differences": differences,
+            }
+            notes += _notes(out / name, names)
     evaluation = {
         "models": config.eval.models,
         "sets": sets,

@@ -10,7 +10,6 @@ tie and loss), Fleiss' for more (P_e from the shares of all), over the prompts t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,8 +21,11 @@ import numpy as np
 
 from gadcore.errors import UserError
 from gadcore.evaluate.pairwise import LOSS, OUTCOMES, TIE, WIN, summarise
+from gadcore.evaluate.responses import read_json
 
 CHOICES = ("left", "right", "tie")
+
+_ADVICE = "give the key, then the files that the sheet exported"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def tally(key_path: Path, answer_paths: Sequence[Path]) -> dict[str, Any]:
 
     Raises UserError where a file is broken or belongs to another sheet, or where two files are of the same rater.
     """
-    key = _read(key_path)
+    key = read_json(key_path, _ADVICE)
     for field in ("sheet", "a", "b", "pairs"):
         if field not in key:
             raise UserError(f'{key_path} has no "{field}": give the key that was written with the sheet')
@@ -146,20 +148,8 @@ def _shares(outcomes: Sequence[int]) -> list[float]:
     return [outcomes.count(outcome) / len(outcomes) for outcome in range(len(OUTCOMES))]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give the key, then the files that the sheet exported") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): export it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: give the key, then the files that the sheet exported")
-    return value
-
-
 def _answers(path: Path, key: Mapping[str, Any]) -> Answers:
-    content = _read(path)
+    content = read_json(path, _ADVICE)
     if content.get("sheet") != key["sheet"]:
         raise UserError(
             f"{path} answers sheet {content.get('sheet')}, the key is of sheet {key['sheet']}: give the key of that "

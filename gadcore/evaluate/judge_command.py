@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field
 from rich.console import Console
-from rich.progress import Progress
 
 from gadcore import settings
 from gadcore.config import NonNegative, Positive, Rate, Section
@@ -21,7 +20,7 @@ from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
 from gadcore.evaluate.responses import read_responses, write_json
-from gadcore.teacher.client import Tally
+from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
 from gadcore.terminal import clean
@@ -141,15 +140,10 @@ def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
 def _judge(config: Asking, chosen: JudgingSettings) -> Iterator[Judge]:
     prompts = load_prompts(Path(chosen.prompts) if chosen.prompts else None)
     path = Path(chosen.store) if chosen.store else Path(chosen.responses) / "judgements.jsonl"
-    with ReplyStore(path) as store, Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    with ReplyStore(path) as store, progress(console, "judge") as watch:
         if store.repaired:
             print(f"gadcore: {store.repaired}", file=sys.stderr)
-        task = progress.add_task("judging", total=None)
-
-        def watch(tally: Tally) -> None:
-            done = tally.kept + tally.answered + len(tally.failed)
-            progress.update(task, total=tally.asked_for, completed=done)
-
         yield Judge(config.endpoint, config.sampling.parameters(), prompts, store, config.budget, watch)
 
 

@@ -60,14 +60,16 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError where the file is damaged."""
+def read_json(path: Path, advice: str = "delete it and run what made it again") -> dict[str, Any]:
+    """A JSON object; UserError, which ends with the advice, where the file is damaged or missing."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete it and run what made it again") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {advice}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): {advice}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object: delete it and run what made it again")
+        raise UserError(f"{path} holds no JSON object: {advice}")
     return value
 
 

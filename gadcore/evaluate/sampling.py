@@ -20,6 +20,7 @@ from gadcore.data import RawRow, load_rows
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
+from gadcore.export import as_directory, config_of, is_checkpoint
 from gadcore.groups import Response
 from gadcore.loader import build_prompts
 from gadcore.rollout import Engine, SampleRequest, make_engine
@@ -30,8 +31,14 @@ Tell = Callable[[str], None]
 
 
 def find_model(value: str) -> str:
-    """The model directory or hub id of a run folder (its student), a model directory, a bundled name or a hub id."""
+    """The model directory or hub id of a run folder (its student), a model directory, a bundled name or a hub id.
+
+    A checkpoint folder of a run is its own: export.as_directory() makes a model directory of it.
+    """
     folder = Path(value).expanduser()
+    if is_checkpoint(folder):
+        config_of(folder)
+        return str(folder)
     if (folder / "config.toml").is_file():
         if not (folder / "student" / "config.json").is_file():
             raise UserError(f"the run {value} has no student yet: let it finish (--resume auto)")
@@ -48,14 +55,22 @@ def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
     try:
         for model, path in paths.items():
             weights = identity(path)
-            for name, rows in sets.items():
-                made_from = _made_from(config, weights, rows)
-                if not _is_done(out / name, model, made_from):
-                    tell(f"sampling {len(rows)} responses of {model} to {name}")
-                    sampler.use(path)
-                    _sample(sampler, rows, out / name, model, made_from, tell)
+            made_from = {name: _made_from(config, weights, rows) for name, rows in sets.items()}
+            missing = [name for name in sets if not _is_done(out / name, model, made_from[name])]
+            if not missing:
+                continue
+            with as_directory(path, exported(out, model)) as directory:
+                sampler.use(directory)
+                for name in missing:
+                    tell(f"sampling {len(sets[name])} responses of {model} to {name}")
+                    _sample(sampler, sets[name], out / name, model, made_from[name], tell)
     finally:
         sampler.close()
+
+
+def exported(out: Path, name: str) -> Path:
+    """Where a checkpoint is a model directory while eval needs it as one."""
+    return out / f".model-{name}"
 
 
 def all_sets(config: EvalConfig) -> dict[str, SetSettings]:
@@ -72,7 +87,8 @@ def _load(name: str, settings: SetSettings, config: EvalConfig) -> list[RawRow]:
 
 def identity(path: str) -> str:
     """What changes when a model's weights do: a checksum, or the name of a model on the hub."""
-    files = sorted(Path(path).glob("*.safetensors"))
+    pattern = "student.safetensors" if is_checkpoint(Path(path)) else "*.safetensors"
+    files = sorted(Path(path).glob(pattern))
     digest = hashlib.sha256(path.encode() if not files else b"")
     for file in files:
         with file.open("rb") as opened:

@@ -49,7 +49,8 @@ class EvalSettings(Section):
     """
 
     models: dict[str, str] = Field(
-        default_factory=dict, description="Run folders (their student) or models; differences are to the first."
+        default_factory=dict,
+        description="Run folders (their student), checkpoint folders or models; differences are to the first.",
     )
     in_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Sets like the training data, by name.")
     out_of_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Other sets, by name.")

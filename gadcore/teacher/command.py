@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         if store.repaired:
             console.print(f"note {clean(store.repaired)}", soft_wrap=True)
         try:
-            with progress(console) as watch:
+            with progress(console, "collect") as watch:
                 asked = [request for _, request in requests.values()]
                 tally = ask_all(config.endpoint, asked, store, budget=config.budget, watch=watch)
         except KeyboardInterrupt:

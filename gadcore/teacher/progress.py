@@ -15,12 +15,12 @@ LINE_EVERY_S = 10.0
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[Tally], None]]:
-    """Gives the function that is to be told of every change (`watch` of ask_all)."""
+def progress(console: Console, name: str) -> Iterator[Callable[[Tally], None]]:
+    """Gives the function that is to be told of every change (`watch` of ask_all). name: of what is done, a word."""
     if console.is_terminal:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:
-            task = bar.add_task("collect", total=None, figures="")
+            task = bar.add_task(name, total=None, figures="")
 
             def redraw(tally: Tally) -> None:
                 bar.update(task, completed=tally.kept + tally.answered, total=tally.asked_for, figures=_figures(tally))
@@ -34,7 +34,7 @@ def progress(console: Console) -> Iterator[Callable[[Tally], None]]:
         if time.monotonic() - last >= LINE_EVERY_S or not tally.unasked:
             last = time.monotonic()
             done = f"{tally.kept + tally.answered}/{tally.asked_for}"
-            console.print(f"collect {done} {_figures(tally)}", soft_wrap=True)
+            console.print(f"{name} {done} {_figures(tally)}", soft_wrap=True)
 
     yield line
 

@@ -343,9 +343,10 @@ def test_the_data_card_says_what_was_collected(tmp_path: Path, capsys) -> None:
 def test_a_terminal_shows_a_bar() -> None:
     file = io.StringIO()
     tally = Tally(8, 2, Spent(4, 10, 5), 0.25, answered=2, sent=3, failed={"k": "why"})
-    with progress(Console(file=file, force_terminal=True, width=120)) as watch:
+    with progress(Console(file=file, force_terminal=True, width=120), "judge") as watch:
         watch(tally)
-    assert "4/8" in file.getvalue() and "15 tokens, cost 0.25, 1 failed, 3 requests sent" in file.getvalue()
+    assert "judge" in file.getvalue() and "4/8" in file.getvalue()
+    assert "15 tokens, cost 0.25, 1 failed, 3 requests sent" in file.getvalue()
 
 
 def test_replies_are_read_back_from_the_file(tmp_path: Path) -> None:
