@@ -23,7 +23,7 @@ from bench import record
 
 STATES = ("synchronise", "rollout", "discriminator", "student")
 WAYS = tuple((offload, shared) for offload in ("none", "file") for shared in (True, False))
-STEPS = {"schedule.warmup_steps": 1, "schedule.gad_steps": 3, "data.eval": "none", "checkpoint.every": 0}
+STEPS = {"schedule.warmup_steps": 1, "schedule.gad_steps": 2, "data.eval": "none", "checkpoint.every": 0}
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -28,7 +28,7 @@ from gadcore.config import MemorySettings
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
 from gadcore.memory.holdings import CHANGES, FOLLOWS, HOLDINGS, NEEDS, Holding, State, needs
-from gadcore.memory.ledger import GIB, PROCESS, Ledger
+from gadcore.memory.ledger import ALLOCATOR, GIB, PROCESS, Ledger
 from gadcore.memory.meter import Meter, meter_of
 from gadcore.memory.tiers import make_tier, tier_name
 
@@ -236,6 +236,7 @@ class Colocation:
         }
         for holding, tensors in self._staying.items():
             held[holding] = _storage_bytes(tensors())
+        held[ALLOCATOR] = self.meter.kept()
         self.ledger.update(held | {"engine.weights": 0, "engine.kv_cache": 0} | dict(self.engine.held()))
 
     def _prefetch(self, state: State) -> None:

@@ -9,6 +9,8 @@ from gadcore.errors import UserError
 GIB = 2**30
 # What the process itself takes: interpreter, libraries, the engine's bookkeeping.
 PROCESS = "process"
+# What an allocator keeps for later.
+ALLOCATOR = "allocator"
 # What a state computes with: activations, logits, temporary buffers. Known once a state has been seen.
 WORK = "work"
 

@@ -21,8 +21,11 @@ class Meter(Protocol):
     def peak(self) -> int | None:
         """The most bytes in use since reset_peak(); None where the system does not tell."""
 
+    def kept(self) -> int:
+        """Bytes that an allocator keeps without using them."""
+
     def give_back(self) -> None:
-        """Returns memory that an allocator keeps without using it."""
+        """Returns them."""
 
 
 class HostMeter:
@@ -40,6 +43,9 @@ class HostMeter:
 
     def peak(self) -> int | None:
         return resident.peak() if self._knows_peak else None
+
+    def kept(self) -> int:
+        return resident.free_in_malloc()
 
     def give_back(self) -> None:
         resident.trim()
@@ -63,6 +69,9 @@ class CudaMeter:
         # Only torch's allocator keeps a maximum; what others hold does not change within a state.
         above = torch.cuda.max_memory_reserved(self.device) - torch.cuda.memory_reserved(self.device)
         return self.in_use() + above
+
+    def kept(self) -> int:
+        return torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def give_back(self) -> None:
         torch.cuda.empty_cache()

@@ -48,6 +48,22 @@ def trim() -> None:
         _libc().malloc_trim(0)
 
 
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def free_in_malloc() -> int:
+    """Bytes that malloc keeps for later, of all its arenas; 0 where it does not tell."""
+    if sys.platform != "linux" or not hasattr(_libc(), "mallinfo2"):
+        return 0
+    mallinfo2 = _libc().mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    return int(mallinfo2().fordblks)
+
+
 def drop_pages(tensor: Tensor) -> None:
     """Frees the memory of a CPU tensor whose content is no longer wanted; its address stays, its whole pages are zero.
 

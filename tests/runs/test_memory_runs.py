@@ -32,7 +32,7 @@ def test_offload_to_files_changes_no_bit(plain, tmp_path) -> None:
     assert list((tmp_path / "waiting").iterdir()) == []
     memory = json.loads((offloaded / "summary.json").read_text())["memory"]
     assert memory["offload"] == "file"
-    held = {state: set(holders) - {"process", "work"} for state, holders in memory["states"].items()}
+    held = {state: set(holders) - {"process", "allocator", "work"} for state, holders in memory["states"].items()}
     assert held["discriminator"] == {f"discriminator.{what}" for what in ("parameters", "gradients", "optimizer")}
     assert held["student"] == {"reference.parameters"} | {
         f"student.{what}" for what in ("parameters", "gradients", "optimizer")

@@ -200,6 +200,18 @@ def test_pages_are_dropped_and_counted() -> None:
         resident.drop_pages(block.view(-1, 2).T)
 
 
+def test_what_malloc_keeps_is_counted() -> None:
+    resident.trim()
+    before, used = resident.free_in_malloc(), resident.rss()
+    blocks = [torch.ones(16 << 10, dtype=torch.uint8) for _ in range(4000)]
+    holes = blocks[::2]
+    del blocks
+    kept = resident.free_in_malloc() - before
+    assert 24 << 20 < kept < 40 << 20, "every second block of 16 KiB was freed, and a pool in between keeps it"
+    assert resident.rss() - used > 40 << 20
+    del holes
+
+
 def test_peak_is_that_since_the_reset() -> None:
     if not resident.reset_peak():
         pytest.skip("the kernel does not reset a peak here")
@@ -241,6 +253,9 @@ class FakeMeter:
 
     def peak(self) -> int:
         return self.most
+
+    def kept(self) -> int:
+        return 0
 
     def give_back(self) -> None:
         self.calls.append("give back")
