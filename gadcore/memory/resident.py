@@ -49,9 +49,11 @@ def trim() -> None:
 
 
 class _Mallinfo2(ctypes.Structure):
+    # As <malloc.h> has it: ten counts, of which the last but one are the free bytes.
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        *((f"unused_{i}", ctypes.c_size_t) for i in range(8)),
+        ("free", ctypes.c_size_t),
+        ("top", ctypes.c_size_t),
     ]
 
 
@@ -61,7 +63,7 @@ def free_in_malloc() -> int:
         return 0
     mallinfo2 = _libc().mallinfo2
     mallinfo2.restype = _Mallinfo2
-    return int(mallinfo2().fordblks)
+    return int(mallinfo2().free)
 
 
 def drop_pages(tensor: Tensor) -> None:
