@@ -87,10 +87,12 @@ def _settings(rows: Sequence[Row]) -> str:
             f"{training['threads'] or 'all'} threads."
         )
     fresh = first["fresh"]
+    judged = "each half is judged once" if fresh["cross_fit"] else "one half is judged"
     told.append(
         f"Responses have at most {first['max_response_tokens']} tokens; those measured are drawn at temperature "
         f"{first['temperature']:g}, one for each of {rows[0]['prompts']} held-out prompts. Fresh discriminators start "
-        f"from the start model and take {fresh['steps']} steps of {fresh['batch_size']} pairs at {fresh['lr']:g}."
+        f"from the start model and take {fresh['steps']} steps of {fresh['batch_size']} pairs at {fresh['lr']:g}; "
+        f"{judged}."
     )
     return " ".join(told)
 
