@@ -6,6 +6,7 @@ from typing import Any
 
 from bench import record
 from bench.suites.memory import STATES
+from bench.tables import _missing
 
 DOCUMENT = record.ROOT / "docs" / "memory.md"
 GIB = 2**30
@@ -13,11 +14,13 @@ GIB = 2**30
 
 def document() -> str:
     rows = record.read(record.path_of("memory"))
+    if not rows:
+        return "\n\n".join(["# Memory by state", *_missing("memory")]) + "\n"
     return "\n".join([*_head(rows), *_states(rows), *_limited(rows)]) + "\n"
 
 
 def _head(rows: list[dict[str, Any]]) -> list[str]:
-    machine = rows[0]["machine"] if rows else {}
+    machine = rows[0]["machine"]
     return [
         "# Memory by state",
         "",
@@ -26,7 +29,7 @@ def _head(rows: list[dict[str, Any]]) -> list[str]:
         "`held` is what the ledger says, `resident` what the kernel says at the end of a state, `peak` the most inside",
         "it (activations, logits, gradients); GiB, of the second GAD step.",
         "",
-        f"{machine.get('cpu', '')}, {machine.get('cores', '')} cores, commit {rows[0]['commit'] if rows else ''}.",
+        f"{machine.get('cpu', '')}, {machine.get('cores', '')} cores, commit {rows[0]['commit']}.",
         "",
     ]
 
