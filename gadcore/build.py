@@ -369,6 +369,7 @@ def _facts(
 
 
 def cpu_name() -> str:
+    """The CPU's model, as the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
