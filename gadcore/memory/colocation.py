@@ -247,9 +247,9 @@ class Colocation:
             if arena is None or arena.resident:
                 continue
             if arena.tier.loads_ahead:
-                room = self.meter.limit if self.ledger.limit is None else self.ledger.limit
-                if state not in self.ledger.work or self.ledger.total + self.ledger.work[state] + arena.bytes > room:
-                    # Unknown until the state has been seen once.
+                # What the state works with is unknown until it has been seen once.
+                work = self.ledger.work.get(state)
+                if work is None or self.ledger.total + work + arena.bytes > self.ledger.limit:
                     continue
             arena.come_soon()
             self._account()

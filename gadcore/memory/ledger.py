@@ -18,10 +18,10 @@ WORK = "work"
 class Ledger:
     """Bytes of the device by holder.
 
-    limit: bytes that may be held at most; None: none.
+    limit: bytes that may be held at most.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held: dict[str, int] = {}
         # state -> the most bytes above what is held that were seen in it.
@@ -38,7 +38,7 @@ class Ledger:
     def check(self, state: str) -> None:
         """UserError where the state, with what it needed to compute the last time, goes above the limit."""
         work = self.work.get(state, 0)
-        if self.limit is None or self.total + work <= self.limit:
+        if self.total + work <= self.limit:
             return
         raise UserError(f"state {state} {self.over(work)}")
 
@@ -46,9 +46,9 @@ class Ledger:
         """What is held beside the limit, who holds it, and what to do about it."""
         holders = self.held | ({WORK: work} if work else {})
         told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sorted(holders.items(), key=lambda i: -i[1]))
-        limit = "" if self.limit is None else f" of {self.limit / GIB:.2f} GiB allowed"
         return (
-            f"needs {(self.total + work) / GIB:.2f} GiB{limit} (GiB: {told}): set memory.offload, lower "
+            f"needs {(self.total + work) / GIB:.2f} GiB of {self.limit / GIB:.2f} GiB allowed (GiB: {told}): "
+            "set memory.offload, lower "
             "schedule.micro_batch_tokens, or use schedule.activation_checkpointing = full; memory.limit_gib is the "
             "limit"
         )

@@ -152,7 +152,7 @@ class PinnedTier:
 
 
 def make_tier(name: str, device: torch.device, folder: Path, holding: str, size: int) -> Tier:
-    """The tier that memory.offload names, for `size` bytes; "none" has none."""
+    """The tier of that name, "pinned" or "file", for `size` bytes."""
     if name == "pinned":
         return PinnedTier(device, holding, size)
     return FileTier(folder, holding, size)
