@@ -152,8 +152,12 @@ class Colocation:
         """Notes what the present state held and used at most. UserError where that was above the limit."""
         if self.state is None:
             return
+        peak = self.meter.peak()
+        if self.meter.kept() is None:
+            # Else bytes are in use that nobody can name.
+            self.meter.give_back()
         self._account()
-        peak, held = self.meter.peak(), self.ledger.total
+        held = self.ledger.total
         found = {f"memory/{self.state}_held": held, f"memory/{self.state}_resident": self.meter.in_use()}
         if peak is not None:
             peak = max(peak, held, int(self._seen.get(f"memory/{self.state}_peak", 0)))
@@ -236,7 +240,7 @@ class Colocation:
         }
         for holding, tensors in self._staying.items():
             held[holding] = _storage_bytes(tensors())
-        held[ALLOCATOR] = self.meter.kept()
+        held[ALLOCATOR] = self.meter.kept() or 0
         self.ledger.update(held | {"engine.weights": 0, "engine.kv_cache": 0} | dict(self.engine.held()))
 
     def _prefetch(self, state: State) -> None:

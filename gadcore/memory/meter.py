@@ -21,8 +21,8 @@ class Meter(Protocol):
     def peak(self) -> int | None:
         """The most bytes in use since reset_peak(); None where the system does not tell."""
 
-    def kept(self) -> int:
-        """Bytes that an allocator keeps without using them."""
+    def kept(self) -> int | None:
+        """Bytes that an allocator keeps without using them; None where it does not tell."""
 
     def give_back(self) -> None:
         """Returns them."""
@@ -44,8 +44,9 @@ class HostMeter:
     def peak(self) -> int | None:
         return resident.peak() if self._knows_peak else None
 
-    def kept(self) -> int:
-        return resident.free_in_malloc()
+    def kept(self) -> None:
+        # malloc counts free bytes, and does not know which of them it has given back already.
+        return None
 
     def give_back(self) -> None:
         resident.trim()

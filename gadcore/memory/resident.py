@@ -48,24 +48,6 @@ def trim() -> None:
         _libc().malloc_trim(0)
 
 
-class _Mallinfo2(ctypes.Structure):
-    # As <malloc.h> has it: ten counts, of which the last but one are the free bytes.
-    _fields_ = [
-        *((f"unused_{i}", ctypes.c_size_t) for i in range(8)),
-        ("free", ctypes.c_size_t),
-        ("top", ctypes.c_size_t),
-    ]
-
-
-def free_in_malloc() -> int:
-    """Bytes that malloc keeps for later, of all its arenas; 0 where it does not tell."""
-    if sys.platform != "linux" or not hasattr(_libc(), "mallinfo2"):
-        return 0
-    mallinfo2 = _libc().mallinfo2
-    mallinfo2.restype = _Mallinfo2
-    return int(mallinfo2().free)
-
-
 def drop_pages(tensor: Tensor) -> None:
     """Frees the memory of a CPU tensor whose content is no longer wanted; its address stays, its whole pages are zero.
 

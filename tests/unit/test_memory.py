@@ -16,6 +16,7 @@ from gadcore.memory.arena import Arena
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import CHANGES, NEEDS, needs
 from gadcore.memory.ledger import GIB, PROCESS, Ledger
+from gadcore.memory.meter import HostMeter
 from gadcore.memory.tiers import FileTier, tier_name
 
 CPU = torch.device("cpu")
@@ -200,16 +201,16 @@ def test_pages_are_dropped_and_counted() -> None:
         resident.drop_pages(block.view(-1, 2).T)
 
 
-def test_what_malloc_keeps_is_counted() -> None:
-    resident.trim()
-    before, used = resident.free_in_malloc(), resident.rss()
-    blocks = [torch.ones(16 << 10, dtype=torch.uint8) for _ in range(4000)]
+def test_what_malloc_keeps_is_given_back() -> None:
+    meter = HostMeter()
+    meter.give_back()
+    blocks = [torch.ones(64 << 10, dtype=torch.uint8) for _ in range(2000)]
+    used = meter.in_use()
     holes = blocks[::2]
     del blocks
-    kept = resident.free_in_malloc() - before
-    assert 24 << 20 < kept < 40 << 20, "every second block of 16 KiB was freed, and a pool in between keeps it"
-    assert resident.rss() - used > 40 << 20
-    del holes
+    meter.give_back()
+    assert used - meter.in_use() > 50 << 20, "every second block of 64 KiB was freed, 62 MiB in all"
+    assert meter.kept() is None and all(block.all() for block in holes)
 
 
 def test_peak_is_that_since_the_reset() -> None:
@@ -218,6 +219,7 @@ def test_peak_is_that_since_the_reset() -> None:
     block = torch.ones(64 << 20, dtype=torch.uint8)
     high = resident.peak()
     del block
+    resident.trim()
     assert resident.reset_peak()
     assert resident.peak() < high - (48 << 20)
 
