@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from gadcore import checkpoint, models, settings
+from gadcore import checkpoint, models, settings, training_state
 from gadcore.build import discriminator_name, quiet
 from gadcore.config import Config
 from gadcore.errors import UserError
@@ -66,7 +66,7 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
         raise UserError(f"{saved} has no {which}: a run of seqkd trains none; export its student")
     tokenizer = models.load_tokenizer(models.resolve_model(_name(config, which)))
     model = _untrained(config, which, tokenizer)
-    checkpoint.restore_parameters(dict(model.named_parameters()), tensors[which], which)
+    training_state.restore_parameters(dict(model.named_parameters()), tensors[which], which)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -10,13 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import Any
 
 from gadcore import checkpoint
+from gadcore.archive import Archive
 from gadcore.config import Config
 from gadcore.convergence import measure
 from gadcore.discriminator import Discriminator, Judgement
@@ -87,7 +84,7 @@ class Trainer:
         self._trace = trace
         self._step_began = 0.0
         self._health = Monitor()
-        self._reference_saved = False
+        self._archive = Archive(folder, memory, loader, list(self.stage_steps), student, discriminator)
         self.progress = Progress()
 
     @property
@@ -319,7 +316,7 @@ class Trainer:
         best = self.progress.convergence.best
         if best is None or best[0] == self.progress.step:
             return
-        self._restore_models(checkpoint.load(checkpoint.at(self.folder.checkpoints, best[0])))
+        self._archive.restore_models(checkpoint.load(checkpoint.at(self.folder.checkpoints, best[0])))
         self.view.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
 
     # Saving and going on
@@ -328,30 +325,8 @@ class Trainer:
         """A checkpoint of everything that the rest of the run depends on."""
         self.view.status("saving a checkpoint")
         with self.phases("checkpoint"):
-            self._save_reference()
             self.progress.seconds = dict(self.phases.seconds)
-            tensors: dict[str, dict[str, Tensor]] = {}
-            for name, model in self._models().items():
-                parameters = dict(model.model.named_parameters())
-                tensors[name] = self.memory.readable(parameters)
-                moments = checkpoint.optimizer_tensors(model.optimizer.adamw, parameters)
-                tensors[f"{name}-optimizer"] = self.memory.readable(moments)
-            rng = checkpoint.rng_state()
-            tensors["rng"] = rng.tensors
-            state = {
-                "stages": list(self.stage_steps),
-                "progress": asdict(self.progress),
-                "loader": self.loader.state(),
-                "rng": rng.state,
-            }
-            path = checkpoint.save(
-                self.folder.checkpoints,
-                self.progress.step,
-                tensors,
-                state,
-                self.config.checkpoint.keep,
-                pinned=(self.progress.convergence.best or (None,))[0],
-            )
+            path = self._archive.save(self.progress, self.config.checkpoint.keep)
         self.phases.take_step()
         self.view.message(f"checkpoint {path}")
 
@@ -361,7 +336,9 @@ class Trainer:
         The records after the checkpoint are dropped: they will be made again.
         """
         if saved is not None:
-            self._restore(saved)
+            self.progress = self._archive.restore(saved)
+            for phase, seconds in self.progress.seconds.items():
+                self.phases.seconds[phase] += seconds
         self.folder.metrics.truncate_after(self.progress.step)
         self.folder.samples.truncate_after(self.progress.step)
         self.folder.keep_config(self.config, self.progress.step)
@@ -369,32 +346,6 @@ class Trainer:
             self._health = watched(read_rows(self.folder.metrics.path))
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.view.message(f"resumed: {where}")
-
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.state["stages"] != list(self.stage_steps):
-            raise UserError(
-                f"{self.folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
-                f"{' and '.join(self.stage_steps)}: resume it with the command that it was started with"
-            )
-        self.loader.restore(saved.state["loader"])
-        self._restore_models(saved)
-        checkpoint.restore_rng(checkpoint.RngState(saved.state["rng"], saved.tensors["rng"]))
-        self.progress = Progress.of(saved.state["progress"])
-        for phase, seconds in self.progress.seconds.items():
-            self.phases.seconds[phase] += seconds
-
-    def _restore_models(self, saved: checkpoint.Checkpoint) -> None:
-        for name, model in self._models().items():
-            self.memory.enter(name)
-            parameters = dict(model.model.named_parameters())
-            checkpoint.restore_parameters(parameters, saved.tensors[name], name)
-            checkpoint.restore_optimizer(model.optimizer.adamw, saved.tensors[f"{name}-optimizer"], parameters)
-
-    def _models(self) -> dict[Literal["student", "discriminator"], Student | Discriminator]:
-        models: dict[Literal["student", "discriminator"], Student | Discriminator] = {"student": self.student}
-        if self._discriminator is not None:
-            models["discriminator"] = self._discriminator
-        return models
 
     def ensure_reference(self) -> None:
         """The reference policy: the student as it was when the GAD stage began.
@@ -404,30 +355,10 @@ class Trainer:
         self.memory.enter("student")
         self.student.freeze_reference()
         if self.student.reference is not None:
-            self._load_reference(self.student.reference)
+            if self.progress.stage == "gad" and self.progress.stage_step > 0:
+                # The stage began in an earlier process.
+                self._archive.restore_reference(self.student.reference)
             self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
-
-    def _load_reference(self, reference: PreTrainedModel) -> None:
-        """Gives the reference the weights that it had when the stage began, where that was in an earlier process."""
-        if self.progress.stage != "gad" or self.progress.stage_step == 0:
-            return
-        path = checkpoint.latest(self.folder.reference)
-        if path is None:
-            raise UserError(
-                f"the reference policy is missing from {self.folder.reference}: resume from a checkpoint "
-                "of the warmup, or start a new run"
-            )
-        saved = checkpoint.load(path).tensors["reference"]
-        with torch.no_grad():
-            for name, p in reference.named_parameters():
-                p.copy_(saved[name])
-        self._reference_saved = True
-
-    def _save_reference(self) -> None:
-        if self.student.reference is not None and not self._reference_saved:
-            tensors = self.memory.readable(dict(self.student.reference.named_parameters()))
-            checkpoint.save(self.folder.reference, self.progress.step, {"reference": tensors}, {}, keep=1)
-            self._reference_saved = True
 
     def finish(self) -> None:
         """Exports both models as ordinary Hugging Face directories, and writes summary and report."""

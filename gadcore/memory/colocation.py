@@ -30,7 +30,8 @@ from gadcore.memory.arena import Arena
 from gadcore.memory.holdings import CHANGES, FOLLOWS, HOLDINGS, NEEDS, Holding, State, needs
 from gadcore.memory.ledger import ALLOCATOR, GIB, PROCESS, Ledger
 from gadcore.memory.meter import Meter, meter_of
-from gadcore.memory.tiers import make_tier, tier_name
+from gadcore.memory.placement import tier_name
+from gadcore.memory.tiers import make_tier
 
 Part = Literal["weights", "kv_cache"]
 
@@ -65,7 +66,7 @@ class Colocation:
         self.device, self.settings, self.folder, self.engine = device, settings, folder, engine
         self.shared = shared
         self._on_copy = on_copy
-        self.tier = tier_name(settings.offload, device)
+        self.tier = tier_name(settings.offload, device.type)
         self.meter = meter_of(device) if meter is None else meter
         limit = self.meter.limit if settings.limit_gib is None else int(settings.limit_gib * GIB)
         self.ledger = Ledger(limit)

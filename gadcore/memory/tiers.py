@@ -156,18 +156,3 @@ def make_tier(name: str, device: torch.device, folder: Path, holding: str, size:
     if name == "pinned":
         return PinnedTier(device, holding, size)
     return FileTier(folder, holding, size)
-
-
-def tier_name(offload: str, device: torch.device) -> str:
-    """memory.offload for a device, "auto" resolved. Raises UserError where the device has no such tier."""
-    on_cuda = device.type == "cuda"
-    if offload == "auto":
-        return "pinned" if on_cuda else "none"
-    if offload == "pinned" and not on_cuda:
-        raise UserError(
-            "memory.offload = pinned moves what waits from a GPU into host memory, and this run is on the CPU: use "
-            "file or none"
-        )
-    if offload == "file" and on_cuda:
-        raise UserError("memory.offload = file frees host memory and this run is on a GPU: use pinned or none")
-    return offload

@@ -93,9 +93,6 @@ def cpu(name: str, memory_bytes: float) -> Machine:
         Assumption("memory_bytes", memory_bytes, "bytes", "what the operating system reports"),
         Assumption("reserve_share", 0.1, "share", "assumed: left to the operating system and others"),
         Assumption("process_bytes", 0.7e9, "bytes", "resident size of a process with torch, transformers and vLLM"),
-        Assumption(
-            "allocator_share", 0.8, "share", "seen with glibc: of the student's weights and gradients, freed but kept"
-        ),
         Assumption("engine_bytes", 0.2e9, "bytes", "assumed: logits and buffers of vLLM while it samples"),
         Assumption("product_flops_float32", 85e9, "FLOP/s", guess),
         Assumption("product_flops_bfloat16", 8e9, "FLOP/s", "assumed: no matrix instructions for bfloat16"),

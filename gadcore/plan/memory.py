@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from gadcore.config import Config
 from gadcore.memory.activations import Mode
 from gadcore.memory.holdings import Holding, State, needs
+from gadcore.memory.placement import Offload, shares_weights, tier_name
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import Machine
 from gadcore.plan.workload import Workload
 
 STATES: tuple[State, ...] = get_args(State)
-Offload = Literal["none", "pinned", "file"]
 ITEM = {"float32": 4, "bfloat16": 2}
 # Logits that the head's kernels hold at a time on CUDA (kernels/grpo_triton.py); the CPU's hold blocks in the cache.
 _LOGITS_BYTES = 2 << 30
@@ -37,19 +37,13 @@ class Case:
 
     @property
     def offload(self) -> Offload:
-        """memory.offload, with "auto" resolved."""
-        chosen = self.config.memory.offload
-        if chosen != "auto":
-            return chosen
-        return "pinned" if self.machine.kind == "cuda" else "none"
+        """Where what waits lies. UserError where the machine has no such tier."""
+        return tier_name(self.config.memory.offload, self.machine.kind)
 
     @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
-        if self.config.rollout.engine == "hf":
-            return True
-        same = self.config.rollout.dtype == self.config.student.dtype
-        return self.machine.kind == "cpu" and same and self.config.memory.shared_weights
+        return shares_weights(self.config, self.machine.kind)
 
 
 @dataclass(frozen=True)
@@ -127,9 +121,6 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
     """Everything that a state takes on one rank, at its peak."""
     lies = held(case, choice, state)
     working = {"process": case.machine.figures["process_bytes"]}
-    if kept := case.machine.figures.get("allocator_share"):
-        # The weights were loaded twice, and gradients come and go: small blocks do not go back to the system.
-        working["kept by the allocator"] = kept * 2 * case.student.parameters * ITEM[case.config.student.dtype]
     if state == "rollout" and case.config.rollout.engine == "vllm":
         working["sampler's buffers"] = case.machine.figures["engine_bytes"]
     elif state == "synchronise" and not case.shared:

@@ -19,8 +19,8 @@ from gadcore.config import Config
 from gadcore.groups import Response
 from gadcore.memory.colocation import Part
 from gadcore.memory.holdings import Holding
+from gadcore.memory.placement import shares_weights, tier_name
 from gadcore.memory.resident import drop_pages, resident_bytes
-from gadcore.memory.tiers import tier_name
 from gadcore.rollout import vllm_cpu
 from gadcore.rollout.protocol import SampleRequest, fingerprint
 from gadcore.template import ChatTemplate
@@ -90,20 +90,12 @@ class VLLMEngine:
                 vllm_cpu.SharedPrefill(runner, self.engine_model)
         self.slices = map_weights(model, self.engine_model)
         self._kv_cache = self._find_kv_cache()
-        # On CUDA a sleeping engine's weights are unmapped, so there the trainer keeps its own.
-        self.shared = (
-            self.on_cpu
-            and config.memory.shared_weights
-            and all(
-                p.dtype == q.dtype and p.device == q.device
-                for p, q in zip(dict(model.named_parameters()).values(), self.weights().values(), strict=True)
-            )
-        )
+        self.shared = shares_weights(config, model.device.type)
         if self.shared:
             self._share(model)
         self._awake: set[Part] = {"weights", "kv_cache"}
         # On the CPU memory is given back where the run asks for that; vLLM itself has no sleep there.
-        self._gives_back = not self.on_cpu or tier_name(config.memory.offload, model.device) != "none"
+        self._gives_back = not self.on_cpu or tier_name(config.memory.offload, model.device.type) != "none"
         self._current = False
         self.update_weights(model)
         self.sleep()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadcore import checkpoint
+from gadcore import checkpoint, training_state
 from gadcore.errors import UserError
 
 
@@ -167,7 +167,7 @@ def test_optimizer_goes_on_to_the_bit(tmp_path: Path, fused: bool, amsgrad: bool
     for seed in range(3):
         _step(model, optimizer, seed)
     tensors = {
-        "optimizer": checkpoint.optimizer_tensors(optimizer, dict(model.named_parameters())),
+        "optimizer": training_state.optimizer_tensors(optimizer, dict(model.named_parameters())),
         "student": model.state_dict(),
     }
     assert "0.weight.exp_avg_sq" in tensors["optimizer"] and "1.bias.step" in tensors["optimizer"]
@@ -177,15 +177,15 @@ def test_optimizer_goes_on_to_the_bit(tmp_path: Path, fused: bool, amsgrad: bool
     other.load_state_dict(loaded.tensors["student"])
     # parameters in another order and other hyper-parameters: names decide, and the configuration rules
     resumed = torch.optim.AdamW(reversed(list(other.parameters())), lr=0.1, fused=fused, amsgrad=amsgrad)
-    checkpoint.restore_optimizer(resumed, loaded.tensors["optimizer"], dict(other.named_parameters()))
+    training_state.restore_optimizer(resumed, loaded.tensors["optimizer"], dict(other.named_parameters()))
     for seed in range(3, 6):
         _step(model, optimizer, seed)
         _step(other, resumed, seed)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name)), name
     assert all(
-        torch.equal(value, checkpoint.optimizer_tensors(resumed, dict(other.named_parameters()))[name])
-        for name, value in checkpoint.optimizer_tensors(optimizer, dict(model.named_parameters())).items()
+        torch.equal(value, training_state.optimizer_tensors(resumed, dict(other.named_parameters()))[name])
+        for name, value in training_state.optimizer_tensors(optimizer, dict(model.named_parameters())).items()
     )
 
 
@@ -194,9 +194,9 @@ def test_restored_state_is_a_copy_and_hyperparameters_stay(tmp_path: Path) -> No
     names = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     _step(model, optimizer, 0)
-    tensors = {name: value.clone() for name, value in checkpoint.optimizer_tensors(optimizer, names).items()}
+    tensors = {name: value.clone() for name, value in training_state.optimizer_tensors(optimizer, names).items()}
     fresh = torch.optim.AdamW(model.parameters(), lr=0.25)
-    checkpoint.restore_optimizer(fresh, tensors, names)
+    training_state.restore_optimizer(fresh, tensors, names)
     before = {name: value.clone() for name, value in tensors.items()}
     _step(model, fresh, 1)
     assert fresh.param_groups[0]["lr"] == 0.25
@@ -206,13 +206,13 @@ def test_restored_state_is_a_copy_and_hyperparameters_stay(tmp_path: Path) -> No
 def test_optimizer_without_a_step(tmp_path: Path) -> None:
     model = _model()
     names = dict(model.named_parameters())
-    assert checkpoint.optimizer_tensors(torch.optim.AdamW(model.parameters()), names) == {}
+    assert training_state.optimizer_tensors(torch.optim.AdamW(model.parameters()), names) == {}
     stepped = torch.optim.AdamW(model.parameters())
     _step(model, stepped, 0)
-    checkpoint.restore_optimizer(stepped, {}, names)
+    training_state.restore_optimizer(stepped, {}, names)
     assert all(not value.any() for state in stepped.state.values() for value in state.values())
     _step(model, stepped, 1)
-    assert checkpoint.optimizer_tensors(stepped, names)["0.bias.step"] == 1
+    assert training_state.optimizer_tensors(stepped, names)["0.bias.step"] == 1
 
 
 def test_optimizer_mismatches_are_told_and_change_nothing() -> None:
@@ -220,7 +220,7 @@ def test_optimizer_mismatches_are_told_and_change_nothing() -> None:
     names = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters())
     _step(model, optimizer, 0)
-    good = {name: value.clone() for name, value in checkpoint.optimizer_tensors(optimizer, names).items()}
+    good = {name: value.clone() for name, value in training_state.optimizer_tensors(optimizer, names).items()}
     bad = [
         (good | {"2.weight.step": torch.tensor(1.0)}, "no parameter '2.weight'"),
         (good | {"0.weight.exp_avg": torch.zeros(4, 4)}, r"0\.weight\.exp_avg .*\[4, 4\]"),
@@ -230,10 +230,11 @@ def test_optimizer_mismatches_are_told_and_change_nothing() -> None:
     ]
     for tensors, message in bad:
         with pytest.raises(UserError, match=message):
-            checkpoint.restore_optimizer(optimizer, tensors, names)
-    assert all(torch.equal(value, good[name]) for name, value in checkpoint.optimizer_tensors(optimizer, names).items())
+            training_state.restore_optimizer(optimizer, tensors, names)
+    now = training_state.optimizer_tensors(optimizer, names)
+    assert all(torch.equal(value, good[name]) for name, value in now.items())
     with pytest.raises(ValueError, match="names"):
-        checkpoint.optimizer_tensors(optimizer, {"only": next(model.parameters())})
+        training_state.optimizer_tensors(optimizer, {"only": next(model.parameters())})
 
 
 def _draw() -> list[float]:
@@ -250,19 +251,19 @@ def _draw() -> list[float]:
 def test_rng_goes_on_where_it_was(tmp_path: Path) -> None:
     # an odd number of draws leaves a cached gaussian in python's and numpy's generators
     _draw()
-    rng = checkpoint.rng_state()
+    rng = training_state.rng_state()
     path = checkpoint.save(tmp_path, 1, {"rng": rng.tensors}, {"rng": rng.state}, keep=1)
     expected = [_draw(), _draw()]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(123)
     loaded = checkpoint.load(path)
-    checkpoint.restore_rng(checkpoint.RngState(loaded.state["rng"], loaded.tensors["rng"]))
+    training_state.restore_rng(training_state.RngState(loaded.state["rng"], loaded.tensors["rng"]))
     assert [_draw(), _draw()] == expected
 
 
 def test_rng_of_absent_gpus_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    rng = checkpoint.rng_state()
-    checkpoint.restore_rng(checkpoint.RngState(rng.state, rng.tensors | {"cuda:99": rng.tensors["cpu"]}))
+    rng = training_state.rng_state()
+    training_state.restore_rng(training_state.RngState(rng.state, rng.tensors | {"cuda:99": rng.tensors["cpu"]}))
     assert "cuda:99" in caplog.text
 
 

@@ -17,7 +17,8 @@ from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import CHANGES, NEEDS, needs
 from gadcore.memory.ledger import GIB, PROCESS, Ledger
 from gadcore.memory.meter import HostMeter
-from gadcore.memory.tiers import FileTier, tier_name
+from gadcore.memory.placement import tier_name
+from gadcore.memory.tiers import FileTier
 
 CPU = torch.device("cpu")
 
@@ -181,12 +182,12 @@ def test_a_file_that_cannot_be_written_leaves_the_buffer(tmp_path: Path) -> None
 
 
 def test_tiers_that_a_device_does_not_have_are_refused() -> None:
-    assert tier_name("auto", CPU) == "none"
-    assert tier_name("auto", torch.device("cuda")) == "pinned"
+    assert tier_name("auto", "cpu") == "none"
+    assert tier_name("auto", "cuda") == "pinned"
     with pytest.raises(UserError, match="memory.offload = pinned"):
-        tier_name("pinned", CPU)
+        tier_name("pinned", "cpu")
     with pytest.raises(UserError, match="memory.offload = file"):
-        tier_name("file", torch.device("cuda"))
+        tier_name("file", "cuda")
 
 
 def test_pages_are_dropped_and_counted() -> None:
