@@ -66,7 +66,9 @@ def _measured(model: PreTrainedModel) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The tensor itself may be the result of the node that keeps it: a cycle that would never be freed, and with
+        # it the graph and all weights as they were loaded.
+        return tensor.detach()
 
     ids = tuple(1 + i % 7 for i in range(_PROBE_TOKENS // 2))
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ def test_the_modes_keep_what_they_say() -> None:
         kept.append(bytes_per_token(policy.model)["off"])
     # Measured with hooks, which do not see what selective checkpointing stores inside.
     assert kept[0] > 4 * kept[2] and kept[1] < kept[0]
+
+
+def test_measuring_leaves_nothing_behind() -> None:
+    model = student(torch.float32).model
+    gc.collect()
+    before = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    bytes_per_token(model)
+    gc.collect()
+    assert sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()) == before
 
 
 def test_planned_bytes_are_in_order_and_decide() -> None:
