@@ -38,8 +38,8 @@ def _states(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| waiting holdings | weights | "
         + " | ".join(f"{state}: held / resident / peak" for state in STATES)
-        + " | highest peak | ledger off by | s a step | weights to the bit |",
-        "| --- | --- |" + " --- |" * (len(STATES) + 4),
+        + " | highest peak | ledger off by | s a step | of it moving | weights to the bit |",
+        "| --- | --- |" + " --- |" * (len(STATES) + 5),
     ]
     runs = [row for row in rows if row["op"] == "run"]
     for row in runs:
@@ -54,6 +54,7 @@ def _states(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['peak_bytes'] / GIB:.2f}",
             f"{row['ledger_error']:.1%}",
             f"{row['step_s']:.1f}",
+            f"{row['moving_s']:.1f}",
             "same" if row["weights"] == runs[0]["weights"] else "**differ**",
         ]
         lines.append("| " + " | ".join(cells) + " |")

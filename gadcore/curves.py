@@ -203,6 +203,11 @@ HARDWARE = (
         [(f"memory/{state}_peak", state) for state in STATES], zero=True, unit="GiB", per=2**30,
     ),
     Spec(
+        "Moving",
+        "Seconds of a step in which holdings left the device or came back, and nothing was computed.",
+        [("memory/moving_s", "moving")], zero=True, unit="s",
+    ),
+    Spec(
         "Resident memory of the process",
         "The largest seen in a step.",
         [("machine/rss_gib", "resident")], zero=True, unit="GiB",

@@ -75,6 +75,7 @@ def measured(path: Path, offload: str, shared: bool) -> dict[str, Any]:
         "peak_bytes": max(state["peak"] for state in states.values()),
         # Of what is resident when a state ends: its activations are gone then, its holdings are not.
         "ledger_error": max(abs(s["held"] / s["resident"] - 1) for s in states.values()),
+        "moving_s": median(row.get("memory/moving_s", 0.0) for row in steps),
         "step_s": median(row["time/total"] for row in steps),
         "weights": weights.hexdigest()[:16],
     }

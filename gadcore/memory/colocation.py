@@ -75,6 +75,7 @@ class Colocation:
         self._staying: dict[Holding, Callable[[], Iterable[Tensor]]] = {}
         self._gradients: dict[Holding, Sequence[Tensor]] = {}
         self._seen: dict[str, float] = {}
+        self._moving_s = 0.0
         self._states: dict[State, dict[str, int]] = {}
 
     # What there is
@@ -169,9 +170,15 @@ class Colocation:
             self.ledger.seen(self.state, peak)
 
     def take_step(self) -> dict[str, float]:
-        """Bytes by state since the last call, for metrics: held by the ledger, resident at its end, the peak."""
+        """What happened since the last call, for metrics.
+
+        memory/STATE_held, _resident, _peak: bytes by the ledger, in use at the state's end, at most.
+        memory/moving_s: seconds that the step waited for holdings to leave and come, where something moves at all.
+        """
         self.observe()
         seen, self._seen = self._seen, {}
+        if self._arenas:
+            seen["memory/moving_s"], self._moving_s = self._moving_s, 0.0
         return seen
 
     def readable(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,8 +227,10 @@ class Colocation:
     def _copying(self, what: str, size: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        end = time.perf_counter()
+        self._moving_s += end - start
         if self._on_copy is not None:
-            self._on_copy(what, start, time.perf_counter(), size)
+            self._on_copy(what, start, end, size)
 
     def close(self) -> None:
         for arena in self._arenas.values():

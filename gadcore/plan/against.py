@@ -14,11 +14,13 @@ from gadcore.plan.workload import Workload, at_lengths
 from gadcore.tracking import Row, read_rows
 
 _PHASES = ("synchronise", "rollout", "discriminator", "student")
+# What a step is made of beside them.
+_OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """what: "time" in seconds or "memory" in bytes, of a step. Medians over steps of a stage."""
+    """what: "time" in seconds or "memory", the peak in bytes, of a step. Medians over steps of a stage."""
 
     what: str
     stage: str
@@ -73,6 +75,10 @@ def _times(stage: str, steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comp
             ]
         if measured and median(predicted) > 0:
             found.append(Comparison("time", stage, phase, median(predicted), median(measured)))
+    moving = [row["memory/moving_s"] for row in steps if "memory/moving_s" in row]
+    if any(moving):
+        predicted = [plan.time.steps[stage][_OFFLOAD] for plan in plans]
+        found.append(Comparison("time", stage, _OFFLOAD, median(predicted), median(moving)))
     totals = [row["time/total"] for row in steps]
     predicted = [sum(plan.time.steps[stage].values()) for plan in plans]
     found.append(Comparison("time", stage, "step", median(predicted), median(totals)))
@@ -82,12 +88,8 @@ def _times(stage: str, steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comp
 def _memory(steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comparison]:
     found = []
     for state in plans[0].memory:
-        for kind in ("held", "peak"):
-            measured = [row[f"memory/{state}_{kind}"] for row in steps if f"memory/{state}_{kind}" in row]
-            if not measured:
-                continue
-            memories = [plan.memory[state] for plan in plans]
-            predicted = [sum(m.held.values()) if kind == "held" else m.total for m in memories]
-            if median(measured) > 0:
-                found.append(Comparison("memory", "gad", f"{state}, {kind}", median(predicted), median(measured)))
+        measured = [row[f"memory/{state}_peak"] for row in steps if f"memory/{state}_peak" in row]
+        if measured:
+            predicted = median(plan.memory[state].total for plan in plans)
+            found.append(Comparison("memory", "gad", state, predicted, median(measured)))
     return found

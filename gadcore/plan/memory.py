@@ -99,6 +99,9 @@ def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
         stays = case.offload == "none" and not name.endswith(".gradients")
         if name.startswith("engine.") and case.machine.kind == "cuda":
             stays = False
+        if name == "engine.kv_cache" and case.machine.kind == "cpu" and case.offload != "none":
+            # Given back after every use, so that only blocks that were written take memory.
+            size = min(size, needed_kv(case, choice.tensor_parallel))
         if size and (name in needed or stays):
             found[name] = size
     return found
@@ -159,8 +162,10 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     # The embedding's gradient is made whole before it is added to what is there.
     embedding = d.head * item if is_student and d.tied and single or not single else 0.0
     working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
-    # With one micro-batch gradients appear while activations go: the larger of the two is the peak.
-    working["activations and head"] = max(kept + head - gradients, 0.0) if single and ranks == 1 else kept + head
+    # With one micro-batch gradients appear while activations go: on CUDA the larger of the two is the peak, while
+    # malloc keeps what activations leave.
+    overlap = gradients if single and ranks == 1 and case.machine.kind == "cuda" else 0.0
+    working["activations and head"] = max(kept + head - overlap, 0.0)
     if ranks > 1:
         root = d.root if is_student else d.judge_parameters - d.layers * d.layer
         working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))

@@ -423,7 +423,10 @@ def test_metrics_and_summary_name_states_and_holders(monkeypatch) -> None:
     row = machine.memory.take_step()
     assert row["memory/rollout_held"] == 640 and row["memory/rollout_resident"] == 900
     assert row["memory/rollout_peak"] == 1000 and row["memory/synchronise_held"] == 192
-    assert machine.memory.take_step().keys() == {f"memory/rollout_{what}" for what in ("held", "resident", "peak")}
+    assert row["memory/moving_s"] > 0
+    row = machine.memory.take_step()
+    assert row.keys() == {f"memory/rollout_{what}" for what in ("held", "resident", "peak")} | {"memory/moving_s"}
+    assert row["memory/moving_s"] == 0
     states = machine.memory.summary()["states"]
     assert states["rollout"] == {"engine.weights": 128, "engine.kv_cache": 512, "work": 360}
 

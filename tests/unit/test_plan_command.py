@@ -173,17 +173,21 @@ def _row(stage: str, **figures: float) -> dict[str, object]:
 
 
 def test_a_run_is_set_beside_its_prediction(tmp_path, capsys) -> None:
-    (tmp_path / "config.toml").write_text(settings.dump(settings.load(["--data.eval", "none"])))
+    given = settings.load(["--data.eval", "none", "--memory.offload", "file"])
+    (tmp_path / "config.toml").write_text(settings.dump(given))
     rows = [_row("warmup"), _row("gad"), _row("gad", **{"time/rollout": 4.0}), _row("gad", **{"time/rollout": 6.0})]
     for row in rows[1:]:
-        row |= {"time/student": 3.0, "memory/student_held": 5e9, "memory/student_peak": 8e9}
+        row |= {"time/student": 3.0, "memory/student_held": 5e9, "memory/student_peak": 8e9, "memory/moving_s": 0.5}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "against.json"
     assert run.main(["plan", "--plan.against", str(tmp_path), "--plan.out", str(out)]) == 0
-    found = {(item["stage"], item["name"]): item for item in json.loads(out.read_text())}
+    items = [item for item in json.loads(out.read_text()) if item["what"] == "time"]
+    found = {(item["stage"], item["name"]): item for item in items}
     assert found["gad", "rollout"]["measured"] == 4.0 and found["warmup", "rollout"]["measured"] == 2.0
-    assert found["gad", "student, held"]["measured"] == 5e9
-    assert found["gad", "student, peak"]["predicted"] > found["gad", "student, held"]["predicted"]
+    assert found["gad", "student"]["measured"] == 3.0
+    assert found["gad", "offload"]["measured"] == 0.5 and found["gad", "offload"]["predicted"] > 0
+    peaks = [item for item in json.loads(out.read_text()) if item["what"] == "memory"]
+    assert [(item["name"], item["measured"]) for item in peaks] == [("student", 8e9)]
     assert all(item["ratio"] == item["predicted"] / item["measured"] for item in found.values())
     assert "Predicted beside measured" in capsys.readouterr().out
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 4

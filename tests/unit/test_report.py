@@ -267,7 +267,7 @@ def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them(
     keys = ["convergence/accuracy", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
             "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
             "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
-            "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token",
+            "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token", "memory/moving_s",
             *(f"memory/{state}_{kind}" for state in STATES for kind in ("held", "peak"))]  # fmt: skip
     groups = groups_of(metrics(**dict.fromkeys(keys, 1.0)))
     assert "other" not in {group.key for group in groups}
