@@ -19,6 +19,7 @@ from bench.step.ours import check_lengths, requests, sampler
 from bench.step.problem import Problem
 from bench.step.worker import Channel
 from gadcore import models
+from gadcore.rollout import wake_with
 from gadcore.rollout.hf import HFEngine
 
 CPU = torch.device("cpu")
@@ -29,7 +30,9 @@ Generate = Callable[[list[Any], int], int]
 
 
 def ours(problem: Problem) -> Generate:
-    engine = sampler(problem, models.load_causal_lm(problem.student, "float32", CPU))
+    model = models.load_causal_lm(problem.student, "float32", CPU)
+    engine = sampler(problem, model)
+    wake_with(engine, model)
     return _engine(problem, engine, engine.llm.reset_prefix_cache)
 
 

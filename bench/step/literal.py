@@ -24,6 +24,7 @@ from bench.step.ours import check_lengths, requests, sampler
 from bench.step.problem import Problem
 from bench.step.worker import EPSILON, Channel, Clock, Meter, arguments, serve, write_findings
 from gadcore.config import AlgorithmSettings
+from gadcore.rollout import wake_with
 
 Tokens = Sequence[int]
 Row = tuple[Tokens, Tokens]
@@ -207,13 +208,14 @@ class Schedule:
         clock, problem, passes = self.clock, self.problem, self.passes
         groups = problem.batch(number)
         with clock("weight update"):
-            self.engine.update_weights(passes.student)
+            wake_with(self.engine, passes.student)
         with clock("generate"):
             drawn = self.engine.generate(
                 requests(groups, problem.samples, number),
                 temperature=problem.temperature,
                 max_tokens=problem.max_response,
             )
+            self.engine.sleep()
         for group, samples in zip(groups, drawn, strict=True):
             group.samples = samples
         rows: list[Row] = [(g.prompt.token_ids, s.token_ids) for g in groups for s in g.samples]

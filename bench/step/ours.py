@@ -19,7 +19,7 @@ from bench.step.worker import Channel, Clock, Meter, arguments, gradients_of, se
 from gadcore import models
 from gadcore.discriminator import Discriminator
 from gadcore.groups import Group
-from gadcore.rollout import SampleRequest
+from gadcore.rollout import SampleRequest, wake_with
 from gadcore.rollout.vllm_inprocess import VLLMEngine
 from gadcore.student import Student
 
@@ -87,9 +87,7 @@ class Ours:
         clock, config, problem = self.clock, self.config, self.problem
         groups = problem.batch(number)
         with clock("weight update"):
-            self.engine.wake("weights")
-            self.engine.update_weights(self.student.model)
-            self.engine.wake("kv_cache")
+            wake_with(self.engine, self.student.model)
         with clock("generate"):
             drawn = self.engine.generate(
                 requests(groups, problem.samples, number),

@@ -23,7 +23,7 @@ from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.export import as_directory, config_of, is_checkpoint
 from gadcore.groups import Response
 from gadcore.loader import build_prompts
-from gadcore.rollout import Engine, SampleRequest, make_engine
+from gadcore.rollout import Engine, SampleRequest, make_engine, wake_with
 from gadcore.schedule import derived_seed
 from gadcore.template import ChatTemplate
 
@@ -157,9 +157,7 @@ class _Sampler:
         engine = self.engine
         if engine is None:
             raise RuntimeError("use() comes before generate()")
-        engine.wake("weights")
-        engine.update_weights(self.model)
-        engine.wake("kv_cache")
+        wake_with(engine, self.model)
         drawn = engine.generate(
             requests, temperature=self.config.sampling.temperature, max_tokens=self.config.data.max_response_tokens
         )

@@ -91,15 +91,13 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
 def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
     """Bytes of what lies on the accelerator in a state, by holding.
 
-    Without offload everything stays, but for gradients, and for the sampler's holdings on CUDA, where it sleeps.
+    Without offload everything stays, but for gradients, and for what belongs to the sampler, which sleeps.
     """
     needed = needs(state, shared=case.shared)
     found = {}
     for name, size in holdings(case, choice).items():
-        stays = case.offload == "none" and not name.endswith(".gradients")
-        if name.startswith("engine.") and case.machine.kind == "cuda":
-            stays = False
-        if name == "engine.kv_cache" and case.machine.kind == "cpu" and case.offload != "none":
+        stays = case.offload == "none" and not name.endswith(".gradients") and not name.startswith("engine.")
+        if name == "engine.kv_cache" and case.machine.kind == "cpu":
             # Given back after every use, so that only blocks that were written take memory.
             size = min(size, needed_kv(case, choice.tensor_parallel))
         if size and (name in needed or stays):

@@ -78,7 +78,7 @@ class Engine(Protocol):
 
 
 def make_engine(config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> Engine:
-    """The engine that rollout.engine names, sampling from `model`, which was loaded from `model_path`."""
+    """The engine that rollout.engine names, for `model`, which was loaded from `model_path`. It sleeps at first."""
     if config.rollout.engine == "hf":
         from gadcore.rollout.hf import HFEngine
 
@@ -86,6 +86,13 @@ def make_engine(config: Config, model_path: str, model: PreTrainedModel, templat
     from gadcore.rollout.vllm_inprocess import VLLMEngine
 
     return VLLMEngine(config, model_path, model, template)
+
+
+def wake_with(engine: Engine, model: PreTrainedModel) -> None:
+    """Wakes a sleeping engine, as every engine is at first, with the weights of `model`: it can sample then."""
+    engine.wake("weights")
+    engine.update_weights(model)
+    engine.wake("kv_cache")
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> int:

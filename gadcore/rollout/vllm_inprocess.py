@@ -19,7 +19,7 @@ from gadcore.config import Config
 from gadcore.groups import Response
 from gadcore.memory.colocation import Part
 from gadcore.memory.holdings import Holding
-from gadcore.memory.placement import shares_weights, tier_name
+from gadcore.memory.placement import shares_weights
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout import vllm_cpu
 from gadcore.rollout.protocol import SampleRequest, fingerprint
@@ -94,8 +94,6 @@ class VLLMEngine:
         if self.shared:
             self._share(model)
         self._awake: set[Part] = {"weights", "kv_cache"}
-        # On the CPU memory is given back where the run asks for that; vLLM itself has no sleep there.
-        self._gives_back = not self.on_cpu or tier_name(config.memory.offload, model.device.type) != "none"
         self._current = False
         self.update_weights(model)
         self.sleep()
@@ -168,10 +166,11 @@ class VLLMEngine:
         self._current = True
 
     def sleep(self) -> None:
-        if not self._awake or not self._gives_back:
+        if not self._awake:
             return
         if self.on_cpu:
-            # All that is lost is what update_weights() and a reset prefix cache make anew.
+            # vLLM itself has no sleep there. All that is lost is what update_weights() and a reset prefix cache make
+            # anew.
             for tensor in [*self._kv_cache, *([] if self.shared else self._own_weights())]:
                 drop_pages(tensor)
         else:

@@ -11,7 +11,7 @@ from builders import TEMPLATE, groups
 from gadcore.config import Config
 from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.models import load_causal_lm
-from gadcore.rollout import SampleRequest, make_engine
+from gadcore.rollout import SampleRequest, make_engine, wake_with
 from gadcore.rollout.hf import HFEngine
 from gadcore.rollout.protocol import fingerprint
 from gadcore.student import Student
@@ -39,6 +39,7 @@ class Sampled:
         path = str(save_tiny(directory, kind, tied=tied))
         self.model = load_causal_lm(path, "float32", torch.device("cpu"))
         self.engine = make_engine(config, path, self.model, TEMPLATE)
+        wake_with(self.engine, self.model)
         self.student = Student(self.model, config.student, config.algorithm, temperature=0.8, micro_batch_tokens=4096)
         self.requests = [SampleRequest(g.prompt.token_ids, 4, 1000 + 10 * i) for i, g in enumerate(groups(5))]
 
@@ -150,7 +151,9 @@ def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    engine.update_weights(model)
+    with pytest.raises(RuntimeError, match="sleeps"):
+        engine.update_weights(model)
+    wake_with(engine, model)
     assert all(torch.equal(engine.weights()[n], p.bfloat16()) for n, p in model.named_parameters())
     engine.close()
 

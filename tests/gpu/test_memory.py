@@ -84,7 +84,7 @@ def test_a_limit_is_told_before_the_device_runs_out() -> None:
 def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path) -> None:
     pytest.importorskip("vllm")
     from gadcore.models import load_causal_lm
-    from gadcore.rollout import SampleRequest, make_engine
+    from gadcore.rollout import SampleRequest, make_engine, wake_with
 
     path = str(save_tiny(tmp_path))
     model = load_causal_lm(path, "float32", torch.device("cuda"))
@@ -98,9 +98,7 @@ def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path)
     requests = [SampleRequest((5, 6, 7, 8), 1, 0)]
 
     def greedy() -> list[tuple[int, ...]]:
-        engine.wake("weights")
-        engine.update_weights(model)
-        engine.wake("kv_cache")
+        wake_with(engine, model)
         drawn = engine.generate(requests, temperature=0.0, max_tokens=16)
         engine.sleep()
         return [group[0].token_ids for group in drawn]
