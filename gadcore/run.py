@@ -132,6 +132,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.algorithm import train
     from gadcore.build import build, describe_plan, has_discriminator, read_inputs
+    from gadcore.plan.command import ledger_lines, memory_warning
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
@@ -139,12 +140,14 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     if dry_run:
         print(f"{settings.dump(config)}\n{describe_plan(config, stages, inputs)}")
         if has_discriminator(stages):
-            from gadcore.plan.command import ledger_lines
-
-            print("\n".join(ledger_lines(config, inputs.student_path)))
+            print("\n".join(ledger_lines(config, inputs.student_path, inputs.train)))
         return 0
     folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
     with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+        if has_discriminator(stages):
+            limit = trainer.memory.ledger.limit
+            if warning := memory_warning(config, inputs.student_path, inputs.train, limit):
+                trainer.view.message(warning)
         train(trainer)
     return 0
 

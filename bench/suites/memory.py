@@ -97,12 +97,18 @@ def limited(settings: list[str], rows: list[dict[str, Any]], folder: Path) -> It
                     "limit_bytes": limit,
                     "finished": finished,
                     "exit_code": done.returncode,
-                    "said": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "",
+                    "said": _said(done),
                     "gate": "pass" if finished == (offload == "file") else "fail",
                 }
                 shutil.rmtree(path, ignore_errors=True)
     except PermissionError as error:
         record.say(f"no run under a limit: a control group cannot be made here ({error})")
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    """What the run said of memory last; nothing where it said nothing."""
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    return next((line.strip() for line in reversed(lines) if " GiB allowed" in line), "")
 
 
 @contextmanager

@@ -24,8 +24,10 @@ from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
 
 if TYPE_CHECKING:
+    from gadcore.groups import Group
     from gadcore.plan.memory import Case
     from gadcore.plan.planning import Plan
+    from gadcore.plan.workload import Counted
 
 
 def main(arguments: Sequence[str], prepare: Callable[[Config], None] | None = None) -> int:
@@ -61,8 +63,13 @@ def _threads(config: Config, folder: Path | None = None) -> int:
     return config.run.threads or torch.get_num_threads()
 
 
-def build_case(config: Config, plan: PlanSettings, threads: int) -> tuple[Case, list[Assumption]]:
-    """(what is planned for, every assumption of it). Raises UserError for a model, machine or data that is unknown."""
+def build_case(
+    config: Config, plan: PlanSettings, threads: int, counted: Counted | None = None
+) -> tuple[Case, list[Assumption]]:
+    """(what is planned for, every assumption of it). Raises UserError for a model, machine or data that is unknown.
+
+    counted: the training rows, where they have been read already.
+    """
     from gadcore.plan.dimensions import read_dimensions
     from gadcore.plan.machine import find
     from gadcore.plan.memory import Case
@@ -76,7 +83,7 @@ def build_case(config: Config, plan: PlanSettings, threads: int) -> tuple[Case, 
         raise UserError(f'rollout.engine = "hf" samples on one device, {machine.name} has {machine.ranks}: use "vllm"')
     if config.memory.offload == "pinned" and machine.kind == "cpu":
         raise UserError('memory.offload = "pinned" is host memory beside a GPU\'s: on a CPU use "file" or "none"')
-    work, items = read_workload(config, plan)
+    work, items = read_workload(config, plan, counted)
     return Case(config, student, judge, machine, work), [*items, *machine.figures.listed()]
 
 
@@ -180,12 +187,36 @@ def _compare(config: Config, plan: PlanSettings, console: Console) -> int:
     return 0
 
 
-def ledger_lines(config: Config, student_path: str) -> list[str]:
-    """Predicted bytes of every state of a run on this machine, a line each, for `--dry-run`."""
-    from gadcore.plan.planning import as_given, ledger
+def ledger_lines(config: Config, student_path: str, groups: Sequence[Group]) -> list[str]:
+    """Predicted bytes of every state of a run on this machine, a line each, for `--dry-run`. groups: trained on."""
+    from gadcore.plan.planning import ledger
 
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model": student_path})})
-    case, _ = build_case(config, PlanSettings(), _threads(config))
-    plan = as_given(case)
+    plan = _here(config, student_path, groups)
     verdict = f"{plan.room / 1e9:.2f} GB left" if plan.fits else "; ".join(plan.problems)
     return [*ledger(plan), f"memory, predicted, {plan.fullest} is the fullest state: {verdict}"]
+
+
+def memory_warning(config: Config, student_path: str, groups: Sequence[Group], limit: int) -> str | None:
+    """What to say before a run that is predicted to need more than `limit` bytes of this machine; None where it is not.
+
+    The ledger knows what a state computes with once it has seen it. A kernel's limit may end the run before that.
+    """
+    plan = _here(config, student_path, groups)
+    needed = plan.memory[plan.fullest].total
+    if needed <= limit:
+        return None
+    return (
+        f"warning: state {plan.fullest} is predicted to need {needed / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB "
+        f"allowed (memory.offload is {plan.case.offload}, activation checkpointing {plan.choice.mode}): "
+        "`python -m gadcore.run plan` with the same settings says what would make it fit"
+    )
+
+
+def _here(config: Config, student_path: str, groups: Sequence[Group]) -> Plan:
+    """A run on this machine with the settings as they are."""
+    from gadcore.plan.planning import as_given
+    from gadcore.plan.workload import Counted
+
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model": student_path})})
+    case, _ = build_case(config, PlanSettings(), _threads(config), Counted.of(groups, config))
+    return as_given(case)

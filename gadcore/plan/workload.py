@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gadcore.config import Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
 from gadcore.schedule import stage_steps
+
+if TYPE_CHECKING:
+    from gadcore.groups import Group
 
 # Rows of a set that is not read here, mean tokens of its prompts and responses.
 _KNOWN = {
@@ -79,15 +84,38 @@ def _pairs(prompt: float, responses: list[float]) -> float:
     return prompt * prompt / 2 + sum(r * prompt + r * r / 2 for r in responses)
 
 
-def read_workload(config: Config, plan: PlanSettings) -> tuple[Workload, list[Assumption]]:
+@dataclass(frozen=True)
+class Counted:
+    """Training rows, and their mean tokens; why: where that was counted."""
+
+    rows: int
+    prompt: float
+    teacher: float
+    why: str
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], config: Config) -> Counted:
+        """Of the rows that a run trains on, one at least."""
+        prompt, teacher = (
+            sum(lengths) / len(groups)
+            for lengths in zip(*((len(g.prompt.token_ids), len(g.teacher.token_ids)) for g in groups), strict=True)
+        )
+        return cls(len(groups), prompt, teacher, f"counted in data.train = {config.data.train}")
+
+
+def read_workload(
+    config: Config, plan: PlanSettings, counted: Counted | None = None
+) -> tuple[Workload, list[Assumption]]:
     """The work of a run, and where its figures come from.
 
-    The data is read where it comes with gadcore or is a file here, and the tokenizer is at hand. Raises UserError for
-    broken data, or where neither plan.rows nor the data says how many rows there are.
+    counted: where the data has been read already. Else it is read here where it comes with gadcore or is a file, and
+    the tokenizer is at hand. Raises UserError for broken data, or where neither plan.rows nor the data says how many
+    rows there are.
     """
     data = config.data
-    rows, prompt, response, why = _from_data(config) or _assumed(config, plan)
-    teacher = plan.teacher_tokens or response
+    known = counted or _from_data(config) or _assumed(config, plan)
+    rows, prompt, why = known.rows, known.prompt, known.why
+    teacher = plan.teacher_tokens or known.teacher
     sampled = plan.response_tokens or teacher
     items = [
         Assumption("rows", plan.rows or rows, "rows", "plan.rows" if plan.rows else why),
@@ -125,7 +153,7 @@ def read_workload(config: Config, plan: PlanSettings) -> tuple[Workload, list[As
     return work, items
 
 
-def _from_data(config: Config) -> tuple[int, float, float, str] | None:
+def _from_data(config: Config) -> Counted | None:
     data = config.data
     if data.train != "house" and not Path(data.train).expanduser().exists():
         return None
@@ -142,16 +170,14 @@ def _from_data(config: Config) -> tuple[int, float, float, str] | None:
         return None
     template = ChatTemplate(models.load_tokenizer(models.resolve_model(name)), system_prompt=data.system_prompt)
     groups, _ = build_prompts(rows, template, data)
-    prompts = sum(len(group.prompt.token_ids) for group in groups) / len(groups)
-    teacher = sum(len(group.teacher.token_ids) for group in groups) / len(groups)
-    return len(groups), prompts, teacher, f"counted in data.train = {data.train}"
+    return Counted.of(groups, config)
 
 
-def _assumed(config: Config, plan: PlanSettings) -> tuple[int, float, float, str]:
+def _assumed(config: Config, plan: PlanSettings) -> Counted:
     data = config.data
     if data.train in _KNOWN:
         rows, prompt, response, why = _KNOWN[data.train]
-        return (
+        return Counted(
             min(rows, data.train_rows or rows),
             min(prompt, data.max_prompt_tokens),
             min(response, data.max_response_tokens),
@@ -164,7 +190,7 @@ def _assumed(config: Config, plan: PlanSettings) -> tuple[int, float, float, str
         )
     # Conversations are mostly far shorter than their limits.
     why = "assumed: a quarter of the limit"
-    return plan.rows or data.train_rows or 1, data.max_prompt_tokens / 4, data.max_response_tokens / 4, why
+    return Counted(plan.rows or data.train_rows or 1, data.max_prompt_tokens / 4, data.max_response_tokens / 4, why)
 
 
 def at_lengths(work: Workload, *, prompt: float, response: float, teacher: float, prompts: int) -> Workload:

@@ -6,11 +6,12 @@ import json
 
 import pytest
 
+from builders import groups
 from gadcore import run, settings
 from gadcore.errors import UserError
 from gadcore.plan import calibrate
 from gadcore.plan.assumptions import Assumption, Assumptions
-from gadcore.plan.command import ledger_lines, main
+from gadcore.plan.command import ledger_lines, main, memory_warning
 from gadcore.plan.dimensions import read_config, read_dimensions
 from gadcore.plan.machine import find
 from gadcore.plan.settings import load
@@ -160,10 +161,17 @@ def test_a_broken_calibration_is_measured_again(tmp_path) -> None:
 
 def test_ledger_lines_name_every_state(tmp_path) -> None:
     model = str(save_tiny(tmp_path / "model"))
-    lines = ledger_lines(settings.load([]), model)
+    lines = ledger_lines(settings.load([]), model, groups(3))
     assert len(lines) == 6 and all(line.startswith("memory, predicted, ") for line in lines)
     assert "student.optimizer" in lines[3] and "activations and head" in lines[3]
     assert "is the fullest state" in lines[-1] and "GB left" in lines[-1]
+
+
+def test_a_run_that_will_not_fit_is_told_before_it_begins(tmp_path) -> None:
+    model, config = str(save_tiny(tmp_path / "model")), settings.load(["--memory.offload", "file"])
+    assert memory_warning(config, model, groups(3), 8 << 30) is None
+    warning = memory_warning(config, model, groups(3), 1 << 29)
+    assert warning is not None and "of 0.50 GiB allowed" in warning and "memory.offload is file" in warning
 
 
 def _row(stage: str, **figures: float) -> dict[str, object]:
