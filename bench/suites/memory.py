@@ -105,10 +105,10 @@ def limited(settings: list[str], rows: list[dict[str, Any]], folder: Path) -> It
         record.say(f"no run under a limit: a control group cannot be made here ({error})")
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """What the run said of memory last; nothing where it said nothing."""
+def _said(done: subprocess.CompletedProcess[str]) -> str | None:
+    """What the run said of memory last."""
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-    return next((line.strip() for line in reversed(lines) if " GiB allowed" in line), "")
+    return next((line.strip() for line in reversed(lines) if " GiB allowed" in line), None)
 
 
 @contextmanager
