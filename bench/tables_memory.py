@@ -66,7 +66,7 @@ def _limited(rows: list[dict[str, Any]]) -> list[str]:
     for row in (row for row in rows if row["op"] == "limited run"):
         killed = " (killed by the kernel)" if row["exit_code"] == -9 else ""
         end = "finishes" if row["finished"] else f"ends with exit code {row['exit_code']}{killed}"
-        end += f", having said: `{row['said']}`" if row["said"] else ""
+        end += f", having said: {row['said']}" if row["said"] else ""
         lines.append(
             f"- Under a control group's limit of {row['limit_bytes'] / GIB:.2f} GiB, memory.offload = "
             f"{row['offload']}: the run {end}."

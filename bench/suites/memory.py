@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,8 +108,8 @@ def limited(settings: list[str], rows: list[dict[str, Any]], folder: Path) -> It
 
 def _said(done: subprocess.CompletedProcess[str]) -> str | None:
     """What the run said of memory last."""
-    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-    return next((line.strip() for line in reversed(lines) if " GiB allowed" in line), None)
+    found = re.findall(r"(?:warning|gadcore): .* GiB allowed.*", f"{done.stdout}\n{done.stderr}")
+    return found[-1] if found else None
 
 
 @contextmanager

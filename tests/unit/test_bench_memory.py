@@ -50,8 +50,10 @@ def test_the_document_tells_other_weights_and_how_a_limited_run_ends(tmp_path: P
     ]
     rows += [
         {"op": "limited run", "offload": offload, "limit_bytes": 4 * GIB, "finished": offload == "file",
-         "exit_code": 2, "said": "gadcore: state student needs 5 GiB"}
-        for offload in ("none", "file")
+         "exit_code": code, "said": said}
+        for offload, code, said in (
+            ("none", 2, "gadcore: needs 5 GiB"), ("none", -9, "warning: 6 GiB"), ("file", 0, None)
+        )
     ]  # fmt: skip
     path = tmp_path / "memory.json"
     record.write(path, record.stamped("memory", rows))
@@ -60,8 +62,16 @@ def test_the_document_tells_other_weights_and_how_a_limited_run_ends(tmp_path: P
     lines = [line for line in text.splitlines() if line.startswith("| stay") or line.startswith("| in files")]
     assert [line.split(" | ")[-1] for line in lines] == ["same |", "same |", "**differ** |"]
     assert "2.00 / 2.00 / 3.00" in lines[0] and "two copies" in lines[1]
-    assert "memory.offload = none: the run ends with exit code 2: `gadcore: state student needs 5 GiB`" in text
-    assert "memory.offload = file: the run finishes" in text
+    assert "memory.offload = none: the run ends with exit code 2, having said: gadcore: needs 5 GiB." in text
+    assert "exit code -9 (killed by the kernel), having said: warning: 6 GiB." in text
+    assert "memory.offload = file: the run finishes." in text
+
+
+def test_what_a_run_said_of_memory_is_told_from_the_rest() -> None:
+    out = "status loading\nnote warning: state student needs 5 GiB of 4 GiB allowed (none): plan\nstep 1"
+    done = subprocess.CompletedProcess([], -9, out, "Killed\n")
+    assert memory._said(done) == "warning: state student needs 5 GiB of 4 GiB allowed (none): plan"
+    assert memory._said(subprocess.CompletedProcess([], 0, "step 1", "")) is None
 
 
 def test_a_control_group_limits_what_runs_in_it() -> None:
