@@ -28,11 +28,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gadcore.kernels._prefix_walk import (
+    key_tokens,
+    load_rows,
+    members_of,
+    place,
+    prefix_of,
+    row_start,
+    sees_keys,
+    span_of,
+    store_rows,
+    walk_bounds,
+)
 from gadcore.kernels._triton import INTERPRETED, LN2, LOG2E, capability, on_its_device
 from gadcore.kernels.prefix_attention import HEAD_SIZES
 
-# Offsets that a program looks at together.
-SCAN = tl.constexpr(256)
 # Below every logit, and still a number: rows that have seen no key yet need no care.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -85,91 +95,6 @@ def _autotune(tiles: Tiles) -> Callable[[Any], Any]:
     )
 
 
-@triton.jit
-def _place(offsets, segments, HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
-    """(key head, segment, first row in it) of this program, for tiles of ROWS rows of which a token has PER_TOKEN.
-
-    Segment k owns the places from offsets[k] PER_TOKEN // ROWS + k on. The next one's first is at least as many further
-    as k has tiles, since floor(b) + 1 - floor(a) >= ceil(b - a). Heads run side by side: so the long programs of a
-    prompt's keys start before the short ones of its responses'.
-    """
-    head, program = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    count = 0
-    for first in range(0, segments, SCAN):
-        k = first + tl.arange(0, SCAN)
-        start = tl.load(offsets + k, mask=k < segments, other=0) * PER_TOKEN // ROWS + k
-        count += tl.sum(((start <= program) & (k < segments)).to(tl.int32), 0)
-    segment = count - 1
-    start = tl.load(offsets + segment) * PER_TOKEN // ROWS + segment
-    return head, segment, ((program - start) * ROWS).to(tl.int32)
-
-
-@triton.jit
-def _span(offsets, segment):
-    """(first token as int64, number of tokens as int32) of a segment."""
-    begin = tl.load(offsets + segment)
-    return begin, (tl.load(offsets + segment + 1) - begin).to(tl.int32)
-
-
-@triton.jit
-def _prefix(offsets, prompt_of, segment):
-    """(the prompt's first token, its number of tokens) of a segment's prompt; the number is 0 for a prompt itself."""
-    prompt = tl.load(prompt_of + segment)
-    begin, length = _span(offsets, prompt)
-    return begin, tl.where(prompt == segment, 0, length)
-
-
-@triton.jit
-def _at(stride, token, head):
-    """Where a token's row of a head starts, in elements. stride: (of a token, of a head); token: int64."""
-    return token * stride[0] + head.to(tl.int64) * stride[1]
-
-
-@triton.jit
-def _load(base, at, D: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, WIDTH] of the rows that start at base + at; 0 from column D on."""
-    columns = tl.arange(0, WIDTH)
-    to = base + at[:, None] + columns[None, :]
-    return tl.load(to) if D == WIDTH else tl.load(to, mask=columns[None, :] < D, other=0.0)
-
-
-@triton.jit
-def _store(base, at, x, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    columns = tl.arange(0, WIDTH)
-    to = base + at[:, None] + columns[None, :]
-    mask = inside[:, None] if D == WIDTH else inside[:, None] & (columns[None, :] < D)
-    tl.store(to, x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _key_tokens(n, end, begin, prompt_begin, prefix, BN: tl.constexpr):
-    """(positions n .. n + BN - 1, the tokens whose keys stand there); past the end the last token once more."""
-    position = n + tl.arange(0, BN)
-    at = tl.minimum(position, end - 1)
-    return position, tl.where(at < prefix, prompt_begin, begin - prefix) + at
-
-
-@triton.jit
-def _walk(lowest, window, WINDOWED: tl.constexpr, BN: tl.constexpr):
-    """(first, bound): rows from position `lowest` on see nothing before `first`, and all of first .. bound - 1."""
-    if WINDOWED:
-        first = tl.maximum(lowest - window + 1, 0) // BN * BN
-        bound = first
-    else:
-        first = 0
-        bound = (lowest + 1) // BN * BN
-    return first, bound
-
-
-@triton.jit
-def _sees(rows, keys, window, WINDOWED: tl.constexpr):
-    """Whether the rows at some positions see the keys at others."""
-    sees = keys <= rows
-    if WINDOWED:
-        sees = sees & (keys > rows - window)
-    return sees
-
-
 # ---- forward ----------------------------------------------------------------------------------------------------
 
 
@@ -198,42 +123,42 @@ def _attention_kernel(
     BN: tl.constexpr,
 ):
     """scale2: log2(e) scale. Strides: as `_at` takes them. HEADS: key heads; GROUP: query heads of each."""
-    head, segment, first = _place(offsets, segments, HEADS, GROUP, BM)
-    begin, length = _span(offsets, segment)
+    head, segment, first = place(offsets, segments, HEADS, GROUP, BM)
+    begin, length = span_of(offsets, segment)
     if first >= length * GROUP:
         return
-    prompt_begin, prefix = _prefix(offsets, prompt_of, segment)
+    prompt_begin, prefix = prefix_of(offsets, prompt_of, segment)
     # Rows past the end are the last one once more.
     row = tl.minimum(first + tl.arange(0, BM), length * GROUP - 1)
     position = prefix + row // GROUP
     token, query_head = begin + row // GROUP, head * GROUP + row % GROUP
-    q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+    q = load_rows(query, row_start(stride_query, token, query_head), D, WIDTH)
 
     acc = tl.zeros((BM, WIDTH), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     # Of log2(e) s, like the exponents of `acc` and `total`.
     row_max = tl.full((BM,), LOWEST, tl.float32)
-    start, bound = _walk(prefix + first // GROUP, window, WINDOWED, BN)
+    start, bound = walk_bounds(prefix + first // GROUP, window, WINDOWED, BN)
     end = prefix + tl.minimum((first + BM - 1) // GROUP + 1, length)
     # Tiles that every row sees as a whole, then those that need the mask.
     for MASKED in tl.static_range(1 if WINDOWED else 0, 2):
         for n in range(bound if MASKED else start, end if MASKED else bound, BN):
-            key_position, key_token = _key_tokens(n, end, begin, prompt_begin, prefix, BN)
-            k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
+            key_position, key_token = key_tokens(n, end, begin, prompt_begin, prefix, BN)
+            k = load_rows(key, row_start(stride_key, key_token, head), D, WIDTH)
             s = tl.dot(q, tl.trans(k), input_precision="ieee")
             if MASKED:
-                sees = _sees(position[:, None], key_position[None, :], window, WINDOWED)
+                sees = sees_keys(position[:, None], key_position[None, :], window, WINDOWED)
                 s = tl.where(sees, s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)
             p = tl.exp2(s * scale2 - new_max[:, None])
             decay = tl.exp2(row_max - new_max)
             total = total * decay + tl.sum(p, 1)
             row_max = new_max
-            v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+            v = load_rows(value, row_start(stride_value, key_token, head), D, WIDTH)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     inside = first + tl.arange(0, BM) < length * GROUP
     at = token * (HEADS * GROUP) + query_head
-    _store(out, at * D, acc / total[:, None], inside, D, WIDTH)
+    store_rows(out, at * D, acc / total[:, None], inside, D, WIDTH)
     tl.store(lse + at, row_max * LN2 + tl.log(total), mask=inside)
 
 
@@ -270,47 +195,37 @@ def _d_query_kernel(
     BN: tl.constexpr,
 ):
     """d query, and delta [T, Hq], the D_i of the equations, for `_d_key_value_kernel`. out: contiguous."""
-    head, segment, first = _place(offsets, segments, HEADS, GROUP, BM)
-    begin, length = _span(offsets, segment)
+    head, segment, first = place(offsets, segments, HEADS, GROUP, BM)
+    begin, length = span_of(offsets, segment)
     if first >= length * GROUP:
         return
-    prompt_begin, prefix = _prefix(offsets, prompt_of, segment)
+    prompt_begin, prefix = prefix_of(offsets, prompt_of, segment)
     row = tl.minimum(first + tl.arange(0, BM), length * GROUP - 1)
     inside = first + tl.arange(0, BM) < length * GROUP
     position = prefix + row // GROUP
     token, query_head = begin + row // GROUP, head * GROUP + row % GROUP
     at = token * (HEADS * GROUP) + query_head
-    d_out = _load(grad_out, _at(stride_grad, token, query_head), D, WIDTH)
-    row_delta = tl.sum(_load(out, at * D, D, WIDTH).to(tl.float32) * d_out.to(tl.float32), 1)
+    d_out = load_rows(grad_out, row_start(stride_grad, token, query_head), D, WIDTH)
+    row_delta = tl.sum(load_rows(out, at * D, D, WIDTH).to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=inside)
-    q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+    q = load_rows(query, row_start(stride_query, token, query_head), D, WIDTH)
     lse2 = tl.load(lse + at) * LOG2E
 
     acc = tl.zeros((BM, WIDTH), tl.float32)
-    start, bound = _walk(prefix + first // GROUP, window, WINDOWED, BN)
+    start, bound = walk_bounds(prefix + first // GROUP, window, WINDOWED, BN)
     end = prefix + tl.minimum((first + BM - 1) // GROUP + 1, length)
     for MASKED in tl.static_range(1 if WINDOWED else 0, 2):
         for n in range(bound if MASKED else start, end if MASKED else bound, BN):
-            key_position, key_token = _key_tokens(n, end, begin, prompt_begin, prefix, BN)
-            k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
+            key_position, key_token = key_tokens(n, end, begin, prompt_begin, prefix, BN)
+            k = load_rows(key, row_start(stride_key, key_token, head), D, WIDTH)
             p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale2 - lse2[:, None])
             if MASKED:
-                p = tl.where(_sees(position[:, None], key_position[None, :], window, WINDOWED), p, 0.0)
-            v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+                p = tl.where(sees_keys(position[:, None], key_position[None, :], window, WINDOWED), p, 0.0)
+            v = load_rows(value, row_start(stride_value, key_token, head), D, WIDTH)
             dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-    _store(d_query, at * D, acc * scale, inside, D, WIDTH)
-
-
-@triton.jit
-def _members(prompt_of, segments, segment):
-    """How many segments see the keys of one: itself, and where it is a prompt its responses, which follow it."""
-    count = 0
-    for first in range(0, segments, SCAN):
-        k = first + tl.arange(0, SCAN)
-        count += tl.sum((tl.load(prompt_of + k, mask=k < segments, other=-1) == segment).to(tl.int32), 0)
-    return tl.maximum(count, 1)
+    store_rows(d_query, at * D, acc * scale, inside, D, WIDTH)
 
 
 @_autotune(D_KEY_VALUE)
@@ -342,23 +257,23 @@ def _d_key_value_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    head, segment, first = _place(offsets, segments, HEADS, 1, BN)
-    begin, length = _span(offsets, segment)
+    head, segment, first = place(offsets, segments, HEADS, 1, BN)
+    begin, length = span_of(offsets, segment)
     if first >= length:
         return
-    _, prefix = _prefix(offsets, prompt_of, segment)
-    members = _members(prompt_of, segments, segment)
+    _, prefix = prefix_of(offsets, prompt_of, segment)
+    members = members_of(prompt_of, segments, segment)
     key_position = prefix + first + tl.arange(0, BN)
     key_token = begin + tl.minimum(first + tl.arange(0, BN), length - 1)
-    k = _load(key, _at(stride_key, key_token, head), D, WIDTH)
-    v = _load(value, _at(stride_value, key_token, head), D, WIDTH)
+    k = load_rows(key, row_start(stride_key, key_token, head), D, WIDTH)
+    v = load_rows(value, row_start(stride_value, key_token, head), D, WIDTH)
 
     dk = tl.zeros((BN, WIDTH), tl.float32)
     dv = tl.zeros((BN, WIDTH), tl.float32)
     # Without a window the segments that see these keys are one range. With one, each is seen from a part of its own.
     for member in range(segment, segment + (members if WINDOWED else 1)):
         if WINDOWED:
-            row_begin, stop = _span(offsets, member)
+            row_begin, stop = span_of(offsets, member)
             row_prefix = tl.where(member == segment, prefix, length)
             start = tl.where(member == segment, first, 0)
             stop = tl.minimum(stop, prefix + first + BN - 1 + window - row_prefix)
@@ -375,20 +290,20 @@ def _d_key_value_kernel(
                 token, query_head = row_begin + row // GROUP, head * GROUP + row % GROUP
                 at = token * (HEADS * GROUP) + query_head
                 lse2 = tl.load(lse + at, mask=m + tl.arange(0, BM) < count, other=float("inf")) * LOG2E
-                q = _load(query, _at(stride_query, token, query_head), D, WIDTH)
+                q = load_rows(query, row_start(stride_query, token, query_head), D, WIDTH)
                 p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse2[None, :])
                 if not WHOLE:
                     position = row_prefix + row // GROUP
-                    p = tl.where(_sees(position[None, :], key_position[:, None], window, WINDOWED), p, 0.0)
-                d_out = _load(grad_out, _at(stride_grad, token, query_head), D, WIDTH)
+                    p = tl.where(sees_keys(position[None, :], key_position[:, None], window, WINDOWED), p, 0.0)
+                d_out = load_rows(grad_out, row_start(stride_grad, token, query_head), D, WIDTH)
                 dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
                 dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
                 ds = p * (dp - tl.load(delta + at)[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     inside = first + tl.arange(0, BN) < length
     at = (key_token * HEADS + head) * D
-    _store(d_key, at, dk * scale, inside, D, WIDTH)
-    _store(d_value, at, dv, inside, D, WIDTH)
+    store_rows(d_key, at, dk * scale, inside, D, WIDTH)
+    store_rows(d_value, at, dv, inside, D, WIDTH)
 
 
 # ---- launches ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.offline.interpreter import Observer, observe
-from gadcore.kernels import prefix_triton
+from gadcore.kernels import _prefix_walk, prefix_triton
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.prefix_layout import PrefixLayout
 from kernel_grid import F64, relative_error
@@ -264,12 +264,12 @@ def test_nothing_of_another_response_or_group_is_touched(tiles: Callable[[int, i
 
 @triton.jit
 def _places_kernel(offsets, prompt_of, out, segments, HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr):
-    head, segment, first = prefix_triton._place(offsets, segments, HEADS, PER_TOKEN, ROWS)
+    head, segment, first = _prefix_walk.place(offsets, segments, HEADS, PER_TOKEN, ROWS)
     at = out + 4 * tl.program_id(0)
     tl.store(at, head)
     tl.store(at + 1, segment)
     tl.store(at + 2, first)
-    tl.store(at + 3, prefix_triton._members(prompt_of, segments, segment))
+    tl.store(at + 3, _prefix_walk.members_of(prompt_of, segments, segment))
 
 
 def test_every_tile_of_every_segment_has_one_program() -> None:
