@@ -19,7 +19,7 @@ from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
-from gadcore.evaluate.responses import read_responses, write_json
+from gadcore.evaluate.responses import read_json, read_responses, write_json
 from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
@@ -120,6 +120,8 @@ def compare_main(arguments: list[str]) -> int:
 
 def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
     """0: all is judged. 1: some requests have no reply (failed, or the budget is spent). 128 + signal: stopped."""
+    for job in jobs:
+        _check_judge(job.path, config.endpoint.model)
     complete = True
     try:
         with _judge(config, chosen) as judge:
@@ -145,6 +147,15 @@ def _judge(config: Asking, chosen: JudgingSettings) -> Iterator[Judge]:
         if store.repaired:
             print(f"gadcore: {store.repaired}", file=sys.stderr)
         yield Judge(config.endpoint, config.sampling.parameters(), prompts, store, config.budget, watch)
+
+
+def _check_judge(path: Path, judge: str) -> None:
+    """Raises UserError where the figures of another judge lie: tables must not mix judges, nor lose one."""
+    if path.is_file() and (other := read_json(path).get("judge")) != judge:
+        raise UserError(
+            f"{path} holds the figures of the judge {other}, and {judge} would replace them: move that file away (the "
+            "replies of every judge stay in the store, so that judging again asks for none of them)"
+        )
 
 
 def _finish(path: Path, result: Mapping[str, Any], line: str) -> bool:

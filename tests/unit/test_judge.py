@@ -150,6 +150,20 @@ def test_sets_models_and_rows_are_chosen_by_name(tmp_path: Path) -> None:
         judge_main(judging.arguments("judge", out, "http://127.0.0.1:1/v1", judge__models='["gda"]'))
 
 
+def test_another_judge_does_not_replace_the_figures(tmp_path: Path) -> None:
+    out = judging.folder(tmp_path, gad=judging.rows(["good"]))
+    with serve(judging.judged_by(fair)) as server:
+        assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
+        before = (out / "held/judge-gad.json").read_bytes()
+        other = judging.arguments("judge", out, server.base_url, endpoint__model="another")
+        with pytest.raises(UserError, match="holds the figures of the judge judge, and another would replace them"):
+            judge_main(other)
+        assert len(server.seen) == 2 and (out / "held/judge-gad.json").read_bytes() == before
+        (out / "held/judge-gad.json").rename(out / "held/first.json")
+        assert judge_main(other) == 0
+    assert judging.result(out, "judge-gad")["judge"] == "another"
+
+
 def test_a_file_of_prompts_of_ones_own(tmp_path: Path) -> None:
     own = tmp_path / "own.md"
     own.write_text("# score\nCosts $$5.\n$prompt|$a|$b\n# compare\n$prompt $a $b\n")
