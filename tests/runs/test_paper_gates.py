@@ -33,6 +33,7 @@ def language() -> list[dict]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "mixture" and g.required], ids=ids)
 def test_mixture(mixture, gate) -> None:
     if not ALL and not set(gate.arms) <= set(QUICK):
