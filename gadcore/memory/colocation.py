@@ -16,6 +16,7 @@ vLLM weights that it throws away when it wakes.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ from gadcore.memory.placement import tier_name
 from gadcore.memory.tiers import make_tier
 
 Part = Literal["weights", "kv_cache"]
+# By then the optimizers' states are there, and a step holds what every later one does.
+_CLOSE_VISITS = 3
 
 
 class Sleeper(Protocol):
@@ -76,6 +79,7 @@ class Colocation:
         self._gradients: dict[Holding, Sequence[Tensor]] = {}
         self._seen: dict[str, float] = {}
         self._moving_s = 0.0
+        self._visits: Counter[State] = Counter()
         self._states: dict[State, dict[str, int]] = {}
 
     # What there is
@@ -148,6 +152,7 @@ class Colocation:
         self._account()
         self.meter.reset_peak()
         self.state = state
+        self._visits[state] += 1
         self._prefetch(state)
 
     def observe(self) -> None:
@@ -155,8 +160,9 @@ class Colocation:
         if self.state is None:
             return
         peak = self.meter.peak()
-        if self.meter.kept() is None:
-            # Else bytes are in use that nobody can name.
+        if self.meter.kept() is None and (self._arenas or self._visits[self.state] <= _CLOSE_VISITS):
+            # Else bytes are in use that nobody can name. The next pass takes its pages anew for it, a few percent of a
+            # step: where nothing moves, only the first visits are looked at so closely.
             self.meter.give_back()
         self._account()
         held = self.ledger.total

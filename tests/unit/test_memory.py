@@ -415,6 +415,20 @@ def test_what_comes_next_is_loaded_ahead_only_where_it_fits(monkeypatch) -> None
     assert "soon" not in " ".join(machine.enter("rollout"))
 
 
+def test_an_allocator_that_does_not_tell_gives_back_at_first_and_where_holdings_move(monkeypatch) -> None:
+    for offload, always in (("none", False), ("file", True)):
+        machine = Machine(monkeypatch, offload=offload, prefetch=False)
+        monkeypatch.setattr(machine.meter, "kept", lambda: None)
+        looked = []
+        for _ in range(5):
+            machine.enter("discriminator")
+            machine.calls.clear()
+            machine.memory.observe()
+            looked.append("give back" in machine.calls)
+            machine.enter("student")
+        assert looked == [True, True, True, always, always]
+
+
 def test_metrics_and_summary_name_states_and_holders(monkeypatch) -> None:
     machine = Machine(monkeypatch)
     machine.enter("synchronise")
