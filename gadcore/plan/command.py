@@ -81,8 +81,6 @@ def build_case(
     judge = student if name in ("student", config.student.model) else read_dimensions(name)
     if machine.ranks > 1 and config.rollout.engine == "hf":
         raise UserError(f'rollout.engine = "hf" samples on one device, {machine.name} has {machine.ranks}: use "vllm"')
-    if config.memory.offload == "pinned" and machine.kind == "cpu":
-        raise UserError('memory.offload = "pinned" is host memory beside a GPU\'s: on a CPU use "file" or "none"')
     work, items = read_workload(config, plan, counted)
     return Case(config, student, judge, machine, work), [*items, *machine.figures.listed()]
 
@@ -199,9 +197,13 @@ def ledger_lines(config: Config, student_path: str, groups: Sequence[Group]) -> 
 def memory_warning(config: Config, student_path: str, groups: Sequence[Group], limit: int) -> str | None:
     """What to say before a run that is predicted to need more than `limit` bytes of this machine; None where it is not.
 
-    The ledger knows what a state computes with once it has seen it. A kernel's limit may end the run before that.
+    A model that the planner does not know ends no run: that is said instead. The ledger knows what a state computes
+    with once it has seen it; a kernel's limit may end the run before that.
     """
-    plan = _here(config, student_path, groups)
+    try:
+        plan = _here(config, student_path, groups)
+    except UserError as error:
+        return f"the memory of this run is not predicted: {error}"
     needed = plan.memory[plan.fullest].total
     if needed <= limit:
         return None

@@ -108,7 +108,7 @@ def test_a_bad_machine_file_is_an_error(tmp_path, content, message) -> None:
         (["--plan.against", "nowhere"], "plan.against = nowhere is not a run folder"),
         (["--plan.machine", "h100-80gb-x8", "--rollout.engine", "hf"], 'rollout.engine = "hf"'),
         (["--plan.machine"], "--plan.machine needs a value"),
-        (["--memory.offload", "pinned"], 'memory.offload = "pinned"'),
+        (["--memory.offload", "pinned"], "memory.offload = pinned"),
     ],
 )
 def test_bad_input_names_what_is_wrong(capsys, arguments, message) -> None:
@@ -172,6 +172,8 @@ def test_a_run_that_will_not_fit_is_told_before_it_begins(tmp_path) -> None:
     assert memory_warning(config, model, groups(3), 8 << 30) is None
     warning = memory_warning(config, model, groups(3), 1 << 29)
     assert warning is not None and "of 0.50 GiB allowed" in warning and "memory.offload is file" in warning
+    unknown = memory_warning(config, str(tmp_path / "none"), groups(3), 8 << 30)
+    assert unknown is not None and unknown.startswith("the memory of this run is not predicted: ")
 
 
 def _row(stage: str, **figures: float) -> dict[str, object]:
