@@ -24,6 +24,7 @@ from gadcore.discriminator import Discriminator
 from gadcore.errors import UserError
 from gadcore.groups import Group
 from gadcore.loader import Loader, build_prompts
+from gadcore.memory import pool
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.phases import Phases
 from gadcore.monitor import MachineMonitor
@@ -180,6 +181,8 @@ def build(
             start = checkpoint.latest(folder.checkpoints) if config.run.resume else None
             saved = checkpoint.load(start) if start else None
             device = device_of(config)
+            if device.type == "cpu":
+                pool.install()
             machine = _monitor(config, device, view, trace)
             if machine is not None:
                 stack.callback(machine.close)

@@ -19,6 +19,7 @@ from bench.step.worker import Channel, Clock, Meter, arguments, gradients_of, se
 from gadcore import models
 from gadcore.discriminator import Discriminator
 from gadcore.groups import Group
+from gadcore.memory import pool
 from gadcore.rollout import SampleRequest, wake_with
 from gadcore.rollout.vllm_inprocess import VLLMEngine
 from gadcore.student import Student
@@ -51,6 +52,8 @@ class Ours:
     """Everything that a run of gadcore builds for the GAD stage."""
 
     def __init__(self, problem: Problem, clock: Clock) -> None:
+        # As gadcore.build does; what the pool keeps between the turns of the two sides counts in the peak.
+        pool.install()
         config = problem.config()
         self.problem, self.config, self.clock = problem, config, clock
         template = problem.template()

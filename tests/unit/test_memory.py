@@ -191,6 +191,7 @@ def test_tiers_that_a_device_does_not_have_are_refused() -> None:
 
 
 def test_pages_are_dropped_and_counted() -> None:
+    resident.trim()
     block = torch.empty(64 << 20, dtype=torch.uint8)
     assert resident.resident_bytes(block) < 8 << 20, "pages that were never written are not in memory"
     block[: 32 << 20] = 1

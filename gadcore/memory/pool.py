@@ -1,0 +1,42 @@
+"""The memory pool of CPU tensors: what a training step frees stays with the process, in large pages, for the next one.
+
+malloc returns a step's memory and takes it anew, page by page, zeroed by the kernel every time. The pool
+(csrc/cpu/pool.cpp) serves tensors of 64 KiB to 64 MiB; others stay malloc's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gadcore.kernels import _native
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """Bytes that tensors of the pool take, and the most they took since release(): about what is resident."""
+
+    in_use: int
+    touched: int
+
+
+def install() -> bool:
+    """Lets CPU tensors that are made from now on lie in the pool, for the rest of the process.
+
+    False where there is no pool: without the native library, outside Linux, or where the system does not let a process
+    reserve addresses of twice its memory. Everything else works the same then.
+    """
+    return _native.available("_cpu_pool_install") and torch.ops.gadcore._cpu_pool_install()
+
+
+def release() -> None:
+    """Returns the memory that no tensor uses to the system."""
+    if _native.available("_cpu_pool_release"):
+        torch.ops.gadcore._cpu_pool_release()
+
+
+def sizes() -> PoolSizes:
+    """Raises RuntimeError without the native library."""
+    _native.require("_cpu_pool_sizes")
+    return PoolSizes(*torch.ops.gadcore._cpu_pool_sizes())
