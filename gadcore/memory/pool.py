@@ -15,7 +15,7 @@ from gadcore.kernels import _native
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """Bytes that tensors of the pool take, and the most they took since release(): about what is resident."""
+    """Bytes that tensors of the pool take, and of the addresses they have reached since release(), holes included."""
 
     in_use: int
     touched: int
