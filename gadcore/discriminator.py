@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gadcore.backbone import cost_of, last_hidden_states, prune_last_layer, use_packed_attention
 from gadcore.config import DiscriminatorSettings
 from gadcore.errors import UserError
-from gadcore.fused import fuse_backbone
+from gadcore.fused import embed_in_place, fuse_backbone
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
@@ -56,6 +56,7 @@ class Discriminator:
     ) -> None:
         use_packed_attention(model)
         fuse_backbone(model)
+        embed_in_place(model)
         self.model = model
         self.template = template
         self.settings = settings

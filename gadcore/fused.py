@@ -1,7 +1,8 @@
-"""Fused norms and gated activations for the backbone, by the modules' own classes and not by the model's name.
+"""Fused norms, gated activations and embeddings for the backbone, by the modules' own classes, not the model's name.
 
-On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/. A module that is built in
-another way than the ones known here keeps its own code.
+On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/, whose results the backward
+pass can make again (memory/recompute.py). A module that is built in another way than the ones known here keeps its own
+code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -18,6 +20,7 @@ from transformers.activations import SiLUActivation
 from gadcore.errors import UserError
 from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.swiglu import swiglu
+from gadcore.memory.recompute import remember
 
 
 def fuse_backbone(model: PreTrainedModel) -> int:
@@ -64,8 +67,9 @@ def _fused_norm(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | No
 
 
 def _rms_norm(self: nn.Module, hidden_states: Tensor, *, eps: float, shift: float) -> Tensor:
-    weight: Tensor = self.weight  # type: ignore[assignment]
-    return rms_norm(hidden_states, weight.to(hidden_states.dtype), eps=eps, shift=shift)
+    weight: Tensor = self.weight.to(hidden_states.dtype)  # type: ignore[operator, assignment]
+    again = partial(rms_norm, hidden_states.detach(), weight.detach(), eps=eps, shift=shift)
+    return remember(rms_norm(hidden_states, weight, eps=eps, shift=shift), again)
 
 
 def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
@@ -76,4 +80,40 @@ def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | Non
 
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+    gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+    return self.down_proj(remember(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
+
+
+def embed_in_place(model: PreTrainedModel) -> bool:
+    """Lets the gradient of the token embedding be added to what is there already, row by row; True where it does.
+
+    Autograd makes it whole, [vocabulary, hidden], beside the gradient that a tied output head or an earlier pass has
+    left, and adds the two. On a CPU, for parameters that are not sharded and gradients that backward() leaves in
+    them; an embedding that does more than look rows up keeps its own code.
+    """
+    embedding = model.get_input_embeddings()
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
+    if model.device.type != "cpu" or not plain:
+        return False
+    embedding.forward = MethodType(_embed, embedding)
+    return True
+
+
+def _embed(self: nn.Embedding, ids: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        return F.embedding(ids, self.weight)
+    # A leaf: the graph ends here, and what arrives is taken by the hook.
+    rows = F.embedding(ids, self.weight.detach()).requires_grad_()
+    rows.register_post_accumulate_grad_hook(partial(_add_rows, self.weight, self.padding_idx, ids))
+    return rows
+
+
+def _add_rows(weight: Tensor, padding_idx: int | None, ids: Tensor, rows: Tensor) -> None:
+    assert rows.grad is not None
+    grad, rows.grad = rows.grad, None
+    if padding_idx is not None:
+        # As in torch's own backward pass.
+        grad = grad.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    weight.grad.index_add_(0, ids.flatten(), grad.flatten(0, -2))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gadcore.backbone import cost_of, hidden_states, use_packed_attention
 from gadcore.config import AlgorithmSettings, StudentSettings
-from gadcore.fused import fuse_backbone
+from gadcore.fused import embed_in_place, fuse_backbone
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
@@ -60,6 +60,7 @@ class Student:
     ) -> None:
         use_packed_attention(model)
         fuse_backbone(model)
+        embed_in_place(model)
         self.model = model
         self.reference: PreTrainedModel | None = None
         self.settings = settings

@@ -1,12 +1,14 @@
 """What the backward pass keeps of a forward pass: everything, matrix products, or the inputs of layers alone.
 
-off        nothing is computed twice.
+off        nothing is computed twice but what costs next to nothing: on the CPU, norms and gated activations.
 selective  results of matrix products and attention are kept; norms, activations and rotations are computed again.
+           On the CPU, where "off" computes norms and activations again as well, it may keep more than that.
 full       only the input of every layer is kept; the whole layer is computed again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from gadcore.backbone import decoder_layers, hidden_states
 from gadcore.groups import GroupedBatch, GroupTokens
+from gadcore.memory.recompute import Recipes, forward_with_recipes
 
 Mode = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("off", "selective", "full")
@@ -61,10 +64,11 @@ def bytes_per_token(model: PreTrainedModel) -> dict[Mode, int]:
 def _measured(model: PreTrainedModel) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
+    recipes = Recipes()
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and recipes.of(tensor) is None:
             kept[storage.data_ptr()] = storage.nbytes()
         # The tensor itself may be the result of the node that keeps it: a cycle that would never be freed, and with
         # it the graph and all weights as they were loaded.
@@ -72,7 +76,8 @@ def _measured(model: PreTrainedModel) -> int:
 
     ids = tuple(1 + i % 7 for i in range(_PROBE_TOKENS // 2))
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.enable_grad(), recipes.collected(), hooks:
         out = hidden_states(model, batch)
     assert out.grad_fn is not None, "the model has no parameter that is trained"
     return sum(kept.values()) // _PROBE_TOKENS
@@ -81,20 +86,30 @@ def _measured(model: PreTrainedModel) -> int:
 def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) -> Mode:
     """Lets every layer keep what `mode` says, and returns it; "auto": what choose_mode() chooses for `tokens`.
 
-    For a model that has no mode yet.
+    Takes the place of a mode that was set before.
     """
+    for layer in decoder_layers(model):
+        before = vars(layer).get("forward")
+        if isinstance(before, partial) and before.func in (forward_with_recipes, checkpoint):
+            # What lies behind it is the forward() of the layer's class.
+            del layer.forward
     chosen = choose_mode(model, tokens) if mode == "auto" else mode
-    if chosen != "off":
-        options: dict[str, Any] = dict(use_reentrant=False)
-        if chosen == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-        for layer in decoder_layers(model):
-            layer.forward = partial(checkpoint, layer.forward, **options)
+    again = _AGAIN[chosen]
+    for layer in decoder_layers(model):
+        layer.forward = partial(again, layer.forward)
     return chosen
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _products() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
+_AGAIN: dict[Mode, Callable[..., Any]] = {
+    "off": forward_with_recipes,
+    "selective": partial(_checkpoint, context_fn=partial(create_selective_checkpoint_contexts, _keep_products)),
+    "full": _checkpoint,
+}
 
 
 def _products() -> set[Any]:

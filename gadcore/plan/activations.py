@@ -6,7 +6,8 @@ The formula counts what the layers of gadcore keep of every packed token (gadcor
     query, key, value, out          rotated, with one number a head
     gate, up, their product         [mlp] each
 
-Under autocast the stream stays float32, and every product keeps its own cast of its input.
+On the CPU norms and the product are made again (memory/recompute.py). Under autocast the stream stays float32, and
+every product keeps its own cast of its input.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from gadcore.plan.dimensions import Dimensions
 _PROBE_TOKENS = 64
 
 
-def layer_bytes(d: Dimensions, mode: Mode, *, autocast: bool, item: int = 4) -> int:
-    """Bytes that one layer keeps of one packed token. item: bytes of a number; under autocast of the stream's."""
+def layer_bytes(d: Dimensions, mode: Mode, *, autocast: bool, item: int = 4, again: bool = True) -> int:
+    """Bytes that one layer keeps of one packed token. item: bytes of a number; under autocast of the stream's.
+
+    again: whether mode "off" makes norms and gated activations again, as on the CPU.
+    """
     narrow = 2 if autocast else item
     if mode == "full":
         return item * d.hidden
@@ -39,18 +43,19 @@ def layer_bytes(d: Dimensions, mode: Mode, *, autocast: bool, item: int = 4) -> 
         products = d.query + 2 * d.key + 2 * d.hidden + 2 * d.mlp
         return item * d.hidden + narrow * (products + d.query) + 4 * d.heads
     # Five products read the two norms: each casts its own input.
-    normed = narrow * 5 * d.hidden if autocast else item * 2 * d.hidden
+    normed = narrow * 5 * d.hidden if autocast else 0 if again else item * 2 * d.hidden
     attention = narrow * (2 * d.query + 2 * d.key) + 4 * d.heads
-    return item * 2 * d.hidden + 8 + normed + attention + narrow * 3 * d.mlp
+    return item * 2 * d.hidden + 8 + normed + attention + narrow * (2 if again else 3) * d.mlp
 
 
-def kept_bytes(d: Dimensions, mode: Mode, tokens: float, *, autocast: bool, item: int = 4) -> float:
+def kept_bytes(d: Dimensions, mode: Mode, tokens: float, *, autocast: bool, item: int = 4, again: bool = True) -> float:
     """Bytes that all layers keep of `tokens` packed tokens, the layer that is computed again included."""
 
-    def layer(which: Mode) -> float:
-        return layer_bytes(d, which, autocast=autocast, item=item) * d.kept_scale.get(which, 1.0)
+    def layer(which: Mode, again: bool) -> float:
+        return layer_bytes(d, which, autocast=autocast, item=item, again=again) * d.kept_scale.get(which, 1.0)
 
-    kept = d.layers * layer(mode) + (0.0 if mode == "off" else layer("off"))
+    # A layer that is computed again keeps everything meanwhile.
+    kept = d.layers * layer(mode, again) + (0.0 if mode == "off" else layer("off", again=False))
     # The last norm's input, the rotation that all layers share, and the token's own id.
     return tokens * (kept + item * (d.hidden + 2 * d.query // d.heads) + 12)
 

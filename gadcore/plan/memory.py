@@ -147,7 +147,8 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
 
-    kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item)
+    on_cpu = case.machine.kind == "cpu"
+    kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
     head = 0.0
     if is_student:
         responses = tokens * work.samples * work.response / (work.prompt + work.samples * work.response)
@@ -157,8 +158,10 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
         head += min(logits, _LOGITS_BYTES) if case.machine.kind == "cuda" else 0.0
     # Gradients of the widest tensors of a layer, while its backward pass is at work.
     passing = tokens * (3 * d.mlp + 2 * d.hidden) * compute
-    # The embedding's gradient is made whole before it is added to what is there.
-    embedding = d.head * item if is_student and d.tied and single or not single else 0.0
+    # A gradient of [vocabulary, hidden] is made whole before it is added to what is there: of the embedding, but not on
+    # a CPU, and of an output head, from the second micro-batch on.
+    whole = is_student and not single if on_cpu else is_student and d.tied or not single
+    embedding = d.head * item if whole else 0.0
     working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
     # With one micro-batch gradients appear while activations go: on CUDA the larger of the two is the peak, while
     # malloc keeps what activations leave.

@@ -10,6 +10,7 @@ import torch
 
 from builders import discriminator, gradients, groups, student
 from gadcore.memory.activations import MODES, bytes_per_token, choose_mode, set_mode
+from gadcore.memory.recompute import Recipes, forward_with_recipes, remember
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -74,3 +75,85 @@ def test_a_copy_recomputes_its_own_layers() -> None:
             p.zero_()
     ids = torch.tensor([[5, 6, 7]])
     assert other(ids).logits.abs().max() > 0 and policy.model(ids).logits.abs().max() == 0
+
+
+def test_a_mode_takes_the_place_of_another() -> None:
+    policy = student(torch.float32, kl_coef=0.0)
+    layer = policy.model.model.layers[0]
+    for mode in ("full", "off", "selective", "off"):
+        set_mode(policy.model, mode, 0)
+        assert layer.forward.args[0].__func__ is type(layer).forward
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_norms_and_gated_activations_are_not_kept(kind) -> None:
+    policy = student(torch.float32, kind=kind, kl_coef=0.0)
+    model = policy.model
+    with_recipes = bytes_per_token(model)["off"]
+    real = Recipes.of
+    try:
+        Recipes.of = lambda *_: None
+        without = bytes_per_token(model)["off"]
+    finally:
+        Recipes.of = real
+    config = model.config
+    # The query and key norms of Qwen3 feed no product.
+    assert without - with_recipes == 4 * config.num_hidden_layers * (2 * config.hidden_size + config.intermediate_size)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recipes_change_no_bit(monkeypatch, kind, dtype) -> None:
+    batch, rewards = groups(2, 3, ragged=True), [[1.0, 2.0, 4.0]] * 2
+    made = []
+    real = Recipes.pack
+
+    def pack(self, tensor):
+        packed = real(self, tensor)
+        made.append(not isinstance(packed, torch.Tensor))
+        return packed
+
+    monkeypatch.setattr(Recipes, "pack", pack)
+    again = student(dtype, kind=kind, kl_coef=0.0)
+    again.grpo_backward(batch, rewards)
+    # In fp64 the builders put norms of their own in, and Gemma's activation is another one.
+    assert any(made) == (dtype == torch.float32 or kind != "gemma3")
+    monkeypatch.setattr(Recipes, "of", lambda *_: None)
+    kept = student(dtype, kind=kind, kl_coef=0.0)
+    kept.grpo_backward(batch, rewards)
+    expected, actual = gradients(kept.model), gradients(again.model)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_a_recipe_is_for_its_result_alone() -> None:
+    recipes = Recipes()
+    x = torch.arange(6.0, requires_grad=True)
+    with recipes.collected():
+        y = remember(x * 2, lambda: x.detach() * 2)
+        assert recipes.of(y) and recipes.of(y.view(2, 3)) and recipes.of(y.view(3, 2).T)
+        # Half of it, another type, its input, a copy.
+        assert not any(recipes.of(t) for t in (y[:3], y[3:], y.view(torch.int32), x, y.clone()))
+    assert recipes.of(y) is None
+
+
+def test_a_recipe_restores_views_and_lets_go_of_the_result() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    calls = []
+
+    def forward(x):
+        def again():
+            calls.append(torch.is_grad_enabled())
+            return x.detach().exp()
+
+        return remember(x.exp(), again).T @ weight
+
+    out = forward_with_recipes(forward, x)
+    assert calls == []
+    out.square().sum().backward()
+    # For the product; exp() kept its result before there was a recipe.
+    assert calls == [False]
+    found = x.grad.clone(), weight.grad.clone()
+    x.grad = weight.grad = None
+    forward(x).square().sum().backward()
+    assert torch.equal(found[0], x.grad) and torch.equal(found[1], weight.grad)

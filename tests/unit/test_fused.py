@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from gadcore.fused import fuse_backbone
+from gadcore.fused import embed_in_place, fuse_backbone
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -59,3 +59,36 @@ def test_a_norm_of_another_build_keeps_its_code() -> None:
     holder.device = torch.device("cpu")
     assert fuse_backbone(holder) == 0
     assert torch.equal(holder(torch.ones(2, 8)), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("padding_idx", [None, 7])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_in_place_has_the_same_gradient(tied, padding_idx) -> None:
+    model = tiny_model(tied=tied).double()
+    model.model.embed_tokens.padding_idx = padding_idx
+    plain = copy.deepcopy(model)
+    assert embed_in_place(model)
+    for each in (model, plain):
+        # Twice: the second is added to the first.
+        for ids in (IDS, IDS.flip(1) % 50):
+            each(ids).logits.square().mean().backward()
+    for (name, p), (_, wanted) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, wanted.grad, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_an_embedding_in_place_without_gradients() -> None:
+    model = tiny_model()
+    plain = copy.deepcopy(model)
+    embed_in_place(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    model.requires_grad_(False)
+    assert not model(IDS).logits.requires_grad
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    assert torch.equal(other(IDS).logits, plain(IDS).logits)
+
+
+def test_an_embedding_that_scales_keeps_its_code() -> None:
+    assert not embed_in_place(tiny_model("gemma3"))
