@@ -1,4 +1,6 @@
-"""python -m bench SUITE [WHAT] [--quick] [--out FILE] [--threads N[,N]] [--cases NAME[,NAME]] [--data FOLDER]
+"""python -m bench SUITE [WHAT] [--quick] [--out FILE] [--threads N[,N]]
+
+python -m bench step [--cases NAME[,NAME]] [--beside NAME[,NAME]] [--steps N] [--data FILE] and the above
 
 WHAT and --seeds are for the suite paper. python -m bench real RUN RUN .. [--steps N,N] [settings of eval]
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ SUITES = {
     "paper": "the paper's findings on toys: mixture, language, fresh, or all of them",
     "memory": "bytes by state of runs that share the device by turns, and a run under a limit",
     "real": "runs on real text, GAD's first, compared over their seconds of training",
-    "tables": "docs/kernels.md, step.md, memory.md and findings.md, from the results that lie in bench/results",
+    "tables": "docs/kernels.md, step.md, rollout.md, memory.md, findings.md, from what lies in bench/results",
 }
 
 
@@ -37,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.threads and options.suite not in ("kernels", "step", "rollout"):
         return _refuse(f"--threads is for the suites kernels, step and rollout, not for {options.suite}")
-    if options.suite != "step" and (options.cases or options.data):
-        return _refuse(f"--cases and --data are for the suite step, not for {options.suite}")
+    if options.suite != "step" and (options.cases or options.data or options.beside or options.steps):
+        return _refuse(f"--cases, --beside, --steps and --data are for the suite step, not for {options.suite}")
     if options.suite != "paper" and (options.what or options.seeds):
         return _refuse(f"{options.what or '--seeds'} is for the suite paper, not for {options.suite}")
     if options.suite == "paper":
@@ -56,8 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = _out(options)
     if out is not None:
-        record.write(out, record.stamped(options.suite, rows))
+        rows = record.stamped(options.suite, rows)
+        # Thread counts are measured one by one as well.
+        key = importlib.import_module("bench.suites.rollout").key if options.suite == "rollout" else None
+        record.write(out, _merged(out, rows, key) if key else rows)
     return _told(rows, out)
+
+
+def _merged(out: Path, rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """The rows of the file, but those that are results of the same as new ones."""
+    return list(({key(old): old for old in record.read(out)} | {key(new): new for new in rows}).values())
 
 
 def _out(options: argparse.Namespace) -> Path | None:
@@ -86,17 +96,21 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _step(options: argparse.Namespace) -> int:
     """Hours long, so every row is written when it is there, and rows of other cases in the file stay."""
     step = importlib.import_module("bench.suites.step")
+    key = importlib.import_module("bench.step.comparison").key
     if unknown := sorted(set(options.cases or ()) - {case.name for case in step.CASES}):
         return _refuse(f"no case {', '.join(unknown)}: there are {', '.join(case.name for case in step.CASES)}")
+    opponents = options.beside or step.OPPONENTS
+    if unknown := sorted(set(opponents) - set(step.OPPONENTS)):
+        return _refuse(f"no opponent {', '.join(unknown)}: there are {', '.join(step.OPPONENTS)}")
+    more = {"only": options.cases or (), "opponents": opponents, "data": options.data}
     out = _out(options)
     rows: list[dict[str, Any]] = []
     threads = options.threads or step.THREADS
     try:
-        for row in step.run(options.quick, threads, only=options.cases or (), data=options.data):
+        for row in step.run(options.quick, threads, steps=options.steps or step.STEPS, **more):
             rows += record.stamped("step", [row])
             if out is not None:
-                kept = {step.key(old): old for old in record.read(out)} | {step.key(new): new for new in rows}
-                record.write(out, list(kept.values()))
+                record.write(out, _merged(out, rows, key))
     except RuntimeError as error:
         print(f"bench: step: {error}", file=sys.stderr)
         return 1
@@ -114,8 +128,7 @@ def _paper(options: argparse.Namespace) -> int:
     for row in paper.run(options.quick, options.seeds or paper.SEEDS, which):
         rows += record.stamped("paper", [row])
         if out is not None:
-            kept = {paper.key(old): old for old in record.read(out)} | {paper.key(new): new for new in rows}
-            record.write(out, list(kept.values()))
+            record.write(out, _merged(out, rows, paper.key))
     return _told(rows, out)
 
 
@@ -144,7 +157,7 @@ def _real(arguments: list[str]) -> int:
 
 def _tables(options: argparse.Namespace) -> int:
     """--out: one file for the kernels alone."""
-    others = ("bench.tables_step", "bench.tables_memory", "bench.paper.findings")
+    others = ("bench.tables_step", "bench.tables_rollout", "bench.tables_memory", "bench.paper.findings")
     names = ("bench.tables", *(() if options.out else others))
     for name in names:
         tables = importlib.import_module(name)
@@ -200,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="file to write, default bench/results/SUITE.json")
     parser.add_argument("--threads", type=_threads, help="thread counts of the suites kernels and step, default 1,2")
     parser.add_argument("--cases", type=_names, help="cases of the suite step, default all")
+    parser.add_argument("--beside", type=_names, help="opponents of the suite step, default TRL,literal")
+    parser.add_argument("--steps", type=_count, help="timed steps of the suite step, default 3")
     parser.add_argument("--data", type=Path, help="rows for the real text of the suite step")
     return parser
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench import record
+from bench.step import flops
+from bench.step.problem import SHAPE
+from bench.suites.step import CASES, LITERAL, REAL, SAMPLES, TRL
 from bench.tables import _missing, _provenance, table
 
 DOCUMENT = record.ROOT / "docs" / "step.md"
@@ -47,21 +50,76 @@ pass. Between turns malloc gives back what it keeps, on every side; ours keeps i
 on, which counts here."""
 
 
+ARITHMETIC = """FLOPs of the opponents' schedules over those of the packed step, for N = 8, both models of
+SmolLM2-135M's widths, every response of full length, attention causal: what the ratio would be if all sides reached the
+same share of the product limit. `with checkpointing` adds the forward passes that the paper's code computes again; the
+literal side that is measured does not."""
+
+PROFILE = """One more step of ours under torch's profiler, on one thread, after the timed ones: CPU seconds of
+operations without those that they call. What is left of the whole step is Python, dispatch, and the profiler itself.
+`aten::mm` and `aten::addmm` are products; those of the head are inside of the grouped operations."""
+
+
 def document(read: Callable[[str], list[Row]] | None = None) -> str:
     """The whole file. read: rows of a suite's results, by default those in bench/results."""
     rows = (read or (lambda suite: record.read(record.path_of(suite))))("step")
     if not rows:
         return "\n\n".join([HEADER, *_missing("step")]) + "\n"
-    ours = [row for row in rows if row["opponent"] == rows[0]["opponent"]]
+    rows = sorted(rows, key=_place)
+    # Our own side is much the same beside each opponent: told once for every case.
+    ours = list({(row["case"], row["threads"]): row for row in reversed(rows)}.values())[::-1]
     sections = [
         ("Ratios", [_provenance(rows), _ratios(rows)]),
+        ("What FLOPs alone would give", [ARITHMETIC, _arithmetic()]),
         ("Memory", [MEMORY, _memory(rows)]),
         ("Share of the matrix-product limit", [LIMIT, _limits(ours)]),
         ("Phases", [PHASES, *_phases(rows)]),
+        ("Profile", [PROFILE, *_profiles(ours)]),
         ("Errors of the gates", [_errors(rows)]),
     ]
     parts = [HEADER, *(f"## {title}\n\n" + "\n\n".join(blocks) for title, blocks in sections)]
     return "\n\n".join(parts) + "\n"
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    names, opponents = [case.name for case in CASES], (TRL, LITERAL)
+    case = names.index(row["case"]) if row["case"] in names else len(names)
+    return case, row["threads"], opponents.index(row["opponent"])
+
+
+def _arithmetic() -> str:
+    widths = flops.Widths(
+        SHAPE["hidden_size"],
+        SHAPE["num_hidden_layers"],
+        SHAPE["hidden_size"],
+        SHAPE["hidden_size"] // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"],
+        SHAPE["intermediate_size"],
+        SHAPE["vocab_size"],
+    )
+    body = []
+    for case in CASES:
+        if case.name != REAL:
+            sizes = (widths, case.prompt, case.response, SAMPLES)
+            ours = flops.packed(*sizes)
+            others = (flops.trl(*sizes), flops.literal(*sizes), flops.literal(*sizes, recompute=True))
+            ratios = [f"{other / ours:.2f}" for other in others]
+            body.append([f"P={case.prompt} R={case.response}", f"{ours / 1e9:.0f}", *ratios])
+    return table(["case", "GFLOP a group", "TRL", "literal", "literal with checkpointing"], body)
+
+
+def _profiles(rows: Sequence[Row]) -> list[str]:
+    blocks: list[str] = []
+    for row in rows:
+        if profile := row.get("profile"):
+            whole, operations = profile["cpu_s"], profile["operations"]
+            left = whole - sum(seconds for _, seconds, _ in operations)
+            body = [
+                [f"`{name}`", f"{seconds:.2f}", f"{seconds / whole:.1%}", str(calls)]
+                for name, seconds, calls in operations
+            ]
+            body.append(["outside of operations", f"{left:.2f}", f"{left / whole:.1%}", ""])
+            blocks += [f"### {_case(row)[0]}", table(["operation", "s", "share", "calls"], body)]
+    return blocks or ["Not measured."]
 
 
 def _case(row: Row) -> list[str]:

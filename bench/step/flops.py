@@ -101,3 +101,40 @@ def step(student: Sequence[Lengths], discriminator: Sequence[Lengths], g: Widths
         "policy": 3 * once,
         "discriminator": 3 * scores(d, discriminator),
     }
+
+
+# -- the opponents' schedules, for the ratio that FLOPs alone give -----------------------------------------------------
+
+
+def packed(widths: Widths, prompt: int, response: int, samples: int) -> int:
+    """A group's packed step with both models of these widths, every response of full length."""
+    student = Lengths(prompt, (response,) * samples)
+    judged = Lengths(prompt, (response,) * (samples + 1))
+    return sum(step([student], [judged], widths, widths).values())
+
+
+def padded(widths: Widths, rows: int, tokens: int, *, logits: int) -> int:
+    """A forward pass over `rows` rows, each of `tokens` tokens of which `logits` go through the head."""
+    return rows * (widths.layers * widths.layer(tokens, tokens, triangle(tokens)) + widths.head(logits))
+
+
+def trl(widths: Widths, prompt: int, response: int, samples: int) -> int:
+    """A group's step as TRL's trainer takes it with both models of these widths, every sample of full length."""
+    tokens = prompt + response
+    policy = padded(widths, samples, tokens, logits=response)
+    # generate() with a cache: every token once; the reference; the policy, forward and backward; then D's two passes.
+    score = padded(widths, samples, tokens, logits=0)
+    return policy * (1 + 1 + 3) + score + 3 * padded(widths, samples + 1, tokens, logits=0)
+
+
+def literal(widths: Widths, prompt: int, response: int, samples: int, *, recompute: bool = False) -> int:
+    """The same by the paper's schedule; its sampler shares prompts as ours does.
+
+    recompute: with the forward passes that the paper's code repeats in backward, its activation checkpointing.
+    """
+    tokens, passes = prompt + response, 4 if recompute else 3
+    whole = padded(widths, samples, tokens, logits=tokens)
+    score = padded(widths, samples, tokens, logits=0)
+    # Old log-probs, the reference, the policy; D's rewards; D on the samples and as many times the teacher's response.
+    trained = whole * (1 + 1 + passes) + score + passes * 2 * score
+    return forward(widths, [Lengths(prompt, (response,) * samples)]) + trained

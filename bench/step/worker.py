@@ -1,8 +1,8 @@
 """What the processes of the suite `step` have in common: the line to the suite, the clock by phases, the meter.
 
-The suite writes a command a line: "step", "check" (a step that also leaves its rollouts and gradients behind) or
-"peak" (the rate of a large matrix product); a side answers each with one line of JSON, after a first one when it is
-ready. At the end of its input it ends.
+The suite writes a command a line: "step", "check" (a step that also leaves its rollouts and gradients behind),
+"profile" (a step whose operations are timed) or "peak" (the rate of a large matrix product); a side answers each with
+one line of JSON, after a first one when it is ready. At the end of its input it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from bench.step.problem import Problem
 # 17 GFLOP a product, 16 MiB a matrix: larger ones run no faster.
 PEAK_SIZE = 2048
 PEAK_REPEATS = 4
+
+# Operations of a profile that are told by name.
+LONGEST = 20
 
 # Added to the standard deviation of a group's rewards in the advantages, by gadcore and by the paper's code.
 EPSILON = 1e-6
@@ -205,6 +209,22 @@ def serve(channel: Channel, meter: Meter, step: Step) -> None:
     number = 0
     while command := channel.wait():
         meter.begin()
-        extra = step(number, command == "check")
-        channel.tell({**meter.end(), **extra})
+        if command == "profile":
+            answer: dict[str, Any] = {"profile": profile_of(partial(step, number, False))}
+        else:
+            answer = step(number, command == "check")
+        channel.tell({**meter.end(), **answer})
         number += 1
+
+
+def profile_of(call: Callable[[], Any]) -> dict[str, Any]:
+    """CPU seconds of a call, and of its longest operations without those that they call: [name, seconds, calls]."""
+    start = time.process_time()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+        seconds = time.process_time() - start
+    found = [[e.key, e.self_cpu_time_total / 1e6, e.count] for e in profile.key_averages()]
+    found.sort(key=lambda operation: -operation[1])
+    rest = found[LONGEST:]
+    others = [["other operations", sum(o[1] for o in rest), sum(o[2] for o in rest)]] if rest else []
+    return {"cpu_s": seconds, "operations": found[:LONGEST] + others}

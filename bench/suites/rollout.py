@@ -121,3 +121,8 @@ def _measure(side: str, problem: Path, threads: int, prompts: Sequence[int]) -> 
     if done.returncode:
         raise RuntimeError(f"the process of {side} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
     return {int(batch): runs for batch, runs in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def key(row: dict[str, Any]) -> tuple[int, int, str]:
+    """What a row is the result of: a newer one takes its place."""
+    return row["threads"], row["shape"]["rows"], row["opponent"]

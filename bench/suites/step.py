@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bench import record
+from bench.step.comparison import TOLERANCE, compare, line, within
 
 THREADS = (1, 2)
 BUSY = 0.3
@@ -29,10 +29,6 @@ PROMPTS, SAMPLES = 2, 8
 OURS, TRL, LITERAL = "ours", "TRL", "literal"
 MODULES = {OURS: "bench.step.ours", TRL: "bench.step.trl", LITERAL: "bench.step.literal"}
 OPPONENTS = (TRL, LITERAL)
-# Relative L2 error against fp64 that every finding of both sides must keep.
-TOLERANCE = 1e-5
-# The worst single parameter may be one of small gradient, beside which rounding counts more.
-TOLERANCE_WORST = 1e-4
 
 REAL = "real"
 REAL_MODEL = "smollm2-135m-instruct"
@@ -67,12 +63,13 @@ def run(
     only: Sequence[str] = (),
     opponents: Sequence[str] = OPPONENTS,
     data: Path | None = None,
+    steps: int = STEPS,
 ) -> Iterator[dict[str, Any]]:
     """A row for every case, thread count and opponent, as soon as it is there.
 
     quick: a tiny model, one thread, one timed step; for tests, its timings say nothing. only: names of cases, default
-    all. data: rows for the case "real", default $GADCORE_BENCH_DATA, else ../shared/data/gpt4_concise/train.jsonl.
-    Raises RuntimeError where a process fails, or where there are no such rows.
+    all. steps: timed ones. data: rows for the case "real", default $GADCORE_BENCH_DATA, else
+    ../shared/data/gpt4_concise/train.jsonl. Raises RuntimeError where a process fails, or where there are no such rows.
     """
     data = data or Path(os.environ.get("GADCORE_BENCH_DATA", DATA))
     cases = [QUICK] if quick else [case for case in CASES if not only or case.name in only]
@@ -82,7 +79,7 @@ def run(
     if not quick and (load := os.getloadavg()[0]) > BUSY:
         record.say(f"this machine is busy (load {load:.1f}): the timings will tell less than they could")
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Path(folder), quick, data, opponents)
+        bench = _Bench(Path(folder), quick, data, opponents, steps)
         # All sides at once would not fit into memory.
         together = [opponents] if quick else [[opponent] for opponent in opponents]
         for case in cases:
@@ -94,9 +91,9 @@ def run(
 class _Bench:
     """Problems and gates of a run, made when they are first asked for."""
 
-    def __init__(self, folder: Path, quick: bool, data: Path, opponents: Sequence[str]) -> None:
+    def __init__(self, folder: Path, quick: bool, data: Path, opponents: Sequence[str], steps: int = STEPS) -> None:
         self.folder, self.quick, self.data, self.opponents = folder, quick, data, opponents
-        self.steps = 1 if quick else STEPS
+        self.steps = 1 if quick else steps
         self.samples = 3 if quick else SAMPLES
         self._models: dict[bool, tuple[Path, Path]] = {}
         self._errors: dict[bool, dict[str, dict[str, float]]] = {}
@@ -105,11 +102,11 @@ class _Bench:
         if not self.quick:
             self._gate(case)
         problem = self._problem(case, check=self.quick)
-        answers = self._turns(problem, threads, (OURS, *opponents), check=self.quick)
+        answers, profile = self._turns(problem, threads, (OURS, *opponents), check=self.quick)
         if self.quick:
             self._errors[False] = self._check(problem, 1)
         for opponent in opponents:
-            row = self._row(case, problem, threads, opponent, answers)
+            row = self._row(case, problem, threads, opponent, answers) | {"profile": profile}
             record.say(line(row))
             yield row
 
@@ -117,7 +114,7 @@ class _Bench:
         self, case: Case, problem: Path, threads: int, opponent: str, answers: dict[str, list[dict[str, Any]]]
     ) -> dict[str, Any]:
         errors = {side: self._errors[case.name == REAL][side] for side in (OURS, opponent)}
-        passed = all(_within(found) for found in errors.values())
+        passed = all(within(found) for found in errors.values())
         prompt_tokens = [len(group["prompt_ids"]) for group in json.loads(problem.read_text())["groups"]]
         return {
             "op": "GAD step",
@@ -162,7 +159,8 @@ class _Bench:
         student, discriminator = self._models_of(case)
         path = self.folder / f"{case.name}{'-check' if check else ''}.json"
         prompt, response = (24, 8) if check and not self.quick else (case.prompt, case.response)
-        count = PROMPTS * (1 if check and not self.quick else self.steps + 1)
+        # Beside the timed steps one before them and one for the profile.
+        count = PROMPTS * (1 if check and not self.quick else self.steps + 2)
         if case.name == REAL:
             prompt = case.prompt
             groups = real_groups(str(student), self.data, count, prompt, response)
@@ -211,10 +209,11 @@ class _Bench:
 
     def _turns(
         self, problem: Path, threads: int, names: Sequence[str], *, check: bool = False
-    ) -> dict[str, list[dict[str, Any]]]:
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
         """Answers of the timed steps of all sides; ours say the rate of a large product at the time as well.
 
-        check: the first step, which is not timed, leaves findings.
+        On one thread there is a profile of one more step of ours. check: the first step, which is not timed, leaves
+        findings.
         """
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         with ExitStack() as stack:
@@ -226,7 +225,8 @@ class _Bench:
                 for name in list(sides)[:: -1 if number % 2 else 1]:
                     answers[name].append(sides[name].ask("step"))
                 answers[OURS][-1] |= rate
-        return answers
+            profile = sides[OURS].ask("profile")["profile"] if threads == 1 else None
+        return answers, profile
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -297,105 +297,3 @@ class _Worker:
         self._log.seek(0)
         said = self._log.read().decode(errors="replace")[-2000:]
         raise RuntimeError(f"the process of {self.side} ended with exit code {code}:\n{said}")
-
-
-# -- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def _within(errors: dict[str, float]) -> bool:
-    # `<=` so that nan fails.
-    return all(e <= (TOLERANCE_WORST if "worst" in name else TOLERANCE) for name, e in errors.items())
-
-
-def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], threads: int) -> dict[str, Any]:
-    """Timings, ratios and shares of the product limit, from the answers of both sides step by step.
-
-    The clock is CPU time on one thread, wall time on more; both are kept. ratio: median over steps of theirs / ours.
-    ratio_without_sampling: the same without sampling and weight updates on either side. ratio_their_sampling_free:
-    their step without sampling over our whole one. memory_ratio: ours / theirs.
-    limit: FLOPs of a step that the mathematics asks for, over what the products alone could do in the time.
-    """
-    clock = "cpu" if threads == 1 else "wall"
-    a, b = [_seconds(x, clock) for x in ours], [_seconds(x, clock) for x in theirs]
-    trained_a, trained_b = ([_seconds(x, clock, sampling=False) for x in side] for side in (ours, theirs))
-    peaks = [_side(side, clock) for side in (ours, theirs)]
-    known = peaks[0]["peak_bytes"] and peaks[1]["peak_bytes"]
-    return {
-        "clock": clock,
-        "ours": peaks[0],
-        "theirs": peaks[1],
-        "ratio": record.ratio_of(a, b),
-        "ratio_without_sampling": record.ratio_of(trained_a, trained_b),
-        "ratio_their_sampling_free": record.ratio_of(a, trained_b),
-        "memory_ratio": peaks[0]["peak_bytes"] / peaks[1]["peak_bytes"] if known else None,
-        "limit": limit(ours, clock),
-    }
-
-
-SAMPLING = ("generate", "weight update")
-
-
-def _seconds(answer: dict[str, Any], clock: str, *, sampling: bool = True) -> float:
-    return sum(s for phase, s in answer[clock].items() if sampling or phase not in SAMPLING)
-
-
-def _side(answers: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    runs = [_seconds(x, clock) for x in answers]
-    median = statistics.median(runs)
-    peaks = [x["peak_bytes"] for x in answers]
-    peak = None if None in peaks else max(peaks)
-    return {
-        "runs": runs,
-        "median_s": median,
-        "min_s": min(runs),
-        "max_s": max(runs),
-        "spread": (max(runs) - min(runs)) / median,
-        "cpu_s": statistics.median(_seconds(x, "cpu") for x in answers),
-        "wall_s": statistics.median(_seconds(x, "wall") for x in answers),
-        "phases_s": _phases(answers, clock),
-        "peak_bytes": peak,
-        "peak_over_loaded_bytes": None if peak is None else peak - answers[0]["loaded_bytes"],
-        "response_tokens": [x["response_tokens"] for x in answers],
-    }
-
-
-def _phases(answers: list[dict[str, Any]], clock: str) -> dict[str, float]:
-    names = dict.fromkeys(phase for x in answers for phase in x[clock])
-    return {phase: statistics.median(x[clock].get(phase, 0.0) for x in answers) for phase in names}
-
-
-def limit(ours: list[dict[str, Any]], clock: str) -> dict[str, Any]:
-    """The rate of a large product in this run, FLOPs by phase, and the share of the limit that each phase reached.
-
-    The share of the whole step is that of all its FLOPs over all its time, phases without products included.
-    """
-    rate = statistics.median(x["flops_per_s"] for x in ours)
-
-    def share(phase: str) -> float:
-        return statistics.median(x["flops"][phase] / x["flops_per_s"] / x[clock][phase] for x in ours)
-
-    whole = statistics.median(sum(x["flops"].values()) / x["flops_per_s"] / _seconds(x, clock) for x in ours)
-    phases = ours[0]["flops"]
-    return {
-        "flops_per_s": rate,
-        "flops": {phase: statistics.median(x["flops"][phase] for x in ours) for phase in phases},
-        "share": {phase: share(phase) for phase in phases} | {"step": whole},
-    }
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row for the terminal; without a speed-up where the gate failed."""
-    what = f"GAD step {row['case']} {row['threads']} thread{'s' * (row['threads'] > 1)} beside {row['opponent']}"
-    if row["gate"] != "pass":
-        return f"{what}: GATE FAILED, no timing shown (errors above {row['tolerance']:g}? {row['error']})"
-    memory = "" if row["memory_ratio"] is None else f", memory x{row['memory_ratio']:.2f}"
-    return (
-        f"{what}: {row['ours']['median_s']:.2f} s, theirs {row['theirs']['median_s']:.2f} s: x{row['ratio']:.2f} "
-        f"(without sampling x{row['ratio_without_sampling']:.2f}){memory}, "
-        f"{row['limit']['share']['step']:.0%} of the product limit"
-    )
-
-
-def key(row: dict[str, Any]) -> tuple[str, int, str]:
-    """What a row is the result of: a newer one takes its place."""
-    return row["case"], row["threads"], row["opponent"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import record, tables_step
-from bench.step import gate
+from bench.step import comparison, gate
 from bench.step.literal import Literal, advantages, load_discriminator, load_student
 from bench.step.problem import Problem
 from bench.step.worker import EPSILON, Clock, gradients_of
@@ -52,6 +52,9 @@ def test_all_sides_agree_with_fp64_and_are_timed_by_phase(rows: list[dict[str, A
             assert all(error > 0 for found, error in row["error"][name].items() if "loss" not in found)
         assert set(row["limit"]["share"]) == {"generate", "reference", "policy", "discriminator", "step"}
         assert all(0 < share < 1 for share in row["limit"]["share"].values())
+        names = [name for name, _, _ in row["profile"]["operations"]]
+        assert "aten::mm" in names and names[-1] == "other operations"
+        assert 0 < sum(seconds for _, seconds, _ in row["profile"]["operations"]) <= row["profile"]["cpu_s"]
     assert "### Beside literal" in tables_step.document(lambda suite: rows)
 
 
@@ -89,7 +92,7 @@ def test_a_wrong_reward_loss_or_gradient_fails_the_gate(tmp_path: Path) -> None:
     bench = step._Bench(tmp_path, True, tmp_path, step.OPPONENTS)
     problem = Problem.read(bench._problem(step.QUICK, check=True))
     found = literal_findings(problem)
-    assert step._within(gate.errors(problem, found))
+    assert comparison.within(gate.errors(problem, found))
     for spoil in (
         lambda f: f["rewards"][1].__setitem__(2, f["rewards"][1][2] + 1e-3),
         lambda f: f["losses"].update(policy=f["losses"]["policy"] + 1e-4),
@@ -98,11 +101,11 @@ def test_a_wrong_reward_loss_or_gradient_fails_the_gate(tmp_path: Path) -> None:
     ):
         wrong = copy.deepcopy(found)
         spoil(wrong)
-        assert not step._within(gate.errors(problem, wrong))
+        assert not comparison.within(gate.errors(problem, wrong))
     # Another sample than the one that the gradient is of.
     wrong = copy.deepcopy(found)
     wrong["groups"][0]["samples"][1] = (7, 9)
-    assert not step._within(gate.errors(problem, wrong))
+    assert not comparison.within(gate.errors(problem, wrong))
 
 
 def test_a_process_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:

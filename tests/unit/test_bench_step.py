@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as command
 from bench import record, tables_step
-from bench.step import flops
+from bench.step import comparison, flops
 from bench.step.flops import Lengths, Widths
 from bench.step.worker import Clock
 from bench.suites import step
@@ -44,7 +44,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "error": {"ours": {"rewards": 1e-7}, "TRL": {"rewards": 2e-7}},
         "tolerance": 1e-5,
         "gate": "pass",
-        **step.compare(ours, theirs, 1),
+        **comparison.compare(ours, theirs, 1),
     }
     return record.stamped("step", [made | changes])[0]
 
@@ -118,6 +118,24 @@ def test_the_last_layer_of_scores_asks_for_last_tokens_only() -> None:
     assert full == 2 * WIDTHS.layer(packed.tokens, packed.tokens, packed.pairs) - saved
 
 
+def test_the_opponents_schedules_repeat_what_the_packed_step_does_once() -> None:
+    # Without a prompt and with one sample nothing is shared: what is left are the passes.
+    alone = flops.packed(WIDTHS, 1, 50, 1)
+    body = flops.padded(WIDTHS, 1, 51, logits=0)
+    head = WIDTHS.head(50)
+    assert flops.padded(WIDTHS, 1, 51, logits=50) == body + head
+    # 5 of G with the head, one of D for rewards, 3 of D over two rows.
+    assert flops.trl(WIDTHS, 1, 50, 1) == 5 * (body + head) + body + 3 * 2 * body
+    once = flops.forward(WIDTHS, [Lengths(1, (50,))])
+    whole = flops.padded(WIDTHS, 1, 51, logits=51)
+    assert flops.literal(WIDTHS, 1, 50, 1) == once + 5 * whole + body + 3 * 2 * body
+    assert flops.literal(WIDTHS, 1, 50, 1, recompute=True) == flops.literal(WIDTHS, 1, 50, 1) + whole + 2 * body
+    assert alone < flops.trl(WIDTHS, 1, 50, 1) < flops.literal(WIDTHS, 1, 50, 1)
+    # Eight samples of a long prompt: the teacher's row is repeated eight times.
+    sizes = (WIDTHS, 200, 10, 8)
+    assert flops.literal(*sizes) > flops.trl(*sizes) > 4 * flops.packed(*sizes)
+
+
 # -- the arithmetic of a comparison
 
 
@@ -135,22 +153,25 @@ def test_ratios_with_and_without_sampling_memory_and_limit() -> None:
 
 def test_more_threads_are_timed_by_the_wall() -> None:
     ours = [answer(ours=True, generate=2.0, policy=4.0)]
-    found = step.compare(ours, [answer(ours=False, policy=3.0)], 2)
+    found = comparison.compare(ours, [answer(ours=False, policy=3.0)], 2)
     assert (found["clock"], found["ours"]["median_s"], found["theirs"]["median_s"]) == ("wall", 12.0, 6.0)
 
 
 @pytest.mark.parametrize("error", [2e-5, math.nan])
 def test_one_error_above_the_tolerance_fails_a_gate(error: float) -> None:
-    assert step._within({"rewards": 1e-6, "student gradient": 9e-6, "student worst parameter": 9e-5})
-    assert not step._within({"rewards": 1e-6, "student gradient": error})
+    assert comparison.within({"rewards": 1e-6, "student gradient": 9e-6, "student worst parameter": 9e-5})
+    assert not comparison.within({"rewards": 1e-6, "student gradient": error})
 
 
 def test_no_speed_up_is_shown_behind_a_failed_gate() -> None:
     good, bad = row(), row(gate="fail")
-    assert "x6.00" in step.line(good)
-    assert "x6" not in step.line(bad) and "FAILED" in step.line(bad)
+    assert "x6.00" in comparison.line(good)
+    assert "x6" not in comparison.line(bad) and "FAILED" in comparison.line(bad)
     shown = tables_step.document(lambda suite: [good])
     assert "6.00" in shown and "0.50" in shown and "75%" in shown
+    profiled = good | {"profile": {"cpu_s": 8.0, "operations": [["aten::mm", 6.0, 12], ["other operations", 1.0, 3]]}}
+    shown = tables_step.document(lambda suite: [profiled])
+    assert "| `aten::mm` | 6.00 | 75.0% | 12 |" in shown and "| outside of operations | 1.00 | 12.5% |  |" in shown
     hidden = tables_step.document(lambda suite: [bad])
     assert "gate FAILED" in hidden and "6.00" not in hidden and "75%" not in hidden
 
@@ -188,3 +209,6 @@ def test_unknown_cases_and_missing_rows_are_refused(tmp_path: Any, capsys: pytes
     )
     assert "--data" in capsys.readouterr().err
     assert command.main(["kernels", "--cases", "real"]) == 2
+    assert command.main(["step", "--beside", "verl"]) == 2
+    assert "no opponent verl" in capsys.readouterr().err
+    assert command.main(["rollout", "--steps", "2"]) == 2
