@@ -12,6 +12,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -88,12 +89,13 @@ def embed_in_place(model: PreTrainedModel) -> bool:
     """Lets the gradient of the token embedding be added to what is there already, row by row; True where it does.
 
     Autograd makes it whole, [vocabulary, hidden], beside the gradient that a tied output head or an earlier pass has
-    left, and adds the two. On a CPU, for parameters that are not sharded and gradients that backward() leaves in
-    them; an embedding that does more than look rows up keeps its own code.
+    left, and adds the two. On a CPU and in one process: what gathers gradients over several would not see it, nor does
+    torch.autograd.grad(), only backward(). An embedding that does more than look rows up keeps its own code.
     """
     embedding = model.get_input_embeddings()
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
-    if model.device.type != "cpu" or not plain:
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    if model.device.type != "cpu" or not plain or not alone:
         return False
     embedding.forward = MethodType(_embed, embedding)
     return True

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gadcore.fused import embed_in_place, fuse_backbone
 from tiny import FAMILIES, tiny_model
@@ -92,3 +94,12 @@ def test_an_embedding_in_place_without_gradients() -> None:
 
 def test_an_embedding_that_scales_keeps_its_code() -> None:
     assert not embed_in_place(tiny_model("gemma3"))
+
+
+def test_an_embedding_of_several_processes_keeps_its_code() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        assert not embed_in_place(tiny_model())
+    finally:
+        dist.destroy_process_group()
+    assert embed_in_place(tiny_model())
