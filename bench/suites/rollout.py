@@ -109,6 +109,7 @@ def _measure(side: str, problem: Path, threads: int, prompts: Sequence[int]) -> 
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "2000",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

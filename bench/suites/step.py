@@ -236,7 +236,8 @@ def _environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
-        # As gadcore.run sets it; here for all sides.
+        # As gadcore.run sets them; here for all sides.
+        "GOMP_SPINCOUNT": "2000",
         "THP_MEM_ALLOC_ENABLE": "1",
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
