@@ -92,7 +92,11 @@ def embed_in_place(model: PreTrainedModel) -> bool:
     left, and adds the two. On a CPU and in one process: what gathers gradients over several would not see it, nor does
     torch.autograd.grad(), only backward(). An embedding that does more than look rows up keeps its own code.
     """
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        # A model of no tokens, such as the toys of the paper's mixtures.
+        return False
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
     alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
     if model.device.type != "cpu" or not plain or not alone:
