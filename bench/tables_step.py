@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import LlamaConfig
+
 from bench import record
 from bench.step import flops
 from bench.step.problem import SHAPE
@@ -88,14 +90,8 @@ def _place(row: Row) -> tuple[int, int, int]:
 
 
 def _arithmetic() -> str:
-    widths = flops.Widths(
-        SHAPE["hidden_size"],
-        SHAPE["num_hidden_layers"],
-        SHAPE["hidden_size"],
-        SHAPE["hidden_size"] // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"],
-        SHAPE["intermediate_size"],
-        SHAPE["vocab_size"],
-    )
+    settings: dict[str, Any] = SHAPE
+    widths = flops.Widths.of(LlamaConfig(**settings))
     body = []
     for case in CASES:
         if case.name != REAL:
