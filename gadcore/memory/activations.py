@@ -90,14 +90,17 @@ def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) 
     """
     for layer in decoder_layers(model):
         before = vars(layer).get("forward")
-        if isinstance(before, partial) and before.func in (forward_with_recipes, checkpoint):
+        if isinstance(before, partial) and before.func is _forward:
             # What lies behind it is the forward() of the layer's class.
             del layer.forward
     chosen = choose_mode(model, tokens) if mode == "auto" else mode
-    again = _AGAIN[chosen]
     for layer in decoder_layers(model):
-        layer.forward = partial(again, layer.forward)
+        layer.forward = partial(_forward, chosen, layer.forward)
     return chosen
+
+
+def _forward(mode: Mode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _AGAIN[mode](forward, *args, **kwargs)
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
