@@ -1,8 +1,9 @@
-"""Fused norms, gated activations and embeddings for the backbone, by the modules' own classes, not the model's name.
+"""Faster norms, gated activations, products and embeddings for the backbone, by the modules' own classes, not the
+model's name.
 
-On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/, whose results the backward
-pass can make again (memory/recompute.py). A module that is built in another way than the ones known here keeps its own
-code.
+On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/, and the backward pass can make
+results of norms and activations again (memory/recompute.py). A module that is built in another way than the ones known
+here keeps its own code.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.errors import UserError
+from gadcore.kernels.linear import linear, onednn_is_faster
 from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.swiglu import swiglu
 from gadcore.memory.recompute import remember
 
 
 def fuse_backbone(model: PreTrainedModel) -> int:
-    """Replaces forward passes of norms and MLPs by fused ones with the same mathematics; returns how many.
+    """Replaces forward passes of norms, MLPs and linear layers by faster ones with the same mathematics; returns how
+    many.
 
     Parameters stay where they are. UserError where the package that CUDA needs is missing.
     """
@@ -33,7 +36,7 @@ def fuse_backbone(model: PreTrainedModel) -> int:
         return _liger(model)
     fused = 0
     for module in model.modules():
-        forward = _fused_norm(module) or _fused_mlp(module)
+        forward = _fused_norm(module) or _fused_mlp(module) or _faster_linear(module)
         if forward is not None:
             module.forward = MethodType(forward, module)
             fused += 1
@@ -83,6 +86,15 @@ def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | Non
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
     return self.down_proj(remember(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
+
+
+def _faster_linear(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    plain = type(module) is nn.Linear and module.weight.dtype == torch.float32
+    return _linear if plain and onednn_is_faster() else None
+
+
+def _linear(self: nn.Module, x: Tensor) -> Tensor:
+    return linear(x, self.weight, self.bias)  # type: ignore[arg-type]
 
 
 def embed_in_place(model: PreTrainedModel) -> bool:

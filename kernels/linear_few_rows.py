@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gadcore.kernels import _native
 from gadcore.kernels.dispatch import Impl, choose, implementation
+from gadcore.kernels.linear import onednn_is_faster, onednn_product
 
 MAX_ROWS = 64
 
@@ -46,19 +47,21 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, im
 def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (x [M, K], weight [N, K], bias [N] or None) -> [M, N] for the layers of a sampler, on the CPU.
 
-    It computes what linear_few_rows(impl="auto") computes without a gradient, but chooses by the number of rows alone:
-    a decoding step calls it hundreds of times, and the full choice cost 4 % of the step. All tensors must be of one
-    dtype.
+    It computes what linear_few_rows(impl="auto") computes without a gradient, or linear(impl="auto") for more rows, but
+    chooses by the number of rows alone: a decoding step calls it hundreds of times, and the full choice cost 4 % of the
+    step. All tensors must be of one dtype.
     """
+    many = onednn_product if onednn_is_faster() else F.linear
     if not _native.available("cpu_linear_few_rows"):
-        return F.linear
+        return lambda x, weight, bias=None: (many if x.dtype == torch.float32 else F.linear)(x, weight, bias)
     native = torch.ops.gadcore.cpu_linear_few_rows.default
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        few = x.dim() == 2 and 1 <= len(x) <= MAX_ROWS and x.dtype == torch.float32
-        return native(x, weight, bias) if few else F.linear(x, weight, bias)
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype != torch.float32:
+            return F.linear(x, weight, bias)
+        return native(x, weight, bias) if x.dim() == 2 and 1 <= len(x) <= MAX_ROWS else many(x, weight, bias)
 
-    return linear
+    return product
 
 
 @torch.library.custom_op("gadcore::linear_few_rows", mutates_args=())

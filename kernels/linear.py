@@ -1,0 +1,66 @@
+"""y = x W^T + bias for the many rows of a training step, and its gradients, on CPUs.
+
+    d x = d y W        d W = d y^T x        d bias = the sum of the rows of d y
+
+torch multiplies float32 matrices by MKL. On CPUs with AVX-512 oneDNN, which torch holds as well, is faster at y and
+d x (docs/kernels.md); at d W it is not, and MKL keeps that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Literal["auto", "reference", "cpu"] = "auto"
+) -> Tensor:
+    """F.linear(x, weight, bias).
+
+    x: [.., K]; weight: [N, K]; bias: [N] or None. Returns [.., N] in their dtype; gradients go to all three, but none
+    of second order. "cpu" computes float32 by oneDNN; "auto" takes it on CPUs with AVX-512 and outside of autocast, and
+    F.linear ("reference") elsewhere. Raises ValueError for an `impl` that does not take these operands.
+    """
+    fits = x.device.type == "cpu" and all(t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
+    if impl == "cpu":
+        if not (fits and torch.backends.mkldnn.is_available()):
+            raise ValueError(f'linear: impl="cpu" needs float32 on a CPU and oneDNN, got {x.dtype} on {x.device}')
+    elif impl not in ("auto", "reference"):
+        raise ValueError(f"linear: impl must be one of auto, reference, cpu, is {impl!r}")
+    elif impl == "reference" or not (fits and onednn_is_faster()) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is there and multiplies float32 faster than MKL: on CPUs with AVX-512."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias) of float32 on a CPU, without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            onednn_product(grad, weight.t()) if need_x else None,
+            rows.t().mm(x.reshape(-1, x.shape[-1])) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
