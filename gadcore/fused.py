@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.errors import UserError
+from gadcore.kernels import gated_mlp
 from gadcore.kernels.linear import linear, onednn_is_faster
 from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.swiglu import swiglu
@@ -80,12 +81,20 @@ def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | Non
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
     known = type(module).__name__.endswith("MLP") and silu and all(isinstance(part, nn.Linear) for part in parts)
-    return _gated_mlp if known else None
+    if not known:
+        return None
+    plain = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in parts)
+    return _whole_mlp if plain and gated_mlp.available() else _gated_mlp
+
+
+def _whole_mlp(self: nn.Module, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+        return _gated_mlp(self, x)
+    return gated_mlp.gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)  # type: ignore[union-attr, arg-type]
 
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
-    return self.down_proj(remember(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
 
 
 def _faster_linear(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:

@@ -3,7 +3,7 @@
     d x = d y W        d W = d y^T x        d bias = the sum of the rows of d y
 
 torch multiplies float32 matrices by MKL. On CPUs with AVX-512 oneDNN, which torch holds as well, is faster at y and
-d x (docs/kernels.md); at d W it is not, and MKL keeps that.
+d x; at d W it is not, and csrc/cpu/product.cpp takes that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gadcore.kernels import _native
 
 
 def linear(
@@ -47,6 +49,13 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x [N, K] of float32 grad [T, N] and x [T, K] on a CPU, without gradients."""
+    if _native.available("cpu_weight_gradient"):
+        return torch.ops.gadcore.cpu_weight_gradient(grad, x)  # type: ignore[no-any-return]
+    return grad.t().mm(x)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,6 +70,6 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             onednn_product(grad, weight.t()) if need_x else None,
-            rows.t().mm(x.reshape(-1, x.shape[-1])) if need_weight else None,
+            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )

@@ -52,14 +52,14 @@ def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     step. All tensors must be of one dtype.
     """
     many = onednn_product if onednn_is_faster() else F.linear
-    if not _native.available("cpu_linear_few_rows"):
-        return lambda x, weight, bias=None: (many if x.dtype == torch.float32 else F.linear)(x, weight, bias)
-    native = torch.ops.gadcore.cpu_linear_few_rows.default
+    native = torch.ops.gadcore.cpu_linear_few_rows.default if _native.available("cpu_linear_few_rows") else None
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.dtype != torch.float32:
             return F.linear(x, weight, bias)
-        return native(x, weight, bias) if x.dim() == 2 and 1 <= len(x) <= MAX_ROWS else many(x, weight, bias)
+        if native is not None and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS:
+            return native(x, weight, bias)  # type: ignore[no-any-return]
+        return many(x, weight, bias)
 
     return product
 

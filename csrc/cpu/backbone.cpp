@@ -218,18 +218,35 @@ Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  check("cpu_swiglu_backward", "grad", grad_in, gate_in.sizes());
-  const Tensor grad = grad_in.contiguous(), gate = gate_in.contiguous(), up = up_in.contiguous();
-  Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+// dgate and dup may be grad, or any other tensor whose numbers are not needed any more.
+void swiglu_backward_into(const Tensor& grad, const Tensor& gate, const Tensor& up, Tensor& dgate, Tensor& dup) {
   const float *d = grad.const_data_ptr<float>(), *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
   float *dg = dgate.data_ptr<float>(), *du = dup.data_ptr<float>();
   const Kernels& k = kernels();
   at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
     k.swiglu_backward(d + begin, g + begin, u + begin, dg + begin, du + begin, end - begin);
   });
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad_in, const Tensor& gate_in, const Tensor& up_in) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check("cpu_swiglu_backward", "grad", grad_in, gate_in.sizes());
+  const Tensor grad = grad_in.contiguous(), gate = gate_in.contiguous(), up = up_in.contiguous();
+  Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+  swiglu_backward_into(grad, gate, up, dgate, dup);
   return {dgate, dup};
+}
+
+// The gradient of up takes the place of grad, that of gate the place of `other`.
+void swiglu_backward_in_place(Tensor& grad, const Tensor& gate, const Tensor& up, Tensor& other) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const char* op = "cpu_swiglu_backward_in_place";
+  check(op, "grad", grad, gate.sizes());
+  check(op, "up", up, gate.sizes());
+  check(op, "other", other, gate.sizes());
+  TORCH_CHECK(grad.is_contiguous() && gate.is_contiguous() && up.is_contiguous() && other.is_contiguous(), op,
+              ": all tensors must be contiguous");
+  swiglu_backward_into(grad, gate, up, other, grad);
 }
 
 }  // namespace
@@ -240,6 +257,7 @@ TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def("cpu_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, float shift) -> (Tensor, Tensor)");
   m.def("cpu_swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def("cpu_swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("cpu_swiglu_backward_in_place(Tensor(a!) grad, Tensor gate, Tensor up, Tensor(b!) other) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gadcore, CPU, m) {
@@ -247,4 +265,5 @@ TORCH_LIBRARY_IMPL(gadcore, CPU, m) {
   m.impl("cpu_rms_norm_backward", &gadcore::rms_norm_backward);
   m.impl("cpu_swiglu", &gadcore::swiglu);
   m.impl("cpu_swiglu_backward", &gadcore::swiglu_backward);
+  m.impl("cpu_swiglu_backward_in_place", &gadcore::swiglu_backward_in_place);
 }

@@ -2,7 +2,7 @@
 //
 // malloc gives a step's memory back and takes it anew, page by page, and torch's aligned requests seldom fit the holes that
 // freed tensors of the same size have left. Here freed memory stays, in large pages, holes merge and are reused exactly,
-// and release() alone gives memory back.
+// and memory is given back by release(), and where a large tensor of malloc's takes as much.
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -32,6 +32,8 @@ constexpr size_t kLargePage = size_t{2} << 20;
 // Smaller tensors are malloc's, larger ones too: those it maps and unmaps one by one, so that what holdings free is free.
 constexpr size_t kSmallest = size_t{64} << 10;
 constexpr size_t kLargest = size_t{64} << 20;
+// So much of holes is given back before the pool reaches further.
+constexpr size_t kHoles = size_t{32} << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -66,6 +68,8 @@ class Range {
     const auto best = by_size_.lower_bound({n, 0});
     if (best == by_size_.end()) return nullptr;
     const auto [size, at] = *best;
+    // None of the holes fits: they come back one by one where they do.
+    if (at + n > top_ && top_ - begin_ >= in_use_ + kHoles) give_back_holes(kLargePage);
     erase(at, size);
     if (size > n) insert(at + n, size - n);
     used_[at] = n;
@@ -100,23 +104,28 @@ class Range {
     insert(at, n);
   }
 
-  void release() {
+  // Gives back whole pages of this size that no tensor uses.
+  void release(size_t page) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const auto& [at, size] : by_address_) {
-      const uintptr_t end = std::min(at + size, top_);
-      if (end > at) madvise(reinterpret_cast<void*>(at), end - at, MADV_DONTNEED);
-    }
-    top_ = begin_;
-    for (const auto& [at, size] : used_) top_ = std::max(top_, at + size);
+    give_back_holes(page);
   }
 
-  // Bytes in use, and bytes that were in use at some time since the last release().
+  // Bytes in use, and bytes up to the highest that was in use since the last release().
   std::pair<int64_t, int64_t> sizes() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return {static_cast<int64_t>(in_use_), static_cast<int64_t>(top_ - begin_)};
   }
 
  private:
+  void give_back_holes(size_t page) {
+    for (const auto& [at, size] : by_address_) {
+      const uintptr_t begin = round_up(at, page), end = std::min(at + size, round_up(top_, page)) / page * page;
+      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }
+    top_ = begin_;
+    for (const auto& [at, size] : used_) top_ = std::max(top_, at + size);
+  }
+
   void insert(uintptr_t at, size_t size) {
     by_size_.emplace(size, at);
     by_address_.emplace(at, size);
@@ -157,6 +166,8 @@ struct Pool final : c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t n) override {
+    // What is malloc's must not come on top of holes. Their large pages stay whole: small ones would be slow to fill.
+    if (n > kLargest) range().release(kLargePage);
     void* p = n >= kSmallest && n <= kLargest ? range().take(n) : nullptr;
     if (p == nullptr) {
       p = fallback().raw_allocate(n);
@@ -182,7 +193,7 @@ bool install() {
   return done;
 }
 
-void release() { range().release(); }
+void release() { range().release(kPage); }
 
 std::tuple<int64_t, int64_t> sizes() {
   const auto [used, touched] = range().sizes();

@@ -1,4 +1,4 @@
-"""linear against fp64 in every implementation, and where it leaves the work to F.linear."""
+"""linear, its weight gradient and gated_mlp against fp64 in every implementation and on every instruction set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gadcore.kernels import linear as module
-from gadcore.kernels.linear import linear
+from gadcore.kernels.gated_mlp import gated_mlp
+from gadcore.kernels.linear import linear, weight_gradient
 
 IMPLS = [("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
 
@@ -81,3 +82,73 @@ def test_refusals(arguments) -> None:
     dtype = arguments.pop("dtype", torch.float32)
     with pytest.raises(ValueError, match="linear: impl"):
         linear(leaf(4, 6, dtype=dtype), leaf(3, 6, dtype=dtype), **arguments)
+
+
+@pytest.fixture(params=["", "wide", "avx2", "scalar"])
+def level(request):
+    """ "wide" is the code of AVX-512 on any CPU with AVX2."""
+    try:
+        torch.ops.gadcore._cpu_level(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    torch.ops.gadcore._cpu_level("")
+
+
+# Around the 6 rows and 64 columns of a tile, the 768 columns of a block and the 208 rows of a depth.
+@pytest.mark.parametrize("tokens", [0, 1, 3, 207, 208, 209, 450])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 63), (6, 64), (7, 65), (13, 769), (40, 900)])
+def test_weight_gradient(level, tokens, n, k) -> None:
+    grad, x = leaf(tokens, n).detach(), leaf(tokens, k, seed=1).detach()
+    assert_close(weight_gradient(grad, x), grad.double().T @ x.double())
+    wide = leaf(tokens, 2 * k, seed=2).detach()[:, k // 2 : k // 2 + k]
+    assert_close(weight_gradient(grad, wide), grad.double().T @ wide.double())
+    columns = leaf(k, tokens, seed=3).detach().T
+    assert_close(weight_gradient(grad, columns), grad.double().T @ columns.double())
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit_of_a_weight_gradient(level, threads) -> None:
+    grad, x = leaf(300, 200).detach(), leaf(300, 800, seed=1).detach()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = weight_gradient(grad, x)
+        torch.set_num_threads(threads)
+        assert torch.equal(weight_gradient(grad, x), alone) or level in ("avx2", "scalar")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 33), (300,)])
+@pytest.mark.parametrize(("hidden", "inner", "out"), [(4, 7, 4), (48, 130, 48), (20, 9, 5)])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_gated_mlp(monkeypatch, shape, hidden, inner, out, onednn) -> None:
+    monkeypatch.setattr("gadcore.kernels.gated_mlp.onednn_is_faster", lambda: onednn)
+    shapes = [(*shape, hidden), (inner, hidden), (inner, hidden), (out, inner)]
+    operands = [leaf(*s, seed=i) for i, s in enumerate(shapes)]
+    grad = leaf(*shape, out, seed=9).detach()
+    y = gated_mlp(*operands)
+    kept = grad.clone()
+    y.backward(grad)
+    assert torch.equal(grad, kept)
+
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    expected = F.linear(F.silu(F.linear(wide[0], wide[1])) * F.linear(wide[0], wide[2]), wide[3])
+    expected.backward(grad.double())
+    assert_close(y, expected)
+    for actual, other in zip(operands, wide, strict=True):
+        assert_close(actual.grad, other.grad)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_gated_mlp_with_frozen_operands(frozen) -> None:
+    operands = [leaf(5, 4), leaf(7, 4), leaf(7, 4), leaf(4, 7)]
+    operands[frozen].requires_grad_(False)
+    gated_mlp(*operands).sum().backward()
+    assert [t.grad is None for t in operands] == [i == frozen for i in range(4)]
+
+
+def test_gated_mlp_refuses_what_it_does_not_compute() -> None:
+    with pytest.raises(ValueError, match="gated_mlp: up must be float32 on the CPU, is torch.float64 on cpu"):
+        gated_mlp(leaf(5, 4), leaf(7, 4), leaf(7, 4, dtype=torch.float64), leaf(4, 7))

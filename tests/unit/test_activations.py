@@ -89,7 +89,7 @@ def test_a_mode_takes_the_place_of_another() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_norms_and_gated_activations_are_not_kept(kind) -> None:
+def test_norms_are_not_kept(kind) -> None:
     policy = student(torch.float32, kind=kind, kl_coef=0.0)
     model = policy.model
     with_recipes = bytes_per_token(model)["off"]
@@ -101,12 +101,11 @@ def test_norms_and_gated_activations_are_not_kept(kind) -> None:
         Recipes.of = real
     config = model.config
     # The query and key norms of Qwen3 feed no product.
-    assert without - with_recipes == 4 * config.num_hidden_layers * (2 * config.hidden_size + config.intermediate_size)
+    assert without - with_recipes == 4 * config.num_hidden_layers * 2 * config.hidden_size
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_recipes_change_no_bit(monkeypatch, kind, dtype) -> None:
+def test_recipes_change_no_bit(monkeypatch, kind) -> None:
     batch, rewards = groups(2, 3, ragged=True), [[1.0, 2.0, 4.0]] * 2
     made = []
     real = Recipes.pack
@@ -117,12 +116,11 @@ def test_recipes_change_no_bit(monkeypatch, kind, dtype) -> None:
         return packed
 
     monkeypatch.setattr(Recipes, "pack", pack)
-    again = student(dtype, kind=kind, kl_coef=0.0)
+    again = student(torch.float32, kind=kind, kl_coef=0.0)
     again.grpo_backward(batch, rewards)
-    # In fp64 the builders put norms of their own in, and Gemma's activation is another one.
-    assert any(made) == (dtype == torch.float32 or kind != "gemma3")
+    assert any(made)
     monkeypatch.setattr(Recipes, "of", lambda *_: None)
-    kept = student(dtype, kind=kind, kl_coef=0.0)
+    kept = student(torch.float32, kind=kind, kl_coef=0.0)
     kept.grpo_backward(batch, rewards)
     expected, actual = gradients(kept.model), gradients(again.model)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

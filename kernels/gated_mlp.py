@@ -1,0 +1,69 @@
+"""A gated MLP with its three products, for the CPU: y = (silu(x G^T) * (x U^T)) D^T.
+
+    h = silu(g) u        d h = d y D        d D = d y^T h        d g, d u: kernels/swiglu.py
+    d G = d g^T x        d U = d u^T x      d x = d g G + d u U
+
+h is made again in backward instead of being kept, and d g and d u take the places of h and d h: the backward pass of a
+layer holds two matrices of the MLP's width beside what forward kept, not four.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gadcore.kernels import _native
+from gadcore.kernels.linear import onednn_is_faster, onednn_product, weight_gradient
+
+OPS = ("cpu_swiglu", "cpu_swiglu_backward_in_place", "cpu_weight_gradient")
+
+
+def available() -> bool:
+    """Whether gated_mlp() can be called: where the native library is."""
+    return all(map(_native.available, OPS))
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """(silu(x gate^T) * (x up^T)) down^T.
+
+    x: [.., H]; gate, up: [I, H]; down: [H', I]; all float32 on the CPU. Returns [.., H']. Gradients go to all four, but
+    none of second order. Raises ValueError for other dtypes or devices, RuntimeError without the native library.
+    """
+    for op in OPS:
+        _native.require(op)
+    for name, tensor in {"x": x, "gate": gate, "up": up, "down": down}.items():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(f"gated_mlp: {name} must be float32 on the CPU, is {tensor.dtype} on {tensor.device}")
+    return _GatedMlp.apply(x, gate, up, down)  # type: ignore[no-any-return]
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return onednn_product(x, weight) if onednn_is_faster() else F.linear(x, weight)
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        g, u = _product(x, gate), _product(x, up)
+        ctx.save_for_backward(x, g, u, gate, up, down)
+        return _product(torch.ops.gadcore.cpu_swiglu(g, u), down)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, g, u, gate, up, down = ctx.saved_tensors
+        need_x, need_gate, need_up, need_down = ctx.needs_input_grad
+
+        def of_weight(needed: bool, grad: Tensor, x: Tensor) -> Tensor | None:
+            return weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if needed else None
+
+        h = torch.ops.gadcore.cpu_swiglu(g, u)
+        d_down = of_weight(need_down, grad, h)
+        d_h = _product(grad, down.t())
+        torch.ops.gadcore.cpu_swiglu_backward_in_place(d_h, g, u, h)
+        d_gate, d_up = of_weight(need_gate, h, x), of_weight(need_up, d_h, x)
+        d_x = _product(h, gate.t()).add_(_product(d_h, up.t())) if need_x else None
+        return d_x, d_gate, d_up, d_down
