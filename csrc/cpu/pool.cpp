@@ -33,7 +33,7 @@ constexpr size_t kLargePage = size_t{2} << 20;
 constexpr size_t kSmallest = size_t{64} << 10;
 constexpr size_t kLargest = size_t{64} << 20;
 // So much of holes is given back before the pool reaches further.
-constexpr size_t kHoles = size_t{32} << 20;
+constexpr size_t kHoles = size_t{64} << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
