@@ -4,6 +4,11 @@
 // of one pass over memory for each. Every row, a query head of a request, takes its keys in their own order, 32 at a
 // time, with a running maximum and sum, and the rows of a product do not see each other: what a row is computed beside,
 // and on which thread, changes no bit.
+//
+// query and out: float32 [M, Hq, D]. key_cache and value_cache: float32 [N, Hk, B, D] as vLLM's CPU backend fills them,
+// which stores the keys of a block and head as [D, B] and the values as [B, D]. block_table: int32 [M, blocks], whose
+// row m lists the blocks of the first seq_lens[m] tokens, int32 [M]. B and D are multiples of 32. Anything else is an
+// error.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -21,8 +26,6 @@ using at::Tensor;
 
 // Keys that are taken in at a time; divides the blocks of every cache, and panels divide it.
 constexpr int64_t kKeys = 32;
-// Numbers of a cache line.
-constexpr int64_t kLine = 16;
 
 // Keys and values of at most kKeys tokens: keys [width, block] of which the first `count` columns are seen, values
 // [count, width].
@@ -71,41 +74,48 @@ struct Decode {
     V::store(rows.sum + r * kKeys, sum);
   }
 
+  // Asks for a strip's share of `bytes` from `begin` on, a little with every step of a product: so the memory is busy
+  // while the strip computes, and the strip does not wait for a queue of requests.
+  struct Prefetch {
+    // A step of W lanes pays for so many lines.
+    static constexpr int kLines = W < 8 ? 1 : W / 8;
+    const char* next;
+    int64_t step, apart;
+
+    Prefetch(const float* begin, int64_t bytes, int64_t strip, int64_t strips, int64_t steps)
+        : next(reinterpret_cast<const char*>(begin) + bytes / kLines * strip / strips),
+          step(bytes / kLines / strips / steps),
+          apart(bytes / kLines) {}
+
+    GADCORE_INLINE void operator()() {
+#ifdef __GNUC__
+      // Into L2: L1 is full of what is being computed.
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(next + i * apart, 0, 2);
+#endif
+      next += step;
+    }
+  };
+
   static GADCORE_INLINE void attend(const Rows& all, const Piece& piece, const Piece& next) {
     float scores[kTile * kKeys];
-    const int64_t strips = (all.count + kTile - 1) / kTile, share = (all.width + strips - 1) / strips;
-    int64_t ahead = 0;
-    for (int64_t first = 0; first < all.count; first += kTile, ahead += share) {
-      const Rows rows = all.from(first);
-      const int64_t n = std::min(kTile, rows.count), width = rows.width;
-      prefetch_keys(next, ahead, std::min(ahead + share, width));
+    const int64_t width = all.width, strips = (all.count + kTile - 1) / kTile;
+    for (int64_t s = 0; s < strips; ++s) {
+      const Rows rows = all.from(s * kTile);
+      const int64_t n = std::min(kTile, rows.count);
+      Prefetch keys(next.keys, 4 * kKeys * width, s, strips, width * (kKeys / P::kPanel));
       for (int64_t j = 0; j < piece.count; j += P::kPanel) {
-        P::template of<false, false>(n, rows.x, width, piece.keys + j, piece.block, width, scores + j, kKeys);
+        P::template of<false, false>(n, rows.x, width, piece.keys + j, piece.block, width, scores + j, kKeys, keys);
       }
-      prefetch_values(next, ahead, std::min(ahead + share, width), width);
       for (int64_t r = 0; r < n; ++r) {
         float* row = scores + r * kKeys;
         std::fill(row + piece.count, row + kKeys, -kInf);
         softmax(rows, r, row);
       }
+      Prefetch values(next.values, 4 * next.count * width, s, strips, piece.count * (width / P::kPanel));
       for (int64_t d = 0; d < width; d += P::kPanel) {
-        P::template of<true, false>(n, scores, kKeys, piece.values + d, width, piece.count, rows.out + d, width);
+        P::template of<true, false>(n, scores, kKeys, piece.values + d, width, piece.count, rows.out + d, width,
+                                    values);
       }
-    }
-  }
-
-  // A share [begin, end) of the width of what comes next: spread over the strips, it arrives while they compute.
-  static GADCORE_INLINE void prefetch_keys(const Piece& next, int64_t begin, int64_t end) {
-    for (int64_t d = begin; d < end; ++d) {
-      const float* row = next.keys + d * next.block;
-      for (int64_t j = 0; j < kKeys; j += kLine) __builtin_prefetch(row + j, 0, 2);
-    }
-  }
-  static GADCORE_INLINE void prefetch_values(const Piece& next, int64_t begin, int64_t end, int64_t width) {
-    // `width` shares of kKeys numbers.
-    const float* end_of = next.values + next.count * width;
-    for (const float* p = next.values + begin * kKeys; p < std::min(end_of, next.values + end * kKeys); p += kLine) {
-      __builtin_prefetch(p, 0, 2);
     }
   }
 
@@ -144,7 +154,7 @@ constexpr const Kernels* kTables[kLevels] = {
 #endif
 };
 
-// A request: its place in the batch, its keys, and those of its blocks that are full.
+// A request: its place in the batch, its keys, and how many of its blocks are full.
 struct Request {
   int64_t place, keys, full;
   const int32_t* blocks;
@@ -288,9 +298,10 @@ void decode_attention(const Tensor& query, const Tensor& key_cache, const Tensor
       for (size_t i = 0; i < steps.size(); ++i) {
         Rows some = rows.from(steps[i].first * shared);
         some.count = (steps[i].last - steps[i].first) * shared;
-        const Piece next = i + 1 < steps.size() ? cache.at(steps[i + 1], head)
-                                                : cache.at(steps[0], std::min(head + 1, key_heads - 1));
-        kernels.attend(some, cache.at(steps[i], head), next);
+        const Piece piece = cache.at(steps[i], head);
+        const bool last_of_head = i + 1 == steps.size(), last_of_all = last_of_head && (head + 1) * length >= to;
+        kernels.attend(some, piece,
+                       last_of_all ? piece : cache.at(steps[last_of_head ? 0 : i + 1], head + last_of_head));
       }
       for (int64_t r = 0; r < n; ++r) {
         float* row = o + requests[first + r / shared].place * o_row + (head * shared + r % shared) * o_head;
