@@ -3,75 +3,25 @@
 
 #include <algorithm>
 
-#include "vec.h"
+#include "product_tile.h"
 
 namespace gadcore {
 namespace {
-
-// Rows of a tile: 2 R sums, two vectors of a panel and a broadcast number fill the 16 registers of AVX2.
-constexpr int64_t kTile = 6;
 
 template <int W>
 struct Tiles {
   using V = Vec<W>;
   using F = typename V::F;
-  static constexpr int64_t kPanel = 2 * W;
+  static constexpr int64_t kPanel = ProductTile<W>::kPanel;
   static_assert(kKeys % kPanel == 0 && kKeys + W <= kScores);
-
-  // c [R, panel] (+)= sum over k of a(r, k) b[k, :], with a(r, k) = a[r * a_row + k * a_k].
-  template <int R>
-  static GADCORE_INLINE void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t depth, float* c,
-                                  int64_t c_row, bool add) {
-    F low[R], high[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      low[r] = add ? V::load(c + r * c_row) : V::splat(0.0f);
-      high[r] = add ? V::load(c + r * c_row + W) : V::splat(0.0f);
-    }
-    for (int64_t k = 0; k < depth; ++k, a += a_k, b += kPanel) {
-      const F b_low = V::load(b), b_high = V::load(b + W);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        // A scalar operand becomes one broadcast; V::splat GCC assembles lane by lane, at a third of the speed.
-        const float x = a[r * a_row];
-        low[r] = low[r] + x * b_low;
-        high[r] = high[r] + x * b_high;
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      V::store(c + r * c_row, low[r]);
-      V::store(c + r * c_row + W, high[r]);
-    }
-  }
-
-  template <bool kAdd, bool kTransposed>
-  static GADCORE_INLINE void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t depth,
-                                     float* c, int64_t c_row) {
-    const int64_t a_row = kTransposed ? 1 : a_stride, a_k = kTransposed ? a_stride : 1;
-    switch (rows) {
-      case 6:
-        return tile<6>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-      case 5:
-        return tile<5>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-      case 4:
-        return tile<4>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-      case 3:
-        return tile<3>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-      case 2:
-        return tile<2>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-      default:
-        return tile<1>(a, a_row, a_k, b, depth, c, c_row, kAdd);
-    }
-  }
 
   static GADCORE_INLINE void scores(const Seen& seen, const float* x, int64_t width, const Panels& keys, float* out) {
     for (int64_t p = seen.begin() / kPanel, j = p * kPanel; j < seen.end(); ++p, j += kPanel) {
       for (int64_t r = 0; r < seen.rows; r += kTile) {
         const int64_t n = std::min(kTile, seen.rows - r);
         if (seen.to[r + n - 1] <= j || seen.from[r] >= j + kPanel) continue;
-        tile_of<false, false>(n, x + r * width, width, keys.data + p * keys.stride, width, out + r * kScores + j,
-                              kScores);
+        ProductTile<W>::template of<false, false>(n, x + r * width, width, keys.data + p * keys.stride, kPanel, width,
+                                                  out + r * kScores + j, kScores);
       }
     }
   }
@@ -82,8 +32,9 @@ struct Tiles {
       for (int64_t r = 0; r < seen.rows; r += kTile) {
         const int64_t n = std::min(kTile, seen.rows - r), first = seen.from[r], depth = seen.to[r + n - 1] - first;
         if (depth <= 0) continue;
-        tile_of<true, false>(n, p + r * kScores + first, kScores, b.data + i * b.stride + first * kPanel, depth,
-                             out + r * width + i * kPanel, width);
+        ProductTile<W>::template of<true, false>(n, p + r * kScores + first, kScores,
+                                                 b.data + i * b.stride + first * kPanel, kPanel, depth,
+                                                 out + r * width + i * kPanel, width);
       }
     }
   }
@@ -98,8 +49,9 @@ struct Tiles {
         while (seen.to[first] <= j) ++first;
         while (last < seen.rows && seen.from[last] < j + n) ++last;
         if (first >= last) continue;
-        tile_of<true, true>(n, p + first * kScores + j, kScores, x.data + i * x.stride + first * kPanel, last - first,
-                            out + j * width + i * kPanel, width);
+        ProductTile<W>::template of<true, true>(n, p + first * kScores + j, kScores,
+                                                x.data + i * x.stride + first * kPanel, kPanel, last - first,
+                                                out + j * width + i * kPanel, width);
       }
     }
   }

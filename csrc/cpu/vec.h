@@ -94,6 +94,10 @@ struct Vec {
   static GADCORE_INLINE float largest(F v) {
     if constexpr (W == 1) {
       return v;
+    } else if constexpr (W == 4) {
+      // GCC compares vectors of two lane by lane through general registers.
+      const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+      return a > b ? a : b;
     } else {
       typename Vec<W / 2>::F low, high;
       halve(v, low, high);
