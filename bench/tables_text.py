@@ -21,6 +21,7 @@ _OPS = {
     "grpo_ratio_loss": ("the GRPO loss of log-probabilities that are there already", "yes"),
     "bt_score": ("scores at last tokens, and the Bradley-Terry loss over the pairs of every group", "yes"),
     "prefix_attention": ("attention of packed groups: responses see their shared prompt and themselves", "yes"),
+    "linear": ("a linear layer of many rows with its gradients, as in training", "no"),
     "linear_few_rows": ("a linear layer of at most 64 rows, as in decoding", "no"),
 }
 

@@ -29,7 +29,7 @@ from gadcore.memory.recompute import remember
 
 def fuse_backbone(model: PreTrainedModel) -> int:
     """Replaces forward passes of norms, MLPs and linear layers by faster ones with the same mathematics; returns how
-    many.
+    many norms and MLPs.
 
     Parameters stay where they are. UserError where the package that CUDA needs is missing.
     """
@@ -37,10 +37,12 @@ def fuse_backbone(model: PreTrainedModel) -> int:
         return _liger(model)
     fused = 0
     for module in model.modules():
-        forward = _fused_norm(module) or _fused_mlp(module) or _faster_linear(module)
+        forward = _fused_norm(module) or _fused_mlp(module)
         if forward is not None:
             module.forward = MethodType(forward, module)
             fused += 1
+        elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster():
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
     return fused
 
 
@@ -95,11 +97,6 @@ def _whole_mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
-
-
-def _faster_linear(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    plain = type(module) is nn.Linear and module.weight.dtype == torch.float32
-    return _linear if plain and onednn_is_faster() else None
 
 
 def _linear(self: nn.Module, x: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from gadcore.kernels import _native
 from gadcore.kernels.linear import onednn_is_faster, onednn_product, weight_gradient
+from gadcore.kernels.swiglu import swiglu
 
-OPS = ("cpu_swiglu", "cpu_swiglu_backward_in_place", "cpu_weight_gradient")
+_OPS = ("cpu_swiglu", "cpu_swiglu_backward_in_place", "cpu_weight_gradient")
 
 
 def available() -> bool:
     """Whether gated_mlp() can be called: where the native library is."""
-    return all(map(_native.available, OPS))
+    return all(map(_native.available, _OPS))
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     x: [.., H]; gate, up: [I, H]; down: [H', I]; all float32 on the CPU. Returns [.., H']. Gradients go to all four, but
     none of second order. Raises ValueError for other dtypes or devices, RuntimeError without the native library.
     """
-    for op in OPS:
+    for op in _OPS:
         _native.require(op)
     for name, tensor in {"x": x, "gate": gate, "up": up, "down": down}.items():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
@@ -49,7 +50,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         g, u = _product(x, gate), _product(x, up)
         ctx.save_for_backward(x, g, u, gate, up, down)
-        return _product(torch.ops.gadcore.cpu_swiglu(g, u), down)
+        return _product(swiglu(g, u), down)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -60,7 +61,7 @@ class _GatedMlp(torch.autograd.Function):
         def of_weight(needed: bool, grad: Tensor, x: Tensor) -> Tensor | None:
             return weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if needed else None
 
-        h = torch.ops.gadcore.cpu_swiglu(g, u)
+        h = swiglu(g, u)
         d_down = of_weight(need_down, grad, h)
         d_h = _product(grad, down.t())
         torch.ops.gadcore.cpu_swiglu_backward_in_place(d_h, g, u, h)

@@ -51,9 +51,17 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x [N, K] of float32 grad [T, N] and x [T, K] on a CPU, without gradients."""
-    if _native.available("cpu_weight_gradient"):
-        return torch.ops.gadcore.cpu_weight_gradient(grad, x)  # type: ignore[no-any-return]
-    return grad.t().mm(x)
+    return _weight_gradient(grad, x) if _native.available("cpu_weight_gradient") else grad.t().mm(x)
+
+
+@torch.library.custom_op("gadcore::weight_gradient", mutates_args=())
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.gadcore.cpu_weight_gradient(grad, x)  # type: ignore[no-any-return]
+
+
+@_weight_gradient.register_fake
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[1], x.shape[1])
 
 
 class _Linear(torch.autograd.Function):
