@@ -27,6 +27,7 @@ from gadcore.fused import fuse_backbone
 from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.layout import GroupLayout
+from gadcore.kernels.linear import linear
 from gadcore.kernels.linear_few_rows import decoding_linear
 from gadcore.plan.activations import with_layers
 from gadcore.plan.dimensions import Dimensions
@@ -144,7 +145,7 @@ def _products(d: Dimensions, clock: _Clock, dtype: torch.dtype) -> float:
     weights = _matrices(d, 2 if d.layer < 50e6 else 1, clock.device, dtype)
     inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device=clock.device, dtype=dtype) for w in weights}
     with torch.no_grad():
-        seconds = clock(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights], repeats=3)
+        seconds = clock(lambda: [linear(inputs[w.shape[1]], w) for w in weights], repeats=3)
     return 2 * tokens * sum(w.numel() for w in weights) / seconds
 
 
@@ -205,12 +206,12 @@ def _decode(d: Dimensions, clock: _Clock, rate: float, dtype: torch.dtype) -> di
     layers = min(d.layers, max(1, round(_DECODE_BYTES / (d.matrices * dtype.itemsize))))
     weights = _matrices(d, layers, clock.device, dtype)
     entries = sum(w.numel() for w in weights)
-    linear = decoding_linear() if clock.device.type == "cpu" else F.linear
+    product = decoding_linear() if clock.device.type == "cpu" else F.linear
     seconds = {}
     with torch.no_grad():
         for rows in DECODE_ROWS:
             inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=clock.device, dtype=dtype) for w in weights}
-            seconds[rows] = clock(lambda inputs=inputs: [linear(inputs[w.shape[1]], w, None) for w in weights])  # type: ignore[misc]
+            seconds[rows] = clock(lambda inputs=inputs: [product(inputs[w.shape[1]], w, None) for w in weights])  # type: ignore[misc]
     if clock.device.type == "cuda":
         return {"decode_flops_share": min(1.0, 2 * DECODE_ROWS[-1] * entries / seconds[DECODE_ROWS[-1]] / rate)}
     flops = {f"decode_flops_{rows}": 2 * rows * entries / spent for rows, spent in seconds.items()}
