@@ -41,7 +41,8 @@ sampling free` out of theirs alone."""
 
 LIMIT = """FLOPs of the matrix products that the packed step cannot do without (attention included; a backward pass
 counts as two products for each of the forward pass, recomputation not at all), over what one large fp32 product
-reached in the same process between the same steps."""
+reached in the same process between the same steps: by MKL, or by oneDNN where that is faster (from commit cfa20ac on;
+before, by MKL)."""
 
 PHASES = """Seconds of each phase. Ours has one discriminator pass: its scores are the rewards. `other` is what
 belongs to none: a trainer's own work between the passes."""
@@ -59,7 +60,8 @@ literal side that is measured does not."""
 
 PROFILE = """One more step of ours under torch's profiler, on one thread, after the timed ones: CPU seconds of
 operations without those that they call. What is left of the whole step is Python, dispatch, and the profiler itself.
-`aten::mm` and `aten::addmm` are products; those of the head are inside of the grouped operations."""
+Products are `aten::mm` and `aten::addmm`, by MKL, `mkldnn::_linear_pointwise`, by oneDNN, and
+`gadcore::cpu_weight_gradient`; with AVX-512 those of the head are inside of the grouped operations."""
 
 
 def document(read: Callable[[str], list[Row]] | None = None) -> str:
