@@ -1,7 +1,8 @@
 """The memory pool of CPU tensors: what a training step frees stays with the process, in large pages, for the next one.
 
 malloc returns a step's memory and takes it anew, page by page, zeroed by the kernel every time. The pool
-(csrc/cpu/pool.cpp) serves tensors of 64 KiB to 64 MiB; others stay malloc's.
+(csrc/cpu/pool.cpp) serves tensors of 64 KiB to 64 MiB; others stay malloc's. It gives holes back to the system before a
+tensor of malloc's takes more, and before it would itself reach further with more than 64 MiB of them.
 """
 
 from __future__ import annotations

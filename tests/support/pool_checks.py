@@ -80,6 +80,30 @@ def test_release_returns_what_is_free_and_nothing_else() -> None:
     assert all(bool(b.all()) for b in blocks)
 
 
+def with_holes(size: int) -> list[torch.Tensor]:
+    """Blocks of `size` with holes of `size` between them, 96 MiB of each."""
+    blocks = [torch.ones(size, dtype=torch.uint8) for _ in range(2 * 96 * MIB // size)]
+    del blocks[::2]
+    return blocks
+
+
+@pytest.mark.parametrize("more", [65 * MIB, 8 * MIB], ids=["a tensor of malloc's", "a longer reach"])
+def test_holes_are_given_back_before_more_is_taken(more) -> None:
+    blocks = with_holes(6 * MIB)
+    before = resident.rss()
+    # Does not fit into the holes, and its pages are not written to.
+    kept = block(more)
+    assert before - resident.rss() > 48 * MIB
+    assert all(bool(b.all()) for b in blocks) and kept.numel() == more
+
+
+def test_what_fits_into_a_hole_gives_nothing_back() -> None:
+    blocks = with_holes(6 * MIB)
+    before = resident.rss()
+    kept = block(5 * MIB)
+    assert resident.rss() > before - MIB and len(blocks) and kept.numel() == 5 * MIB
+
+
 def test_threads_allocate_and_free_at_once() -> None:
     before, wrong = pool.sizes().in_use, []
 
