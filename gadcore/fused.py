@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.errors import UserError
-from gadcore.kernels import gated_mlp
+from gadcore.kernels import _native, gated_mlp
 from gadcore.kernels.linear import linear, onednn_is_faster
 from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.swiglu import swiglu
@@ -116,11 +116,24 @@ def embed_in_place(model: PreTrainedModel) -> bool:
         # A model of no tokens, such as the toys of the paper's mixtures.
         return False
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
-    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
-    if model.device.type != "cpu" or not plain or not alone:
+    if model.device.type != "cpu" or not plain or not _alone():
         return False
     embedding.forward = MethodType(_embed, embedding)
     return True
+
+
+def gradient_in_place(weight: Tensor, autocast: str) -> Tensor | None:
+    """The gradient that an earlier pass has left of an output head, where the native op can add the next one to it.
+
+    Autograd would make the next one, [vocabulary, hidden], while all activations are there, and then add the two. None
+    elsewhere, under another autocast than "none", and over several processes.
+    """
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and autocast == "none" and _alone()
+    return weight.grad if fits and _native.available("cpu_grouped_grpo") else None
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
 def _embed(self: nn.Embedding, ids: Tensor) -> Tensor:

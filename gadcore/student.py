@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gadcore.backbone import cost_of, hidden_states, use_packed_attention
 from gadcore.config import AlgorithmSettings, StudentSettings
-from gadcore.fused import embed_in_place, fuse_backbone
+from gadcore.fused import embed_in_place, fuse_backbone, gradient_in_place
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.grouped_logprob import grouped_logprob
@@ -139,6 +139,7 @@ class Student:
                     kl_coef=algorithm.kl_coef,
                     denominator=response_tokens,
                     return_entropy=True,
+                    add_weight_gradient_to=gradient_in_place(head.weight, self.settings.autocast),
                 )
             result.loss.backward()
             samples = [groups[part.group].samples[i] for part in parts for i in part.responses]

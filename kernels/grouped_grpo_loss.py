@@ -44,6 +44,7 @@ def grouped_grpo_loss(
     kl_coef: float,
     denominator: float,
     return_entropy: bool = False,
+    add_weight_gradient_to: Tensor | None = None,
     impl: Impl = "auto",
 ) -> GRPOLoss:
     """The clipped policy loss with k3 KL, its gradients, and metrics, in one pass over the tokens.
@@ -53,9 +54,11 @@ def grouped_grpo_loss(
     rewards: [S], from which group advantages are computed, or advantages: [S], ready; exactly one of them, float32 or
     float64. ref_logprob: [T] float32 or None where kl_coef is 0. old_logprob: [T] float32, or None when the batch gets
     one optimizer step (see grpo_ratio_loss). denominator: tokens of the whole batch, over micro-batches and ranks.
-    return_entropy: sums the entropy into the metrics, which costs a little time. Gradients go to hidden, weight and
-    bias, and can be had once: a second backward pass raises RuntimeError. Raises ValueError for arguments that do not
-    fit, RuntimeError for an `impl` that is not there.
+    return_entropy: sums the entropy into the metrics, which costs a little time. add_weight_gradient_to: what the
+    gradient of weight is added to by this call, whatever backward() is called on later, instead of being handed to
+    autograd; float32 as weight, for one that has a gradient already: two of [V, H] are then never held ("cpu" alone).
+    Gradients go to hidden, weight and bias, and can be had once: a second backward pass raises RuntimeError. Raises
+    ValueError for arguments that do not fit, RuntimeError for an `impl` that is not there.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature)
@@ -71,10 +74,18 @@ def grouped_grpo_loss(
         raise ValueError(
             f"advantages must be [{groups.sequences}], one for every sequence, are {list(advantages.shape)}"
         )
+    added = add_weight_gradient_to
+    if added is not None and (added.shape != weight.shape or not added.dtype == weight.dtype == torch.float32):
+        raise ValueError(
+            f"add_weight_gradient_to must be float32 {list(weight.shape)} as weight, is {list(added.shape)} "
+            f"{added.dtype} for {weight.dtype}"
+        )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     per_token = advantages.to(dtype)[groups.sequence_of]
     check_tokens(tokens, dtype, per_token, ref_logprob, old_logprob, kl_coef)
     chosen = choose("grouped_grpo_loss", impl, hidden, native="cpu_grouped_grpo")
+    if chosen != "cpu" and added is not None:
+        raise ValueError(f'add_weight_gradient_to needs impl="cpu", "{chosen}" would compute')
     if chosen == "reference":
         logprob, entropy = grouped_logprob_reference(hidden, weight, targets, bias, temperature, return_entropy)
         counted = targets != IGNORED
@@ -85,19 +96,11 @@ def grouped_grpo_loss(
         grad = torch.is_grad_enabled()
         needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         constants = (float(temperature), float(clip_low), float(clip_high), float(kl_coef), float(denominator))
-        loss, stats, _, _, _ = _op(
-            hidden,
-            weight,
-            bias,
-            targets,
-            per_token,
-            ref_logprob,
-            old_logprob,
-            *constants,
-            return_entropy,
-            *needs,
-            chosen,
-        )
+        tensors = (targets, per_token, ref_logprob, old_logprob)
+        if added is None:
+            loss, stats, *_ = _op(hidden, weight, bias, *tensors, *constants, return_entropy, *needs, chosen)
+        else:
+            loss, stats = _Adding.apply(hidden, bias, weight.detach(), added, (*tensors, *constants, return_entropy))
         _, logprob, kl, ratio, clipped, entropy = stats
     metrics = GRPOMetrics(
         kl.sum(), clipped.sum(), ratio.max(), entropy.sum(), (targets != IGNORED).sum().to(dtype), logprob
@@ -174,14 +177,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    if ctx.gradients is None:
-        raise RuntimeError("grouped_grpo_loss: the gradients were handed out already; compute the loss again")
-    gradients, ctx.gradients = ctx.gradients, None
+    gradients = _handed_out(ctx)
     scaled = [
         _scaled(gradient, grad_loss) if needed else None
         for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
     ]
     return *scaled, *[None] * 14
+
+
+def _handed_out(ctx: Any) -> Any:
+    if ctx.gradients is None:
+        raise RuntimeError("grouped_grpo_loss: the gradients were handed out already; compute the loss again")
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -193,3 +201,25 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Adding(torch.autograd.Function):
+    """The op on the CPU, with the gradient of weight added to `add_to`; custom ops with gradients may not write to one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, bias: Tensor | None, weight: Tensor, add_to: Tensor, others: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        compute = implementation("cpu", "cpu_grouped_grpo", "", "")
+        need_hidden, need_bias = ctx.needs_input_grad[:2]
+        stats, *gradients = compute(hidden, weight, bias, *others, need_hidden, True, need_bias, add_to)
+        ctx.gradients = gradients[0], gradients[2]
+        ctx.mark_non_differentiable(stats)
+        denominator = others[-2]
+        return stats[0].sum() / denominator, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        needed = zip(_handed_out(ctx), ctx.needs_input_grad[:2], strict=True)
+        hidden, bias = (_scaled(gradient, grad_loss) if need else None for gradient, need in needed)
+        return hidden, bias, None, None, None

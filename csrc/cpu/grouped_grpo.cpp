@@ -44,6 +44,7 @@ struct Job {
   double inv_t, denominator;
   float clip_low, clip_high, kl_coef;
   bool entropy, need_bias;
+  const std::optional<Tensor>& add_to;
   Tensor stats;
 
   float* row(Row r) const { return stats.data_ptr<float>() + r * stats.size(1); }
@@ -82,7 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> gradient_pass(const Job& job, const TokenList
                                                  bool need_weight) {
   const int64_t n = tokens.size(), vocabulary = job.weight.size(0), width = job.weight.size(1);
   const int64_t chunk = n ? chunk_tokens(n, vocabulary) : 0;
-  HeadGradients gradients(job.hidden, job.weight, n, vocabulary, need_hidden, need_weight, job.need_bias);
+  HeadGradients gradients(job.hidden, job.weight, n, vocabulary, need_hidden, need_weight, job.need_bias,
+                          job.add_to);
   if (n == 0) return gradients.finish(tokens);
   const int64_t block = vocabulary_block(vocabulary, chunk, width);
   const LogitBuffer buffer(vocabulary, chunk);
@@ -134,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_grpo(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias_in, const Tensor& targets_in,
     const Tensor& advantages_in, const std::optional<Tensor>& ref_in, const std::optional<Tensor>& old_in,
     double temperature, double clip_low, double clip_high, double kl_coef, double denominator, bool entropy,
-    bool need_hidden, bool need_weight, bool need_bias) {
+    bool need_hidden, bool need_weight, bool need_bias, const std::optional<Tensor>& add_to) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "cpu_grouped_grpo";
   check_head(op, hidden, weight, bias_in, targets_in, temperature);
@@ -142,6 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_grpo(
   check_vector(op, "advantages", advantages_in, tokens);
   if (ref_in) check_vector(op, "ref_logprob", *ref_in, tokens);
   if (old_in) check_vector(op, "old_logprob", *old_in, tokens);
+  TORCH_CHECK(!add_to || (add_to->sizes() == weight.sizes() && add_to->scalar_type() == at::kFloat &&
+                          weight.scalar_type() == at::kFloat && add_to->is_contiguous()),
+              op, ": add_to must be contiguous float32 as weight, which is ", weight.scalar_type(), " ", weight.sizes());
   TORCH_CHECK(denominator > 0, op, ": denominator must be above 0, is ", denominator);
   const Tensor targets = targets_in.contiguous(), advantages = advantages_in.contiguous();
   const Tensor ref = ref_in ? ref_in->contiguous() : Tensor(), old = old_in ? old_in->contiguous() : Tensor();
@@ -160,6 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> grouped_grpo(
                 static_cast<float>(kl_coef),
                 entropy,
                 need_bias,
+                add_to,
                 at::zeros({kRows, tokens}, hidden.options().dtype(at::kFloat))};
   // An advantage of 0 (a group whose rewards are all equal) without a KL term leaves no gradient, whatever the logits.
   const bool any_gradient = need_hidden || need_weight || need_bias, kl_gradient = job.ref && kl_coef != 0;
@@ -184,7 +190,7 @@ TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def(
       "cpu_grouped_grpo(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, "
       "Tensor? ref_logprob, Tensor? old_logprob, float temperature, float clip_low, float clip_high, float kl_coef, "
-      "float denominator, bool entropy, bool need_hidden, bool need_weight, bool need_bias) "
+      "float denominator, bool entropy, bool need_hidden, bool need_weight, bool need_bias, Tensor(a!)? add_to=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

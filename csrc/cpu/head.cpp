@@ -285,16 +285,20 @@ TokenSums head_sums(const at::Tensor& hidden, const at::Tensor& weight, const fl
 }
 
 HeadGradients::HeadGradients(const at::Tensor& hidden, const at::Tensor& weight, int64_t n, int64_t weight_rows,
-                             bool need_hidden, bool need_weight, bool need_bias)
+                             bool need_hidden, bool need_weight, bool need_bias,
+                             const std::optional<at::Tensor>& add_to)
     : hidden_options_(hidden.options()),
       bias_sums_(need_bias ? weight.size(0) : 0),
       any_(n > 0),
       need_hidden_(need_hidden),
-      need_weight_(need_weight) {
+      need_weight_(need_weight),
+      added_(need_weight && add_to) {
   const auto sums = hidden.options().dtype(at::kFloat);
   hidden_ = empty_in_large_pages({need_hidden ? n : 0, hidden.size(1)}, sums);
   if (!need_weight) {
     weight_ = at::empty({0}, weight.options());
+  } else if (added_) {
+    weight_ = weight_sums_ = *add_to;
   } else {
     weight_ = any_ ? empty_in_large_pages(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (any_) {
@@ -321,7 +325,7 @@ void HeadGradients::add(const at::Tensor& z, const at::Tensor& w, const at::Tens
   }
   if (need_weight_) {
     at::Tensor out = weight_sums(v0, z.size(0));
-    multiply(out, d, h, t0 > 0);
+    multiply(out, d, h, added_ || t0 > 0);
   }
 }
 
@@ -334,7 +338,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> HeadGradients::finish(const Token
   at::Tensor bias = at::empty({static_cast<int64_t>(bias_sums_.size())}, hidden_options_.dtype(at::kFloat));
   std::copy(bias_sums_.begin(), bias_sums_.end(), bias.data_ptr<float>());
   at::Tensor hidden = need_hidden_ ? tokens.scatter(hidden_.to(dtype)) : at::empty({0}, hidden_options_);
-  return {hidden, weight_, bias.to(dtype)};
+  return {hidden, added_ ? at::empty({0}, hidden_options_) : weight_, bias.to(dtype)};
 }
 
 }  // namespace gadcore

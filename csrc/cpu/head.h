@@ -142,9 +142,10 @@ TokenSums head_sums(const at::Tensor& hidden, const at::Tensor& weight, const fl
 // d hidden, d weight and d bias of n listed tokens, summed in float32 over blocks of vocabulary and tokens.
 class HeadGradients {
  public:
-  // weight_rows: how many rows of d weight are being summed at a time, V or one vocabulary block.
+  // weight_rows: how many rows of d weight are being summed at a time, V or one vocabulary block. add_to: what d weight
+  // is added to, float32 as weight, instead of being returned.
   HeadGradients(const at::Tensor& hidden, const at::Tensor& weight, int64_t n, int64_t weight_rows, bool need_hidden,
-                bool need_weight, bool need_bias);
+                bool need_weight, bool need_bias, const std::optional<at::Tensor>& add_to = std::nullopt);
   // Adds what d logits z (of vocabulary rows [v0, ..) and listed tokens [t0, ..), with the operands of the logits w and h)
   // contribute. Blocks with t0 = 0 must come first for d weight, those with v0 = 0 for d hidden.
   void add(const at::Tensor& z, const at::Tensor& w, const at::Tensor& h, int64_t v0, int64_t t0);
@@ -159,7 +160,7 @@ class HeadGradients {
   at::TensorOptions hidden_options_;
   at::Tensor hidden_, weight_, weight_sums_, z16_;
   std::vector<float> bias_sums_;
-  bool any_, need_hidden_, need_weight_;
+  bool any_, need_hidden_, need_weight_, added_;
 };
 
 }  // namespace gadcore

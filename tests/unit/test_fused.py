@@ -9,7 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gadcore.fused import embed_in_place, fuse_backbone
+import gadcore.student as student_module
+from builders import assert_same_gradients, gradients, groups, student
+from gadcore.fused import embed_in_place, fuse_backbone, gradient_in_place
+from gadcore.kernels.dispatch import Impl
+from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
+from gadcore.kernels.layout import GroupLayout
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -103,3 +108,58 @@ def test_an_embedding_of_several_processes_keeps_its_code() -> None:
     finally:
         dist.destroy_process_group()
     assert embed_in_place(tiny_model())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_later_passes_add_the_heads_gradient_in_place(monkeypatch, tied) -> None:
+    batch = groups(4, 3, ragged=True)
+    rewards = [list(range(len(group.samples))) for group in batch]
+    given = []
+    real = student_module.grouped_grpo_loss
+
+    def loss(*args, add_weight_gradient_to, **kwargs):
+        given.append(add_weight_gradient_to)
+        return real(*args, add_weight_gradient_to=add_weight_gradient_to, **kwargs)
+
+    monkeypatch.setattr(student_module, "grouped_grpo_loss", loss)
+    in_place = student(torch.float32, tied=tied, micro_batch_tokens=40)
+    in_place.freeze_reference()
+    in_place.grpo_backward(batch, rewards)
+    assert len(given) > 1 and given[0] is None
+    assert all(added is in_place.model.get_output_embeddings().weight.grad for added in given[1:])
+
+    monkeypatch.setattr(student_module, "gradient_in_place", lambda *_: None)
+    apart = student(torch.float32, tied=tied, micro_batch_tokens=40)
+    apart.freeze_reference()
+    apart.grpo_backward(batch, rewards)
+    assert_same_gradients(gradients(in_place.model), gradients(apart.model), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, "none"), (torch.float32, "bfloat16")])
+def test_a_heads_gradient_is_left_to_autograd_elsewhere(dtype, autocast) -> None:
+    weight = torch.ones(3, 2, dtype=dtype, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    assert gradient_in_place(weight, autocast) is None
+
+
+def test_a_heads_gradient_of_another_shape_or_implementation_is_refused() -> None:
+    def loss(weight: torch.Tensor, add_to: torch.Tensor, impl: Impl) -> None:
+        grouped_grpo_loss(
+            torch.ones(2, 4),
+            weight,
+            torch.tensor([0, 1]),
+            GroupLayout.of([2], teacher=False, lengths=[1, 1]),
+            advantages=torch.ones(2),
+            ref_logprob=None,
+            clip_low=0.2,
+            clip_high=0.2,
+            kl_coef=0.0,
+            denominator=2,
+            add_weight_gradient_to=add_to,
+            impl=impl,
+        )
+
+    with pytest.raises(ValueError, match=r"add_weight_gradient_to must be float32 \[3, 4\] as weight, is \[2, 4\]"):
+        loss(torch.ones(3, 4), torch.zeros(2, 4), "cpu")
+    with pytest.raises(ValueError, match='add_weight_gradient_to needs impl="cpu", "reference" would compute'):
+        loss(torch.ones(3, 4), torch.zeros(3, 4), "reference")
