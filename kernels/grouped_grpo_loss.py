@@ -204,7 +204,7 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _Adding(torch.autograd.Function):
-    """The op on the CPU, with the gradient of weight added to `add_to`; custom ops with gradients may not write to one."""
+    """The op on the CPU, with the gradient of weight added to `add_to`, which a custom op with gradients cannot do."""
 
     @staticmethod
     def forward(
