@@ -2,8 +2,8 @@
 model's name.
 
 On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/, and the backward pass can make
-results of norms and activations again (memory/recompute.py). A module that is built in another way than the ones known
-here keeps its own code.
+results of norms and activations again (memory/recompute.py, kernels/gated_mlp.py). A module that is built in another
+way than the ones known here keeps its own code.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _whole_mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[operator]
+    gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+    return self.down_proj(remember(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
 
 
 def _linear(self: nn.Module, x: Tensor) -> Tensor:
