@@ -1,5 +1,5 @@
-"""Faster norms, gated activations, products and embeddings for the backbone, by the modules' own classes, not the
-model's name.
+"""Faster norms, gated activations, products, rotations and embeddings for the backbone, by the modules' own classes,
+not the model's name.
 
 On CUDA they are Liger-Kernel's, with its rotary embedding; on the CPU those of kernels/, and the backward pass can make
 results of norms and activations again (memory/recompute.py, kernels/gated_mlp.py). A module that is built in another
@@ -8,9 +8,10 @@ way than the ones known here keeps its own code.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from types import MethodType, ModuleType
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from gadcore.errors import UserError
 from gadcore.kernels import _native, gated_mlp
 from gadcore.kernels.linear import linear, onednn_is_faster
 from gadcore.kernels.rms_norm import rms_norm
+from gadcore.kernels.rotary import fits, rotary
 from gadcore.kernels.swiglu import swiglu
 from gadcore.memory.recompute import remember
 
@@ -31,18 +33,21 @@ def fuse_backbone(model: PreTrainedModel) -> int:
     """Replaces forward passes of norms, MLPs and linear layers by faster ones with the same mathematics; returns how
     many norms and MLPs.
 
-    Parameters stay where they are. UserError where the package that CUDA needs is missing.
+    On the CPU and in one process gradients of the products' weights are added in place to those of earlier passes; see
+    embed_in_place(). Parameters stay where they are. UserError where the package that CUDA needs is missing.
     """
     if model.device.type == "cuda":
         return _liger(model)
     fused = 0
+    for file in {type(module).__module__ for module in model.modules()}:
+        _fuse_rotation(sys.modules[file])
     for module in model.modules():
         forward = _fused_norm(module) or _fused_mlp(module)
         if forward is not None:
             module.forward = MethodType(forward, module)
             fused += 1
         elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster():
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+            module.forward = MethodType(partial(_linear, in_place=_alone()), module)  # type: ignore[method-assign]
     return fused
 
 
@@ -86,13 +91,14 @@ def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | Non
     if not known:
         return None
     plain = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in parts)
-    return _whole_mlp if plain and gated_mlp.available() else _gated_mlp
+    return partial(_whole_mlp, in_place=_alone()) if plain and gated_mlp.available() else _gated_mlp
 
 
-def _whole_mlp(self: nn.Module, x: Tensor) -> Tensor:
+def _whole_mlp(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
     if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
         return _gated_mlp(self, x)
-    return gated_mlp.gated_mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)  # type: ignore[union-attr, arg-type]
+    weights: list[Tensor] = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]  # type: ignore[union-attr, misc]
+    return gated_mlp.gated_mlp(x, *weights, in_place=in_place)
 
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
@@ -100,8 +106,42 @@ def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(remember(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
 
 
-def _linear(self: nn.Module, x: Tensor) -> Tensor:
-    return linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+def _linear(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
+    return linear(x, self.weight, self.bias, in_place=in_place)  # type: ignore[arg-type]
+
+
+def _fuse_rotation(file: ModuleType) -> None:
+    """Rotates queries and keys by kernels/rotary.py, where a model's file has the usual function for it.
+
+    The function is the file's: other models of the family in this process rotate by it as well.
+    """
+    own = getattr(file, "apply_rotary_pos_emb", None)
+    if own is None or isinstance(own, partial) or not _native.available("cpu_rotary"):
+        return
+    q, k = torch.linspace(-1, 2, 48).view(1, 2, 3, 8), torch.linspace(-3, 1, 24).view(1, 1, 3, 8)
+    cos, sin = torch.linspace(-1, 1, 24).view(1, 3, 8), torch.linspace(2, 0, 24).view(1, 3, 8)
+    try:
+        expected = own(q, k, cos, sin)
+    except (TypeError, RuntimeError):
+        # It takes something else.
+        return
+    usual = isinstance(expected, tuple) and len(expected) == 2
+    if usual and all(map(partial(torch.allclose, atol=1e-5), expected, _rotate(own, q, k, cos, sin))):
+        file.apply_rotary_pos_emb = partial(_rotate, own)  # type: ignore[attr-defined]
+
+
+def _rotate(
+    own: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """transformers' apply_rotary_pos_emb(): q [1, Hq, T, D] and k [1, Hk, T, D] by cos and sin [1, T, D]."""
+    single = q.dim() == k.dim() == 4 and cos.dim() == 3 and len(q) == len(k) == len(cos) == unsqueeze_dim == 1
+    if not single or q.device.type != "cpu" or q.dtype != torch.float32:
+        return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    rows = [(x[0].transpose(0, 1), cos[0], sin[0]) for x in (q, k)]
+    if not all(fits(*row) for row in rows):
+        return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    turned, keys = (rotary(*row).transpose(0, 1)[None] for row in rows)
+    return turned, keys
 
 
 def embed_in_place(model: PreTrainedModel) -> bool:

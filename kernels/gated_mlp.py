@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gadcore.kernels import _native
-from gadcore.kernels.linear import onednn_is_faster, onednn_product, weight_gradient
+from gadcore.kernels.linear import gradient_for, onednn_is_faster, onednn_product
 from gadcore.kernels.swiglu import swiglu
 
 _OPS = ("cpu_swiglu", "cpu_swiglu_backward_in_place", "cpu_weight_gradient")
@@ -27,18 +27,19 @@ def available() -> bool:
     return all(map(_native.available, _OPS))
 
 
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, in_place: bool = False) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T.
 
     x: [.., H]; gate, up: [I, H]; down: [H', I]; all float32 on the CPU. Returns [.., H']. Gradients go to all four, but
-    none of second order. Raises ValueError for other dtypes or devices, RuntimeError without the native library.
+    none of second order. in_place: as in kernels/linear.py. Raises ValueError for other dtypes or devices, RuntimeError
+    without the native library.
     """
     for op in _OPS:
         _native.require(op)
     for name, tensor in {"x": x, "gate": gate, "up": up, "down": down}.items():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"gated_mlp: {name} must be float32 on the CPU, is {tensor.dtype} on {tensor.device}")
-    return _GatedMlp.apply(x, gate, up, down)  # type: ignore[no-any-return]
+    return _GatedMlp.apply(x, gate, up, down, in_place)  # type: ignore[no-any-return]
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, in_place: bool) -> Tensor:
+        ctx.adds_to = (gate, up, down) if in_place else (None, None, None)
         g, u = _product(x, gate), _product(x, up)
         ctx.save_for_backward(x, g, u, gate, up, down)
         return _product(swiglu(g, u), down)
@@ -56,15 +58,13 @@ class _GatedMlp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, gate, up, down = ctx.saved_tensors
-        need_x, need_gate, need_up, need_down = ctx.needs_input_grad
-
-        def of_weight(needed: bool, grad: Tensor, x: Tensor) -> Tensor | None:
-            return weight_gradient(grad.flatten(0, -2), x.flatten(0, -2)) if needed else None
-
+        need_x, need_gate, need_up, need_down, _ = ctx.needs_input_grad
+        of_gate, of_up, of_down = ctx.adds_to
         h = swiglu(g, u)
-        d_down = of_weight(need_down, grad, h)
+        d_down = gradient_for(of_down, grad, h) if need_down else None
         d_h = _product(grad, down.t())
         torch.ops.gadcore.cpu_swiglu_backward_in_place(d_h, g, u, h)
-        d_gate, d_up = of_weight(need_gate, h, x), of_weight(need_up, d_h, x)
+        d_gate = gradient_for(of_gate, h, x) if need_gate else None
+        d_up = gradient_for(of_up, d_h, x) if need_up else None
         d_x = _product(h, gate.t()).add_(_product(d_h, up.t())) if need_x else None
-        return d_x, d_gate, d_up, d_down
+        return d_x, d_gate, d_up, d_down, None

@@ -19,13 +19,20 @@ from gadcore.kernels import _native
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Literal["auto", "reference", "cpu"] = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: Literal["auto", "reference", "cpu"] = "auto",
+    in_place: bool = False,
 ) -> Tensor:
     """F.linear(x, weight, bias).
 
     x: [.., K]; weight: [N, K]; bias: [N] or None. Returns [.., N] in their dtype; gradients go to all three, but none
     of second order. "cpu" computes float32 by oneDNN; "auto" takes it on CPUs with AVX-512 and outside of autocast, and
-    F.linear ("reference") elsewhere. Raises ValueError for an `impl` that does not take these operands.
+    F.linear ("reference") elsewhere. in_place lets "cpu" add the gradient of a weight to weight.grad where an earlier
+    pass has left one: torch.autograd.grad() and hooks of the weight get None then. Raises ValueError for an
+    `impl` that does not take these operands.
     """
     fits = x.device.type == "cpu" and all(t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
     if impl == "cpu":
@@ -35,7 +42,7 @@ def linear(
         raise ValueError(f"linear: impl must be one of auto, reference, cpu, is {impl!r}")
     elif impl == "reference" or not (fits and onednn_is_faster()) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+    return _Linear.apply(x, weight, bias, in_place)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -50,8 +57,18 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T x [N, K] of float32 grad [T, N] and x [T, K] on a CPU, without gradients."""
+    """grad^T x [N, K] of float32 grad [.., N] and x [.., K] on a CPU, without gradients."""
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     return _weight_gradient(grad, x) if _native.available("cpu_weight_gradient") else grad.t().mm(x)
+
+
+def gradient_for(adds_to: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
+    """weight_gradient(grad, x), for autograd to add; None where `adds_to`, a leaf, has a gradient and got it there."""
+    into = adds_to.grad if adds_to is not None and adds_to.is_leaf else None
+    if into is None or not _native.available("cpu_add_weight_gradient"):
+        return weight_gradient(grad, x)
+    torch.ops.gadcore.cpu_add_weight_gradient(into, grad.flatten(0, -2), x.flatten(0, -2))
+    return None
 
 
 @torch.library.custom_op("gadcore::weight_gradient", mutates_args=())
@@ -66,18 +83,20 @@ def _(grad: Tensor, x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, in_place: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
+        # Not the saved one: what checkpoints hand back is another tensor, without the gradient.
+        ctx.adds_to = weight if in_place else None
         return onednn_product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
             onednn_product(grad, weight.t()) if need_x else None,
-            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if need_weight else None,
-            rows.sum(0) if need_bias else None,
+            gradient_for(ctx.adds_to, grad, x) if need_weight else None,
+            grad.flatten(0, -2).sum(0) if need_bias else None,
+            None,
         )

@@ -1,8 +1,9 @@
 // The memory pool of CPU tensors: activations, gradients and temporary buffers of a training step; gadcore/memory/pool.py.
 //
 // malloc gives a step's memory back and takes it anew, page by page, and torch's aligned requests seldom fit the holes that
-// freed tensors of the same size have left. Here freed memory stays, in large pages, holes merge and are reused exactly,
-// and memory is given back by release(), and where a large tensor of malloc's takes as much.
+// freed tensors of the same size have left. Here freed memory stays, in large pages, and holes merge and are reused exactly.
+// Memory is given back by release(), and where the pool would otherwise hold more than it ever has since: taking a page
+// anew costs a few times what computing on it does, and on a virtual machine that has lost it to its host, ten times that.
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -16,6 +17,7 @@
 #include <tuple>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -32,8 +34,8 @@ constexpr size_t kLargePage = size_t{2} << 20;
 // Smaller tensors are malloc's, larger ones too: those it maps and unmaps one by one, so that what holdings free is free.
 constexpr size_t kSmallest = size_t{64} << 10;
 constexpr size_t kLargest = size_t{64} << 20;
-// So much of holes is given back before the pool reaches further.
-constexpr size_t kHoles = size_t{64} << 20;
+// So much of holes is given back before the pool and the larger tensors hold more than ever.
+constexpr size_t kHoles = size_t{16} << 20;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -49,7 +51,7 @@ class Range {
     if (at == MAP_FAILED) return false;
     begin_ = round_up(reinterpret_cast<uintptr_t>(at), kLargePage);
     end_ = begin_ + bytes;
-    top_ = begin_;
+    held_.assign(bytes / kLargePage, false);
     // Advice: where there are no large pages, small ones do.
     madvise(reinterpret_cast<void*>(begin_), bytes, MADV_HUGEPAGE);
     insert(begin_, bytes);
@@ -68,13 +70,12 @@ class Range {
     const auto best = by_size_.lower_bound({n, 0});
     if (best == by_size_.end()) return nullptr;
     const auto [size, at] = *best;
-    // None of the holes fits: they come back one by one where they do.
-    if (at + n > top_ && top_ - begin_ >= in_use_ + kHoles) give_back_holes(kLargePage);
+    make_room(missing(at, n));
     erase(at, size);
     if (size > n) insert(at + n, size - n);
     used_[at] = n;
     in_use_ += n;
-    top_ = std::max(top_, at + n);
+    hold(at, n);
     return reinterpret_cast<void*>(at);
   }
 
@@ -104,26 +105,70 @@ class Range {
     insert(at, n);
   }
 
-  // Gives back whole pages of this size that no tensor uses.
-  void release(size_t page) {
+  // A tensor of malloc's comes, p, which goes by forget().
+  void note(void* p, size_t n) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    give_back_holes(page);
+    make_room(n);
+    others_[p] = n;
+    others_bytes_ += n;
+    most_ = std::max(most_, bytes_ + others_bytes_);
   }
 
-  // Bytes in use, and bytes up to the highest that was in use since the last release().
+  void forget(void* p) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = others_.find(p);
+    if (found == others_.end()) return;
+    others_bytes_ -= found->second;
+    others_.erase(found);
+  }
+
+  // Gives back every page that no tensor uses.
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    give_back_holes(kPage);
+    most_ = bytes_ + others_bytes_;
+  }
+
+  // Bytes in use, and bytes of the large pages that are held.
   std::pair<int64_t, int64_t> sizes() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return {static_cast<int64_t>(in_use_), static_cast<int64_t>(top_ - begin_)};
+    return {static_cast<int64_t>(in_use_), static_cast<int64_t>(bytes_)};
   }
 
  private:
+  size_t page_of(uintptr_t at) const { return (at - begin_) / kLargePage; }
+
+  // Bytes of large pages that n bytes from `at` on need and that are not held.
+  size_t missing(uintptr_t at, size_t n) const {
+    size_t pages = 0;
+    for (size_t p = page_of(at); p <= page_of(at + n - 1); ++p) pages += !held_[p];
+    return pages * kLargePage;
+  }
+
+  // Before `more` bytes are held. The large pages of holes stay whole: small ones would be slow to fill.
+  void make_room(size_t more) {
+    if (bytes_ + others_bytes_ + more > most_ && bytes_ >= in_use_ + kHoles) give_back_holes(kLargePage);
+  }
+
+  void hold(uintptr_t at, size_t n) {
+    bytes_ += missing(at, n);
+    most_ = std::max(most_, bytes_ + others_bytes_);
+    std::fill(held_.begin() + page_of(at), held_.begin() + page_of(at + n - 1) + 1, true);
+  }
+
   void give_back_holes(size_t page) {
     for (const auto& [at, size] : by_address_) {
-      const uintptr_t begin = round_up(at, page), end = std::min(at + size, round_up(top_, page)) / page * page;
-      if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+      const uintptr_t end = (at + size) / page * page;
+      for (uintptr_t from = round_up(at, page), to; from < end; from = to) {
+        const size_t p = page_of(from);
+        to = std::min(end, begin_ + (p + 1) * kLargePage);
+        if (!held_[p]) continue;
+        madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+        if (to - from < kLargePage) continue;
+        held_[p] = false;
+        bytes_ -= kLargePage;
+      }
     }
-    top_ = begin_;
-    for (const auto& [at, size] : used_) top_ = std::max(top_, at + size);
   }
 
   void insert(uintptr_t at, size_t size) {
@@ -136,8 +181,13 @@ class Range {
   }
 
   std::mutex mutex_;
-  uintptr_t begin_ = 0, end_ = 0, top_ = 0;
-  size_t in_use_ = 0;
+  uintptr_t begin_ = 0, end_ = 0;
+  // Large pages with something in them, their bytes, and those of tensors.
+  std::vector<bool> held_;
+  size_t bytes_ = 0, in_use_ = 0;
+  // Larger tensors that malloc holds, and the most that they and the pool held since release().
+  std::unordered_map<void*, size_t> others_;
+  size_t others_bytes_ = 0, most_ = 0;
   std::set<std::pair<size_t, uintptr_t>> by_size_;
   std::map<uintptr_t, size_t> by_address_;
   std::unordered_map<uintptr_t, size_t> used_;
@@ -158,6 +208,7 @@ struct Pool final : c10::Allocator {
   static void free(void* p) {
     if (p == nullptr) return;
     if (!range().owns(p)) {
+      range().forget(p);
       fallback().raw_deleter()(p);
       return;
     }
@@ -166,11 +217,10 @@ struct Pool final : c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t n) override {
-    // What is malloc's must not come on top of holes. Their large pages stay whole: small ones would be slow to fill.
-    if (n > kLargest) range().release(kLargePage);
     void* p = n >= kSmallest && n <= kLargest ? range().take(n) : nullptr;
     if (p == nullptr) {
       p = fallback().raw_allocate(n);
+      if (n > kLargest) range().note(p, n);
     } else {
       c10::profiledCPUMemoryReporter().New(p, n);
     }
@@ -193,11 +243,11 @@ bool install() {
   return done;
 }
 
-void release() { range().release(kPage); }
+void release() { range().release(); }
 
 std::tuple<int64_t, int64_t> sizes() {
-  const auto [used, touched] = range().sizes();
-  return {used, touched};
+  const auto [used, held] = range().sizes();
+  return {used, held};
 }
 
 #else

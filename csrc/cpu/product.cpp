@@ -1,4 +1,4 @@
-// add_product() and cpu_weight_gradient, which kernels/linear.py calls.
+// add_product(), and the gradients of weights that kernels/linear.py calls.
 //
 // Blocks of b, [kDepth, kWidth], are copied into panels of kPanel columns, which stay in the L2 cache; strips of kRows rows
 // of a, [kRows, kDepth], into L1. A tile of kRows by kPanel sums is then kept in registers over all of kDepth.
@@ -138,17 +138,34 @@ void copy_strip(const float* a, int64_t row_stride, int64_t column_stride, int64
   }
 }
 
-at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const char* op = "cpu_weight_gradient";
+void check(const char* op, const at::Tensor& grad, const at::Tensor& x) {
   TORCH_CHECK(grad.dim() == 2 && grad.scalar_type() == at::kFloat, op, ": grad must be float32 [T, N], is ",
               grad.scalar_type(), " ", grad.sizes());
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) == grad.size(0), op, ": x must be float32 [",
               grad.size(0), ", K], is ", x.scalar_type(), " ", x.sizes());
+}
+
+at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check("cpu_weight_gradient", grad, x);
   if (!product_is_ours() || x.size(0) == 0) return at::mm(grad.t(), x);
   at::Tensor out = at::empty({grad.size(1), x.size(1)}, x.options());
   add_product(out, grad.t(), x.stride(1) == 1 ? x : x.contiguous(), false);
   return out;
+}
+
+void add_weight_gradient(at::Tensor& into, const at::Tensor& grad, const at::Tensor& x) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check("cpu_add_weight_gradient", grad, x);
+  TORCH_CHECK(into.scalar_type() == at::kFloat && into.sizes() == at::IntArrayRef({grad.size(1), x.size(1)}),
+              "cpu_add_weight_gradient: into must be float32 [", grad.size(1), ", ", x.size(1), "], is ",
+              into.scalar_type(), " ", into.sizes());
+  if (x.size(0) == 0) return;
+  if (product_is_ours() && into.stride(1) == 1) {
+    add_product(into, grad.t(), x.stride(1) == 1 ? x : x.contiguous(), true);
+  } else {
+    into.addmm_(grad.t(), x);
+  }
 }
 
 }  // namespace
@@ -184,6 +201,12 @@ void add_product(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool
 
 }  // namespace gadcore
 
-TORCH_LIBRARY_FRAGMENT(gadcore, m) { m.def("cpu_weight_gradient(Tensor grad, Tensor x) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(gadcore, m) {
+  m.def("cpu_weight_gradient(Tensor grad, Tensor x) -> Tensor");
+  m.def("cpu_add_weight_gradient(Tensor(a!) into, Tensor grad, Tensor x) -> ()");
+}
 
-TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_weight_gradient", &gadcore::weight_gradient); }
+TORCH_LIBRARY_IMPL(gadcore, CPU, m) {
+  m.impl("cpu_weight_gradient", &gadcore::weight_gradient);
+  m.impl("cpu_add_weight_gradient", &gadcore::add_weight_gradient);
+}

@@ -1,8 +1,8 @@
 """The memory pool of CPU tensors: what a training step frees stays with the process, in large pages, for the next one.
 
 malloc returns a step's memory and takes it anew, page by page, zeroed by the kernel every time. The pool
-(csrc/cpu/pool.cpp) serves tensors of 64 KiB to 64 MiB; others stay malloc's. It gives holes back to the system before a
-tensor of malloc's takes more, and before it would itself reach further with more than 64 MiB of them.
+(csrc/cpu/pool.cpp) serves tensors of 64 KiB to 64 MiB; others stay malloc's. It gives holes back to the system where it
+and larger tensors would otherwise hold more than they ever have since release(): a loop does so in its first steps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gadcore.kernels import _native
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """Bytes that tensors of the pool take, and of the addresses they have reached since release(), holes included."""
+    """Bytes that tensors of the pool take, and of the large pages that it holds, with holes in them."""
 
     in_use: int
-    touched: int
+    held: int
 
 
 def install() -> bool:

@@ -1,4 +1,4 @@
-"""rms_norm and swiglu against fp64, in every implementation, and the same bits on any number of threads."""
+"""rms_norm, swiglu and rotary against fp64, in every implementation, and the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gadcore.kernels.rms_norm import rms_norm
+from gadcore.kernels.rotary import rotary
 from gadcore.kernels.swiglu import swiglu
 
 SHAPES = [(1, 1), (5, 7), (64, 33), (130, 576), (2, 3, 40)]
@@ -73,13 +74,44 @@ def test_swiglu_of_extreme_gates() -> None:
     assert gate.grad.tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1], abs=1e-30)
 
 
+@pytest.mark.parametrize(("impl", "dtype"), IMPLS)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"), [(1, 1, 2), (5, 3, 8), (7, 2, 50), (33, 9, 64), (3, 0, 4), (0, 2, 4)]
+)
+@pytest.mark.parametrize("by_head", [False, True])
+def test_rotary(impl, dtype, tokens, heads, width, by_head) -> None:
+    shape = (heads, tokens, width) if by_head else (tokens, heads, width)
+    stored = leaf(*shape, dtype=dtype, seed=9)
+    x = stored.transpose(0, 1) if by_head else stored
+    cos, sin, grad = (leaf(*s, dtype=dtype, seed=i).detach() for i, s in enumerate([(tokens, width)] * 2 + [x.shape]))
+    y = rotary(x, cos, sin, impl=impl)
+    (actual,) = torch.autograd.grad(y, x, grad)
+
+    wide, c, s = x.detach().double().requires_grad_(), cos.double(), sin.double()
+    h = width // 2
+    turned = torch.empty(tokens, heads, width, dtype=torch.float64)
+    for i in range(h):
+        turned[..., i] = wide[..., i] * c[:, None, i] - wide[..., h + i] * s[:, None, i]
+        turned[..., h + i] = wide[..., h + i] * c[:, None, h + i] + wide[..., i] * s[:, None, h + i]
+    (expected,) = torch.autograd.grad(turned, wide, grad.double())
+    assert_close(y, turned, dtype)
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("shape", [(6, 2, 7), (6, 8), (5, 2, 8)])
+def test_rotary_refuses_what_does_not_fit(shape) -> None:
+    with pytest.raises(ValueError, match=r"x must be .T, H, D. with an even D, cos and sin .T, D. of its dtype, got"):
+        rotary(torch.ones(shape), torch.ones(6, 8), torch.ones(6, 8))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads) -> None:
     def run():
         x, weight, grad = (leaf(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(700, 96), (96,), (700, 96)]))
         y = swiglu(rms_norm(x, weight, eps=1e-6, impl="cpu"), x, impl="cpu")
         y.backward(grad.detach())
-        return y.detach(), x.grad, weight.grad
+        turned = rotary(x.view(700, 4, 24), x[:, :24], x[:, 24:48], impl="cpu")
+        return y.detach(), x.grad, weight.grad, turned.detach()
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -121,6 +121,56 @@ def test_threads_change_no_bit_of_a_weight_gradient(level, threads) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [0, 3, 209])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 65), (13, 769)])
+def test_a_weight_gradient_that_is_added(level, tokens, n, k) -> None:
+    grad, x, before = leaf(tokens, n).detach(), leaf(tokens, k, seed=1).detach(), leaf(n, k, seed=2).detach()
+    for into in (before.clone(), before.T.clone(memory_format=torch.contiguous_format).T):
+        torch.ops.gadcore.cpu_add_weight_gradient(into, grad, x)
+        assert_close(into, before.double() + grad.double().T @ x.double())
+
+
+def test_what_no_weight_gradient_can_be_added_to() -> None:
+    with pytest.raises(RuntimeError, match=r"into must be float32 \[3, 6\], is Float \[6, 3\]"):
+        torch.ops.gadcore.cpu_add_weight_gradient(torch.ones(6, 3), torch.ones(4, 3), torch.ones(4, 6))
+
+
+def twice(forward, inputs: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """The weights' gradients after two passes, and whether the second left them where the first had."""
+    forward(inputs[0]).sum().backward()
+    places = [w.grad.data_ptr() for w in weights]
+    forward(inputs[1]).square().sum().backward()
+    return [w.grad for w in weights], places == [w.grad.data_ptr() for w in weights]
+
+
+@pytest.mark.parametrize("op", ["linear", "gated_mlp"])
+def test_later_passes_add_in_place(op) -> None:
+    def weights() -> list[Tensor]:
+        return [leaf(7, 4, seed=1)] if op == "linear" else [leaf(7, 4, seed=1), leaf(7, 4, seed=2), leaf(4, 7, seed=3)]
+
+    def forward(x: Tensor, given: list[Tensor], in_place: bool) -> Tensor:
+        if op == "linear":
+            return linear(x, *given, impl="cpu", in_place=in_place)
+        return gated_mlp(x, *given, in_place=in_place)
+
+    inputs, seen = [leaf(5, 4, seed=4).detach(), leaf(2, 3, 4, seed=5).detach()], []
+    here, apart = weights(), weights()
+    for weight in here:
+        weight.register_hook(seen.append)
+    added, stayed = twice(lambda x: forward(x, here, True), inputs, here)
+    assert stayed and [grad is None for grad in seen] == [False] * len(here) + [True] * len(here)
+    expected, _ = twice(lambda x: forward(x, apart, False), inputs, apart)
+    for actual, other in zip(added, expected, strict=True):
+        assert_close(actual, other.double())
+
+
+def test_a_weight_that_is_no_leaf_gets_its_gradient_from_autograd() -> None:
+    leaf_weight = leaf(7, 4)
+    for _ in range(2):
+        linear(leaf(5, 4, seed=1), leaf_weight * 2, impl="cpu", in_place=True).sum().backward()
+    assert_close(leaf_weight.grad, 4 * leaf(5, 4, seed=1).detach().double().sum(0).expand(7, 4))
+
+
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 33), (300,)])
 @pytest.mark.parametrize(("hidden", "inner", "out"), [(4, 7, 4), (48, 130, 48), (20, 9, 5)])
 @pytest.mark.parametrize("onednn", [False, True])

@@ -42,7 +42,7 @@ def test_sizes_outside_its_own_are_mallocs() -> None:
 def test_a_freed_hole_is_filled_exactly_and_neighbours_merge() -> None:
     before = pool.sizes().in_use
     blocks = [block(3 * MIB) for _ in range(6)]
-    touched, middle = pool.sizes().touched, blocks[2].data_ptr()
+    held, middle = pool.sizes().held, blocks[2].data_ptr()
     del blocks[2]
     again = block(3 * MIB)
     assert again.data_ptr() == middle
@@ -54,7 +54,7 @@ def test_a_freed_hole_is_filled_exactly_and_neighbours_merge() -> None:
     while pair:
         pair.pop()
     merged = block(6 * MIB)
-    assert merged.data_ptr() in (first, middle) and pool.sizes().touched == touched
+    assert merged.data_ptr() in (first, middle) and pool.sizes().held == held
     del merged, blocks
     assert pool.sizes().in_use == before
 
@@ -94,6 +94,20 @@ def test_holes_are_given_back_before_more_is_taken(more) -> None:
     # Does not fit into the holes, and its pages are not written to.
     kept = block(more)
     assert before - resident.rss() > 48 * MIB
+    assert all(bool(b.all()) for b in blocks) and kept.numel() == more
+
+
+@pytest.mark.parametrize("more", [65 * MIB, 8 * MIB], ids=["a tensor of malloc's", "a longer reach"])
+def test_holes_stay_while_less_is_held_than_there_once_was(more) -> None:
+    blocks = with_holes(6 * MIB)
+    most = [torch.ones(6 * MIB, dtype=torch.uint8) for _ in range(48)]
+    # Gives their holes back, so that there is room below the most.
+    most.clear()
+    block(65 * MIB)
+    blocks += with_holes(6 * MIB)
+    before = resident.rss()
+    kept = block(more)
+    assert resident.rss() > before - MIB
     assert all(bool(b.all()) for b in blocks) and kept.numel() == more
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gadcore.student as student_module
 from builders import assert_same_gradients, gradients, groups, student
-from gadcore.fused import embed_in_place, fuse_backbone, gradient_in_place
+from gadcore.fused import _rotate, embed_in_place, fuse_backbone, gradient_in_place
 from gadcore.kernels.dispatch import Impl
 from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
 from gadcore.kernels.layout import GroupLayout
@@ -51,6 +53,43 @@ def test_a_copy_uses_its_own_weights() -> None:
             p.zero_()
     assert torch.equal(other(IDS).logits, before)
     assert model(IDS).logits.abs().max() == 0
+
+
+def rotation_of(model):
+    return sys.modules[type(model.model).__module__].apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_same_rotation(kind) -> None:
+    model = tiny_model(kind)
+    fuse_backbone(model)
+    fuse_backbone(tiny_model(kind))
+    fused = rotation_of(model)
+    own = fused.args[0]
+    assert fused.func is _rotate and not isinstance(own, partial)
+    shapes = [(1, 4, 9, 16), (1, 2, 9, 16), (1, 9, 16), (1, 9, 16)]
+    for dtype, batch in ((torch.float32, 1), (torch.float64, 1), (torch.float32, 2)):
+        q, k, cos, sin = (torch.randn(batch, *s[1:], dtype=dtype) for s in shapes)
+        calls = [[t.clone().requires_grad_() for t in (q, k)] for _ in range(2)]
+        turned, expected = (f(*given, cos, sin) for f, given in zip((fused, own), calls, strict=True))
+        (turned[0].sum() - turned[1].square().sum()).backward()
+        (expected[0].sum() - expected[1].square().sum()).backward()
+        for actual, other in zip(turned, expected, strict=True):
+            torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-6)
+        for actual, other in zip(*calls, strict=True):
+            torch.testing.assert_close(actual.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_of_another_kind_keeps_its_code(monkeypatch) -> None:
+    def interleaved(q, k, cos, sin, unsqueeze_dim=1):
+        turned = [torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) for x in (q, k)]
+        return tuple(x * cos.unsqueeze(1) + t * sin.unsqueeze(1) for x, t in zip((q, k), turned, strict=True))
+
+    model = tiny_model()
+    for other in (interleaved, lambda q, cos, sin: q):
+        monkeypatch.setattr(sys.modules[type(model.model).__module__], "apply_rotary_pos_emb", other)
+        fuse_backbone(model)
+        assert rotation_of(model) is other
 
 
 def test_a_norm_of_another_build_keeps_its_code() -> None:
@@ -101,13 +140,31 @@ def test_an_embedding_that_scales_keeps_its_code() -> None:
     assert not embed_in_place(tiny_model("gemma3"))
 
 
-def test_an_embedding_of_several_processes_keeps_its_code() -> None:
+def later_gradients_stay(model: torch.nn.Module) -> bool:
+    """Whether autograd does not see the gradients of the layers' matrices in a second pass."""
+    fuse_backbone(model)
+    seen = []
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    for p in matrices:
+        p.register_hook(lambda grad: seen.append(grad is None))
+    for _ in range(2):
+        model(IDS).logits.square().mean().backward()
+    first, second = seen[: len(matrices)], seen[len(matrices) :]
+    assert not any(first) and len(second) == len(matrices) and len(set(second)) == 1
+    return second[0]
+
+
+def test_gradients_of_several_processes_are_left_to_autograd(monkeypatch) -> None:
+    monkeypatch.setattr("gadcore.fused.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("gadcore.kernels.linear.onednn_is_faster", lambda: True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         assert not embed_in_place(tiny_model())
+        assert not later_gradients_stay(tiny_model())
     finally:
         dist.destroy_process_group()
     assert embed_in_place(tiny_model())
+    assert later_gradients_stay(tiny_model())
 
 
 @pytest.mark.parametrize("tied", [True, False])
