@@ -23,6 +23,7 @@ from gadcore.memory.placement import shares_weights
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout import vllm_cpu
 from gadcore.rollout.decode_attention import share_prompts_in_decoding
+from gadcore.rollout.decoder_layers import shorten_layers
 from gadcore.rollout.protocol import SampleRequest, fingerprint
 from gadcore.template import ChatTemplate
 
@@ -86,6 +87,7 @@ class VLLMEngine:
         if self.on_cpu and rollout.enforce_eager:
             (runner,) = self.llm.collective_rpc(lambda worker: worker.model_runner)
             vllm_cpu.fuse_layers(self.engine_model)
+            shorten_layers(self.engine_model)
             vllm_cpu.sample_by_one_number(runner)
             share_prompts_in_decoding(runner)
             if vllm_cpu.SharedPrefill.fits(runner):

@@ -78,6 +78,12 @@ def test_engine_holds_the_trainers_weights_to_the_bit(sampled) -> None:
     assert before != fingerprint(weights.items()) == fingerprint(trainer.items())
 
 
+def test_vllms_layers_are_shorter(sampled) -> None:
+    # Else what the other tests compare is vLLM's own.
+    if not isinstance(sampled.engine, HFEngine):
+        assert all("forward" in vars(layer) for layer in sampled.engine.engine_model.model.layers)
+
+
 def test_sampler_logprobs_are_the_trainers(sampled) -> None:
     drawn = sampled.engine.generate(sampled.requests, temperature=0.8, max_tokens=24)
     differences = []
@@ -148,6 +154,7 @@ def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
     config = make_config("vllm", dtype="bfloat16")
     engine = make_engine(config, path, model, TEMPLATE)
     assert not engine.shared
+    assert not any("forward" in vars(layer) for layer in engine.engine_model.model.layers), "those are of float32"
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

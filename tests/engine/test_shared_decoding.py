@@ -1,4 +1,4 @@
-"""vLLM with cpu_decode_attention: its own text, by fewer reads, in the layers where both compute the same."""
+"""vLLM with cpu_decode_attention and shorter layers: its own text, where both compute the same."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gadcore.config import Config
 from gadcore.models import load_causal_lm
 from gadcore.rollout import SampleRequest, make_engine, wake_with
 from gadcore.rollout.decode_attention import share_prompts_in_decoding
+from gadcore.rollout.decoder_layers import shorten_layers
 from tiny import save_tiny
 
 LIMIT = 24
@@ -119,3 +120,45 @@ def test_other_attention_is_left_to_vllm(llama, change: dict, monkeypatch: pytes
     assert "forward" not in vars(llama.impls()[0])
     llama.remove()
     assert share_prompts_in_decoding(llama.runner) == 2
+
+
+def layers(engine: Engine) -> list:
+    return list(engine.engine.engine_model.model.layers)
+
+
+def lengthen(engine: Engine) -> None:
+    for layer in layers(engine):
+        vars(layer).pop("forward", None)
+        layer.self_attn.attn.use_direct_call = False
+
+
+def test_greedy_text_is_that_of_vllms_own_layers(llama) -> None:
+    assert all("forward" in vars(layer) for layer in layers(llama))
+    tokens, logprobs, _ = llama.decode()
+    lengthen(llama)
+    expected, expected_logprobs, _ = llama.decode()
+    assert shorten_layers(llama.engine.engine_model) == 2
+    assert tokens == expected
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("self_attn", "qk_norm", True),
+        ("self_attn.o_proj", "skip_bias_add", True),
+        ("self_attn.qkv_proj", "tp_size", 2),
+        ("mlp.gate_up_proj", "quant_method", object()),
+        ("input_layernorm", "has_weight", False),
+        ("post_attention_layernorm", "variance_size_override", 8),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_layers_are_left_to_vllm(llama, part: str, name: str, value, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengthen(llama)
+    with monkeypatch.context() as patched:
+        patched.setattr(layers(llama)[0].get_submodule(part), name, value, raising=False)
+        assert shorten_layers(llama.engine.engine_model) == 1
+    assert "forward" not in vars(layers(llama)[0])
+    lengthen(llama)
+    assert shorten_layers(llama.engine.engine_model) == 2
