@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.errors import UserError
-from gadcore.kernels import _native, gated_mlp
+from gadcore.kernels import _native, gated_mlp, rotary
 from gadcore.kernels.linear import linear, onednn_is_faster
 from gadcore.kernels.rms_norm import rms_norm
-from gadcore.kernels.rotary import fits, rotary
 from gadcore.kernels.swiglu import swiglu
 from gadcore.memory.recompute import remember
 
@@ -138,9 +137,9 @@ def _rotate(
     if not single or q.device.type != "cpu" or q.dtype != torch.float32:
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
     rows = [(x[0].transpose(0, 1), cos[0], sin[0]) for x in (q, k)]
-    if not all(fits(*row) for row in rows):
+    if not all(rotary.fits(*row) for row in rows):
         return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-    turned, keys = (rotary(*row).transpose(0, 1)[None] for row in rows)
+    turned, keys = (rotary.rotary(*row).transpose(0, 1)[None] for row in rows)
     return turned, keys
 
 

@@ -58,7 +58,7 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x [N, K] of float32 grad [.., N] and x [.., K] on a CPU, without gradients."""
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    grad, x = _rows(grad), _rows(x)
     return _weight_gradient(grad, x) if _native.available("cpu_weight_gradient") else grad.t().mm(x)
 
 
@@ -67,8 +67,12 @@ def gradient_for(adds_to: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | No
     into = adds_to.grad if adds_to is not None and adds_to.is_leaf else None
     if into is None or not _native.available("cpu_add_weight_gradient"):
         return weight_gradient(grad, x)
-    torch.ops.gadcore.cpu_add_weight_gradient(into, grad.flatten(0, -2), x.flatten(0, -2))
+    torch.ops.gadcore.cpu_add_weight_gradient(into, _rows(grad), _rows(x))
     return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 @torch.library.custom_op("gadcore::weight_gradient", mutates_args=())
@@ -97,6 +101,6 @@ class _Linear(torch.autograd.Function):
         return (
             onednn_product(grad, weight.t()) if need_x else None,
             gradient_for(ctx.adds_to, grad, x) if need_weight else None,
-            grad.flatten(0, -2).sum(0) if need_bias else None,
+            _rows(grad).sum(0) if need_bias else None,
             None,
         )

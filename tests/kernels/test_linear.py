@@ -26,7 +26,9 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS)
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (1, 130, 64, 33), (2, 3, 40, 8), (0, 4, 5), (331, 576, 192)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 3), (5, 7, 3), (1, 130, 64, 33), (2, 3, 40, 8), (0, 4, 5), (331, 99, 70)]
+)
 def test_results_and_gradients(impl, dtype, shape, with_bias) -> None:
     *rows, k, n = shape
     x, weight, bias, grad = (
@@ -171,7 +173,7 @@ def test_a_weight_that_is_no_leaf_gets_its_gradient_from_autograd() -> None:
     assert_close(leaf_weight.grad, 4 * leaf(5, 4, seed=1).detach().double().sum(0).expand(7, 4))
 
 
-@pytest.mark.parametrize("shape", [(1,), (5,), (2, 33), (300,)])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 33), (300,)])
 @pytest.mark.parametrize(("hidden", "inner", "out"), [(4, 7, 4), (48, 130, 48), (20, 9, 5)])
 @pytest.mark.parametrize("onednn", [False, True])
 def test_gated_mlp(monkeypatch, shape, hidden, inner, out, onednn) -> None:
