@@ -7,7 +7,7 @@ GroupedBatch along, and as transformers' "sdpa" otherwise, so generate() and ord
 from __future__ import annotations
 
 import sys
-import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,19 @@ from gadcore.kernels.prefix_layout import PrefixLayout
 ATTENTION = "gadcore"
 
 
+@dataclass(frozen=True)
+class _Few:
+    """Tokens whose results are read of a layer: index [S] int64, ascending; key and value [1, Hk, T, D] of all tokens.
+
+    last: they are the last tokens of all responses.
+    """
+
+    index: Tensor
+    last: bool
+    key: Tensor
+    value: Tensor
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -35,29 +48,33 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     prefix_layout: PrefixLayout | None = None,
-    all_keys: tuple[Tensor, Tensor] | None = None,
+    few: _Few | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, Hq, T, D], key and value [1, Hk, T, D] -> [1, T, Hq, D].
 
-    all_keys: key and value [1, Hk, T, D] of all tokens, where the layer computes its queries for last tokens alone.
+    few: where the layer computes its queries for a few of the T tokens alone.
     """
     if prefix_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    key, value = all_keys or (key, value)
-    attend = last_token_attention if all_keys else prefix_attention
+    key, value = (few.key, few.value) if few else (key, value)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(q, k, v, prefix_layout, scale=scaling, window=sliding_window)[None], None
+    if few is None:
+        out = prefix_attention(q, k, v, prefix_layout, scale=scaling, window=sliding_window)
+    elif few.last:
+        out = last_token_attention(q, k, v, prefix_layout, scale=scaling, window=sliding_window)
+    else:
+        # Queries of 0 for the others: the attention is the smaller part of a layer, and nobody reads theirs.
+        everyone = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, few.index, q)
+        out = prefix_attention(everyone, k, v, prefix_layout, scale=scaling, window=sliding_window)
+        out = out.index_select(0, few.index)
+    return out[None], None
 
 
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-# Models whose last layer can leave out what last_hidden_states() does not read.
-_pruned: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -81,9 +98,17 @@ def last_hidden_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
 
     After prune_last_layer() the last layer computes queries, output projection and MLP for these tokens alone.
     """
-    if model in _pruned:
-        return _forward(model, batch, last_tokens=batch.last_index)
+    if is_pruned(model):
+        return _forward(model, batch, only=(batch.last_index, True))
     return _forward(model, batch).index_select(0, batch.last_index)
+
+
+def predicting_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
+    """Hidden states [R, H] after the final norm of the tokens that predict the response tokens; pruned as above."""
+    if is_pruned(model):
+        index, place = batch.predict_index.unique(return_inverse=True)
+        return _forward(model, batch, only=(index, False)).index_select(0, place)
+    return _forward(model, batch).index_select(0, batch.predict_index)
 
 
 def _forward(model: PreTrainedModel, batch: GroupedBatch, **kwargs: Any) -> Tensor:
@@ -101,35 +126,48 @@ def _forward(model: PreTrainedModel, batch: GroupedBatch, **kwargs: Any) -> Tens
 
 
 def prune_last_layer(model: PreTrainedModel) -> bool:
-    """Lets last_hidden_states() skip what nobody reads in the last layer, where its structure is known.
+    """Lets last_hidden_states() and predicting_states() skip what they do not read in the last layer, where its
+    structure is known; copies of the model do the same.
 
-    True where it does from now on; False where the layer is built in another way or computes something else then, and
+    True where they do from now on; False where the layer is built in another way or computes something else then, and
     stays as it is.
     """
-    layer = decoder_layers(model)[-1]
+    if is_pruned(model):
+        return True
+    # The toys of the paper's mixtures have no layer.
+    layer = next(reversed(decoder_layers(model)), None)
     attention = getattr(layer, "self_attn", None)
     known = hasattr(layer, "input_layernorm") and all(
         isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
     if not known:
         return False
-    batch = _probe(model)
+    batch, reads = _probe(model), (last_hidden_states, predicting_states)
     with torch.no_grad():
-        expected = last_hidden_states(model, batch)
-        hook = layer.register_forward_pre_hook(_last_tokens_only, with_kwargs=True)
-        _pruned.add(model)
-        if _close(last_hidden_states(model, batch), expected):
-            return True
-    hook.remove()
-    _pruned.remove(model)
-    return False
+        expected = [read(model, batch) for read in reads]
+        hook = layer.register_forward_pre_hook(_few_tokens_only, with_kwargs=True)
+        try:
+            same = all(_close(read(model, batch), states) for read, states in zip(reads, expected, strict=True))
+        except ValueError:
+            # The model attends by another layout than that of the batch.
+            same = False
+    if not same:
+        hook.remove()
+    return same
 
 
-def _last_tokens_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """The layer is called with the hidden states of the last tokens, and the keys and values of all."""
-    index = kwargs.pop("last_tokens", None)
-    if index is None:
+def is_pruned(model: PreTrainedModel) -> bool:
+    """Whether prune_last_layer() has found that the last layer can be pruned."""
+    layers = decoder_layers(model)
+    return len(layers) > 0 and _few_tokens_only in layers[-1]._forward_pre_hooks.values()
+
+
+def _few_tokens_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The layer is called with the hidden states of a few tokens, and the keys and values of all."""
+    only = kwargs.pop("only", None)
+    if only is None:
         return None
+    index, last = only
     hidden, attention = args[0], layer.self_attn
     cos, sin = kwargs["position_embeddings"]
     normed = layer.input_layernorm(hidden)
@@ -141,7 +179,7 @@ def _last_tokens_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         _, key = rotate(key[:, :0], key, cos, sin)
     at = dict(position_embeddings=(cos.index_select(1, index), sin.index_select(1, index)))
     at["position_ids"] = kwargs["position_ids"].index_select(1, index)
-    return (hidden.index_select(1, index), *args[1:]), {**kwargs, **at, "all_keys": (key, value)}
+    return (hidden.index_select(1, index), *args[1:]), {**kwargs, **at, "few": _Few(index, last, key, value)}
 
 
 def check_packing(model: PreTrainedModel, path: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gadcore.backbone import cost_of, hidden_states, use_packed_attention
+from gadcore.backbone import cost_of, predicting_states, prune_last_layer, use_packed_attention
 from gadcore.config import AlgorithmSettings, StudentSettings
 from gadcore.fused import embed_in_place, fuse_backbone, gradient_in_place
 from gadcore.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
@@ -61,6 +61,7 @@ class Student:
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
+        prune_last_layer(model)
         self.model = model
         self.reference: PreTrainedModel | None = None
         self.settings = settings
@@ -79,7 +80,7 @@ class Student:
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch."""
         with autocast(self.settings.autocast, model.device):
-            return hidden_states(model, batch).index_select(0, batch.predict_index)
+            return predicting_states(model, batch)
 
     def logprobs(self, model: PreTrainedModel, batch: GroupedBatch, temperature: float) -> Tensor:
         """Log-probs [R] of all response tokens under softmax(logits / temperature), in fp32."""

@@ -73,11 +73,15 @@ def _packed(group: Lengths) -> tuple[int, int]:
 
 
 def forward(widths: Widths, groups: Sequence[Lengths]) -> int:
-    """Log-probs of all response tokens. From the last token of a response nothing is predicted."""
+    """Log-probs of all response tokens. From the last token of a response nothing is predicted, from those of the
+    prompt only by the last: in the last layer the others do not ask.
+    """
     total = 0
     for group in groups:
         tokens, pairs = _packed(Lengths(group.prompt, tuple(n - 1 for n in group.responses)))
-        total += widths.layers * widths.layer(tokens, tokens, pairs) + widths.head(sum(group.responses))
+        before = group.prompt - 1
+        last = widths.layer(tokens - before, tokens, pairs - triangle(before))
+        total += (widths.layers - 1) * widths.layer(tokens, tokens, pairs) + last + widths.head(sum(group.responses))
     return total
 
 

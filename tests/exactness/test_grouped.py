@@ -45,6 +45,7 @@ def check_student(batch: list[Group], budget: int, **family) -> None:
     theirs = literal(ours.model)
     ours.reference = perturbed(ours.model)
     reference = literal(ours.reference)
+    assert backbone.is_pruned(ours.model) and backbone.is_pruned(ours.reference)
     rewards = [[0.3 * i**2 - 0.1 * g for i in range(len(group.samples))] for g, group in enumerate(batch)]
 
     stats = ours.grpo_backward(batch, rewards)
@@ -65,7 +66,7 @@ def check_student(batch: list[Group], budget: int, **family) -> None:
 
 def check_discriminator(directory, batch: list[Group], budget: int, **family) -> None:
     ours = discriminator(directory, micro_batch_tokens=budget, **family)
-    assert ours.model in backbone._pruned
+    assert backbone.is_pruned(ours.model)
     theirs = literal(ours.model)
     with torch.no_grad():
         scores = [[score(theirs, g.prompt.token_ids, s.token_ids).item() for s in g.samples] for g in batch]
@@ -179,12 +180,24 @@ def test_attention_that_looks_ahead_is_refused() -> None:
         backbone.check_packing(model, "here")
 
 
-def test_a_last_layer_of_another_build_is_computed_whole(tmp_path) -> None:
-    ours = discriminator(tmp_path)
-    batch = groups(2, 3)
-    expected = ours.judge(batch, backward=False)
-    model = literal(ours.model)
+def test_a_last_layer_of_another_build_is_computed_whole() -> None:
+    model = tiny_model()
     backbone.use_packed_attention(model)
     model.base_model.layers[-1].mlp.register_forward_hook(lambda m, a, out: out + out.mean(1, keepdim=True))
-    assert not backbone.prune_last_layer(model) and model not in backbone._pruned
-    assert ours.judge(batch, backward=False) == expected
+    assert not backbone.prune_last_layer(model) and not backbone.is_pruned(model)
+    batch = backbone._probe(model)
+    whole = backbone.hidden_states(model, batch)
+    assert torch.equal(backbone.last_hidden_states(model, batch), whole[batch.last_index])
+    assert torch.equal(backbone.predicting_states(model, batch), whole[batch.predict_index])
+
+
+@pytest.mark.parametrize("read", [backbone.last_hidden_states, backbone.predicting_states])
+def test_a_pruned_last_layer_computes_a_few_tokens_alone(read) -> None:
+    model = tiny_model()
+    backbone.use_packed_attention(model)
+    assert backbone.prune_last_layer(model) and backbone.prune_last_layer(model)
+    batch, seen = backbone._probe(model), []
+    model.base_model.layers[-1].mlp.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
+    read(model, batch)
+    index = batch.last_index if read is backbone.last_hidden_states else batch.predict_index
+    assert seen == [len(index.unique())] and seen[0] < batch.layout.tokens

@@ -98,6 +98,8 @@ def test_products_of_a_row_are_those_that_torch_counts() -> None:
     head_dim = 32
     masked = tokens * tokens - flops.triangle(tokens)
     expected = counter.get_total_flops() - 2 * 2 * 2 * masked * 2 * head_dim + widths.head(response)
+    # Nothing is read of the last layer at the prompt's tokens but the last.
+    expected -= widths.layer(prompt - 1, 0, flops.triangle(prompt - 1))
     assert flops.forward(widths, [Lengths(prompt, (response,))]) == expected
 
 
@@ -105,10 +107,11 @@ def test_a_prompt_counts_once_and_pairs_are_those_of_the_packed_layout() -> None
     group = Lengths(5, (3, 4))
     packed = GroupTokens(tuple(range(5)), (tuple(range(2)), tuple(range(3))))
     body = WIDTHS.layers * WIDTHS.layer(packed.tokens, packed.tokens, packed.pairs)
-    assert flops.forward(WIDTHS, [group]) == body + WIDTHS.head(7)
+    unread = WIDTHS.layer(4, 0, flops.triangle(4))
+    assert flops.forward(WIDTHS, [group]) == body - unread + WIDTHS.head(7)
     twice = flops.forward(WIDTHS, [Lengths(5, (3,)), Lengths(5, (4,))])
     alone = WIDTHS.layers * WIDTHS.layer(5, 5, flops.triangle(5))
-    assert twice - flops.forward(WIDTHS, [group]) == alone
+    assert twice - flops.forward(WIDTHS, [group]) == alone - unread
 
 
 def test_the_last_layer_of_scores_asks_for_last_tokens_only() -> None:
