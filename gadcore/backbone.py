@@ -140,7 +140,7 @@ def prune_last_layer(model: PreTrainedModel) -> bool:
     known = hasattr(layer, "input_layernorm") and all(
         isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
-    if not known:
+    if layer is None or not known:
         return False
     batch, reads = _probe(model), (last_hidden_states, predicting_states)
     with torch.no_grad():
