@@ -1,8 +1,8 @@
 """Decoder layers of vLLM on a CPU as one function each.
 
-Of a decoding step of a small model, calls of modules take several percent: a layer of Llama's is twelve of them. What is
-computed stays the same, by the same kernels: norms, products, rotation and activation are called directly, the attention
-is vLLM's own layer.
+Of a decoding step of a small model, calls of modules take several percent: a layer of Llama's is twelve of them. What
+is computed stays the same, by the same kernels: norms, products, rotation and activation are called directly, the
+attention is vLLM's own layer.
 """
 
 from __future__ import annotations
