@@ -1,9 +1,10 @@
 // cpu_prefix_attention and its backward; kernels/prefix_attention.py states the mathematics.
 //
-// One task is one key head of one group. It packs the keys and values of the group once, then takes blocks of rows, a
-// row being a query head of a token, against blocks of keys; gradients of keys and values are summed inside the task,
-// segment after segment. Keys are cut into blocks from the beginning of the prompt and from that of the segment, so a
-// response's bits do not depend on other responses, on its place among them or on the threads.
+// One task is one key head of a part of a group. It packs the keys and values that the part sees, then takes blocks of
+// rows, a row being a query head of a token, against blocks of keys; gradients of keys and values are summed inside the
+// task, segment after segment, and then part after part. Keys are cut into blocks from the beginning of the prompt and
+// from that of the segment, so a response's output and query gradient have the same bits whatever other responses there
+// are; its key and value gradients too, where the group is one part.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -12,23 +13,20 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
+#include <thread>
 #include <tuple>
 #include <vector>
 
-#include "prefix_tiles.h"
+#include "prefix_job.h"
 #include "vector_kernels.h"
 
 namespace gadcore {
 namespace {
 
 using at::Tensor;
-
-// Rows of a block, as far as whole tokens give so many.
-constexpr int64_t kRows = 96;
-
-int64_t blocks_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 struct Free {
   void operator()(float* memory) const { c10::free_cpu(memory); }
@@ -58,95 +56,13 @@ Heads<float> write(const Tensor& x) { return {x.data_ptr<float>(), x.stride(0), 
 
 Tensor with_unit_stride(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : x.contiguous(); }
 
-struct Segment {
-  int64_t begin, length;
-};
-
-// A prompt and its responses.
-struct Group {
-  std::vector<Segment> segments;
-
-  int64_t begin() const { return segments.front().begin; }
-  int64_t prompt() const { return segments.front().length; }
-  int64_t tokens() const { return segments.back().begin + segments.back().length - begin(); }
-  int64_t key_panels(int64_t panel) const {
-    int64_t n = 0;
-    for (const Segment& s : segments) n += blocks_of(s.length, panel);
-    return n;
-  }
-};
-
-std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor& prompt_of, int64_t tokens) {
-  TORCH_CHECK(prompt_of.dim() == 1 && prompt_of.scalar_type() == at::kLong, op, ": prompt_of must be int64 [K], is ",
-              prompt_of.scalar_type(), " ", prompt_of.sizes());
-  const int64_t n = prompt_of.size(0);
-  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == n + 1 && offsets.scalar_type() == at::kLong, op,
-              ": offsets must be int64 [", n + 1, "], is ", offsets.scalar_type(), " ", offsets.sizes());
-  const auto offset = offsets.accessor<int64_t, 1>(), prompt = prompt_of.accessor<int64_t, 1>();
-  TORCH_CHECK(offset[0] == 0 && offset[n] == tokens, op, ": offsets must run from 0 to ", tokens);
-  std::vector<Group> groups;
-  int64_t last_prompt = -1;
-  for (int64_t k = 0; k < n; ++k) {
-    TORCH_CHECK(offset[k] < offset[k + 1], op, ": segment ", k, " has no tokens");
-    if (prompt[k] == k) {
-      groups.emplace_back();
-      last_prompt = k;
-    }
-    TORCH_CHECK(last_prompt >= 0 && prompt[k] == last_prompt, op, ": the prompt of segment ", k, " is ", prompt[k],
-                ", must be itself or the last prompt before it, ", last_prompt);
-    groups.back().segments.push_back({offset[k], offset[k + 1] - offset[k]});
-  }
-  return groups;
-}
-
-struct Job {
-  const PrefixKernels& k;
-  std::vector<Group> groups;
-  // Query heads, key heads, query heads of a key head, width of a head, the same in panels, tokens of a block of rows.
-  int64_t query_heads, key_heads, shared, width, panels, block_tokens;
-  float scale;
-  int64_t window;
-
-  int64_t rows() const { return block_tokens * shared; }
-  // Width of a head in whole panels.
-  int64_t padded() const { return panels * k.panel; }
-  int64_t most_tokens() const {
-    int64_t most = 0;
-    for (const Group& g : groups) most = std::max(most, g.tokens());
-    return most;
-  }
-  int64_t most_key_panels() const {
-    int64_t most = 0;
-    for (const Group& g : groups) most = std::max(most, g.key_panels(k.panel));
-    return most;
-  }
-};
-
-Job make_job(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets,
-             const Tensor& prompt_of, double scale, int64_t window) {
-  TORCH_CHECK(query.dim() == 3 && query.scalar_type() == at::kFloat && query.size(2) > 0, op,
-              ": query must be float32 [T, Hq, D], is ", query.scalar_type(), " ", query.sizes());
-  for (const Tensor& x : {key, value}) {
-    TORCH_CHECK(x.dim() == 3 && x.scalar_type() == at::kFloat && x.size(0) == query.size(0) && x.size(1) > 0 &&
-                    x.size(1) == key.size(1) && x.size(2) == query.size(2),
-                op, ": key and value must be float32 [", query.size(0), ", Hk, ", query.size(2), "], got ",
-                x.scalar_type(), " ", x.sizes());
-  }
-  TORCH_CHECK(query.size(1) > 0 && query.size(1) % key.size(1) == 0, op, ": ", key.size(1), " key heads do not divide ",
-              query.size(1), " query heads");
-  TORCH_CHECK(window >= 0, op, ": window must be 0 or more, is ", window);
-  const PrefixKernels& k = prefix_kernels();
-  const int64_t shared = query.size(1) / key.size(1);
-  return {k,
-          groups_of(op, offsets, prompt_of, query.size(0)),
-          query.size(1),
-          key.size(1),
-          shared,
-          query.size(2),
-          blocks_of(query.size(2), k.panel),
-          std::max<int64_t>(1, kRows / shared),
-          static_cast<float>(scale),
-          window};
+// Calls work(next) on every thread; next() gives the task, or job.tasks() where none is left. Tasks begin in order.
+template <class Work>
+void share_out(const Job& job, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), job.tasks()), 1, [&](int64_t, int64_t) {
+    work([&] { return std::min(next++, job.tasks()); });
+  });
 }
 
 // rows [n, width] -> panels of rows; panel p of `panel` columns goes to out + p * stride.
@@ -159,23 +75,25 @@ void pack_columns(const float* row, int64_t r, int64_t width, int64_t panel, int
   }
 }
 
-// x of the group's tokens, [tokens, width] in panels of columns.
-void pack(const Job& job, const Group& g, const Heads<const float>& x, int64_t head, float* out) {
-  const int64_t stride = g.tokens() * job.k.panel;
-  for (int64_t t = 0; t < g.tokens(); ++t) {
-    pack_columns(x.at(g.begin() + t, head), t, job.width, job.k.panel, stride, out);
+// x of the part's tokens, [tokens, width] in panels of columns.
+void pack(const Job& job, const Part& part, const Heads<const float>& x, int64_t head, float* out) {
+  const int64_t stride = part.tokens() * job.k.panel;
+  for (const Piece& p : part.pieces) {
+    for (int64_t t = 0; t < p.segment.length; ++t) {
+      pack_columns(x.at(p.segment.begin + t, head), p.token + t, job.width, job.k.panel, stride, out);
+    }
   }
 }
 
 // x transposed, [width, tokens] in panels of tokens; every segment begins a panel.
-void pack_transposed(const Job& job, const Group& g, const Heads<const float>& x, int64_t head, float* out) {
+void pack_transposed(const Job& job, const Part& part, const Heads<const float>& x, int64_t head, float* out) {
   const int64_t panel = job.k.panel, size = panel * job.width;
-  for (const Segment& s : g.segments) {
-    for (int64_t i = 0; i < s.length; i += panel, out += size) {
-      const int64_t n = std::min(panel, s.length - i);
+  for (const Piece& p : part.pieces) {
+    for (int64_t i = 0; i < p.segment.length; i += panel, out += size) {
+      const int64_t n = std::min(panel, p.segment.length - i);
       if (n < panel) std::fill_n(out, size, 0.0f);
       for (int64_t j = 0; j < n; ++j) {
-        const float* row = x.at(s.begin + i + j, head);
+        const float* row = x.at(p.segment.begin + i + j, head);
         for (int64_t d = 0; d < job.width; ++d) out[d * panel + j] = row[d];
       }
     }
@@ -183,43 +101,64 @@ void pack_transposed(const Job& job, const Group& g, const Heads<const float>& x
 }
 
 struct KeyBlock {
-  // First key in the group, and the panel that it begins.
+  // First of the part's keys, and the panel that it begins.
   int64_t token, panel;
 };
 
-// Calls begin(first token, rows) for every block of rows of the group, each(seen, key block) for the blocks of keys
-// that some of its rows see, and end(first token, rows).
+// Which keys of a block each row sees; room for a block of rows.
+struct Bounds {
+  std::vector<int32_t> from, to;
+
+  explicit Bounds(int64_t rows) : from(rows), to(rows) {}
+};
+
+// Calls begin(first token, rows) for every block of rows of the part, each(seen, key block) for the blocks of keys that
+// some of its rows see, and end(first token, rows).
 template <class Begin, class Each, class End>
-void walk(const Job& job, const Group& g, const Begin& begin, const Each& each, const End& end) {
-  struct Piece {
+void walk(const Job& job, const Part& part, Bounds& bounds, const Begin& begin, const Each& each, const End& end) {
+  struct Keys {
     int64_t position, length;
     KeyBlock at;
   };
-  std::vector<int32_t> from(job.rows()), to(job.rows());
-  int64_t panel = 0;
-  for (const Segment& s : g.segments) {
-    const bool response = s.begin != g.begin();
-    const Piece prompt{0, response ? g.prompt() : 0, {0, 0}};
-    const Piece own{prompt.length, s.length, {s.begin - g.begin(), panel}};
-    for (int64_t i = 0; i < s.length; i += job.block_tokens) {
-      const int64_t n = std::min(job.block_tokens, s.length - i), rows = n * job.shared;
-      begin(s.begin + i, rows);
-      for (const Piece& piece : {prompt, own}) {
-        for (int64_t j = 0; j < piece.length; j += kKeys) {
-          const int64_t keys = std::min(kKeys, piece.length - j), first = piece.position + j;
+  const Piece& prompt = part.pieces.front();
+  for (const Piece& p : part.pieces) {
+    const Keys before{0, &p == &prompt ? 0 : prompt.segment.length, {0, 0}};
+    const Keys own{before.length, p.segment.length, {p.token, p.panel}};
+    for (int64_t i = p.from; i < p.to; i += job.block_tokens) {
+      const int64_t n = std::min(job.block_tokens, p.to - i), rows = n * job.shared;
+      begin(p.segment.begin + i, rows);
+      for (const Keys& keys : {before, own}) {
+        for (int64_t j = 0; j < keys.length; j += kKeys) {
+          const int64_t count = std::min(kKeys, keys.length - j), first = keys.position + j;
           for (int64_t t = 0; t < n; ++t) {
             const int64_t position = own.position + i + t;
             const int64_t lowest = job.window ? position + 1 - job.window : 0;
-            std::fill_n(&from[t * job.shared], job.shared, std::clamp<int64_t>(lowest - first, 0, keys));
-            std::fill_n(&to[t * job.shared], job.shared, std::clamp<int64_t>(position + 1 - first, 0, keys));
+            std::fill_n(&bounds.from[t * job.shared], job.shared, std::clamp<int64_t>(lowest - first, 0, count));
+            std::fill_n(&bounds.to[t * job.shared], job.shared, std::clamp<int64_t>(position + 1 - first, 0, count));
           }
-          const Seen seen{rows, from.data(), to.data()};
-          if (seen.begin() < seen.end()) each(seen, KeyBlock{piece.at.token + j, piece.at.panel + j / job.k.panel});
+          const Seen seen{rows, bounds.from.data(), bounds.to.data()};
+          if (seen.begin() < seen.end()) each(seen, KeyBlock{keys.at.token + j, keys.at.panel + j / job.k.panel});
         }
       }
-      end(s.begin + i, rows);
+      end(p.segment.begin + i, rows);
     }
-    panel += blocks_of(s.length, job.k.panel);
+  }
+}
+
+// Sums [tokens, padded] of a part go to its tokens' rows of `to`: set by the first part that has the segment's first
+// row (the prompt's too), added by later ones.
+void add_sums(const Job& job, const Part& part, const float* sums, int64_t head, const Heads<float>& to) {
+  for (const Piece& p : part.pieces) {
+    const bool first = p.from == 0 && (part.number == 0 || &p != &part.pieces.front());
+    for (int64_t t = 0; t < p.segment.length; ++t) {
+      const float* sum = sums + (p.token + t) * job.padded();
+      float* row = to.at(p.segment.begin + t, head);
+      if (first) {
+        std::copy_n(sum, job.width, row);
+      } else {
+        for (int64_t i = 0; i < job.width; ++i) row[i] += sum[i];
+      }
+    }
   }
 }
 
@@ -235,17 +174,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   float* lse_p = lse.data_ptr<float>();
   const int64_t panel = job.k.panel, padded = job.padded(), most_tokens = job.most_tokens();
 
-  at::parallel_for(0, job.groups.size() * job.key_heads, 1, [&](int64_t first, int64_t last) {
+  share_out(job, [&](const auto& next) {
     const Scratch keys(job.most_key_panels() * panel * job.width), values(most_tokens * padded);
     const Scratch x(job.rows() * job.width), sums(job.rows() * padded), scores(job.rows() * kScores);
     std::vector<float> max(job.rows()), sum(job.rows());
-    for (int64_t task = first; task < last; ++task) {
-      const Group& g = job.groups[task / job.key_heads];
-      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = g.tokens() * panel;
-      pack_transposed(job, g, k, head, keys);
-      pack(job, g, v, head, values);
+    Bounds bounds(job.rows());
+    for (int64_t task = next(); task < job.tasks(); task = next()) {
+      const Part& part = job.parts[task / job.key_heads];
+      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = part.tokens() * panel;
+      pack_transposed(job, part, k, head, keys);
+      pack(job, part, v, head, values);
       walk(
-          job, g,
+          job, part, bounds,
           [&](int64_t token, int64_t rows) {
             for (int64_t r = 0; r < rows; ++r) {
               const float* row = q.at(token + r / job.shared, first_head + r % job.shared);
@@ -299,7 +239,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   const int64_t panel = job.k.panel, padded = job.padded(), most_tokens = job.most_tokens();
   const int64_t transposed = job.most_key_panels() * panel * job.width;
 
-  at::parallel_for(0, job.groups.size() * job.key_heads, 1, [&](int64_t first, int64_t last) {
+  // Parts whose sums a head of a group has taken in.
+  std::vector<std::atomic<int64_t>> turns(job.groups.size() * job.key_heads);
+
+  share_out(job, [&](const auto& next) {
     const Scratch keys_t(transposed), values_t(transposed), keys(most_tokens * padded);
     const Scratch dk_sums(most_tokens * padded), dv_sums(most_tokens * padded), dq_sums(job.rows() * padded);
     // Rows of query and d out, both as they are and in panels.
@@ -307,17 +250,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
     const Scratch x_panels(job.rows() * padded), d_panels(job.rows() * padded);
     const Scratch scores(job.rows() * kScores), slopes(job.rows() * kScores);
     std::vector<float> row_lse(job.rows()), delta(job.rows());
-    for (int64_t task = first; task < last; ++task) {
-      const Group& g = job.groups[task / job.key_heads];
-      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = g.tokens() * panel;
+    Bounds bounds(job.rows());
+    for (int64_t task = next(); task < job.tasks(); task = next()) {
+      const Part& part = job.parts[task / job.key_heads];
+      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = part.tokens() * panel;
       const int64_t row_stride = job.rows() * panel;
-      pack_transposed(job, g, k, head, keys_t);
-      pack_transposed(job, g, v, head, values_t);
-      pack(job, g, k, head, keys);
-      std::fill_n(&dk_sums[0], g.tokens() * padded, 0.0f);
-      std::fill_n(&dv_sums[0], g.tokens() * padded, 0.0f);
+      pack_transposed(job, part, k, head, keys_t);
+      pack_transposed(job, part, v, head, values_t);
+      pack(job, part, k, head, keys);
+      std::fill_n(&dk_sums[0], part.tokens() * padded, 0.0f);
+      std::fill_n(&dv_sums[0], part.tokens() * padded, 0.0f);
       walk(
-          job, g,
+          job, part, bounds,
           [&](int64_t token, int64_t rows) {
             for (int64_t r = 0; r < rows; ++r) {
               const int64_t t = token + r / job.shared, h = first_head + r % job.shared;
@@ -346,10 +290,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
               for (int64_t i = 0; i < job.width; ++i) row[i] = job.scale * dq_sums[r * padded + i];
             }
           });
-      for (int64_t t = 0; t < g.tokens(); ++t) {
-        std::copy_n(&dk_sums[t * padded], job.width, dk.at(g.begin() + t, head));
-        std::copy_n(&dv_sums[t * padded], job.width, dv.at(g.begin() + t, head));
-      }
+      // The part before this one began before it, on this thread or another: it will end.
+      std::atomic<int64_t>& turn = turns[part.group * job.key_heads + head];
+      while (turn.load(std::memory_order_acquire) != part.number) std::this_thread::yield();
+      add_sums(job, part, dk_sums, head, dk);
+      add_sums(job, part, dv_sums, head, dv);
+      turn.store(part.number + 1, std::memory_order_release);
     }
   });
   return {d_query, d_key, d_value};

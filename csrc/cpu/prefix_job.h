@@ -1,0 +1,78 @@
+// What a call of cpu_prefix_attention works on: its groups, cut into parts that threads share out.
+//
+// Parts follow from the lengths of a group alone, so no bit depends on the number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "prefix_tiles.h"
+
+namespace gadcore {
+
+inline int64_t blocks_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// Tokens of a prompt or of a response in the packed row.
+struct Segment {
+  int64_t begin, length;
+};
+
+// A prompt and its responses.
+using Group = std::vector<Segment>;
+
+// What a part needs of a segment: all of its keys, and of the tokens [from, to) the rows.
+struct Piece {
+  Segment segment;
+  // Its first key among those that the part packs, and the panel that begins there.
+  int64_t token, panel;
+  int64_t from, to;
+};
+
+// Consecutive blocks of rows of a group. Always has a piece of the prompt, as its first, be it without rows.
+struct Part {
+  int64_t group, number;
+  std::vector<Piece> pieces;
+
+  int64_t tokens() const { return pieces.back().token + pieces.back().segment.length; }
+  int64_t key_panels(int64_t panel) const {
+    return pieces.back().panel + blocks_of(pieces.back().segment.length, panel);
+  }
+  void add(const Segment& s, int64_t panel, int64_t from, int64_t to) {
+    pieces.push_back(pieces.empty() ? Piece{s, 0, 0, from, to} : Piece{s, tokens(), key_panels(panel), from, to});
+  }
+};
+
+struct Job {
+  const PrefixKernels& k;
+  std::vector<Group> groups;
+  // Query heads, key heads, query heads of a key head, width of a head, the same in panels, tokens of a block of rows.
+  int64_t query_heads, key_heads, shared, width, panels, block_tokens;
+  float scale;
+  int64_t window;
+  // First parts of all groups, then second ones and so on.
+  std::vector<Part> parts;
+
+  int64_t rows() const { return block_tokens * shared; }
+  // Width of a head in whole panels.
+  int64_t padded() const { return panels * k.panel; }
+  int64_t tasks() const { return static_cast<int64_t>(parts.size()) * key_heads; }
+  int64_t most_tokens() const {
+    int64_t most = 0;
+    for (const Part& p : parts) most = std::max(most, p.tokens());
+    return most;
+  }
+  int64_t most_key_panels() const {
+    int64_t most = 0;
+    for (const Part& p : parts) most = std::max(most, p.key_panels(k.panel));
+    return most;
+  }
+};
+
+// Checks the operands of the op. Raises for types, shapes and offsets that do not fit.
+Job make_job(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+             const at::Tensor& offsets, const at::Tensor& prompt_of, double scale, int64_t window);
+
+}  // namespace gadcore
