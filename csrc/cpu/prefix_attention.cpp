@@ -1,10 +1,10 @@
 // cpu_prefix_attention and its backward; kernels/prefix_attention.py states the mathematics.
 //
-// One task is one key head of a part of a group. It packs the keys and values that the part sees, then takes blocks of
-// rows, a row being a query head of a token, against blocks of keys; gradients of keys and values are summed inside the
-// task, segment after segment, and then part after part. Keys are cut into blocks from the beginning of the prompt and
-// from that of the segment, so a response's output and query gradient have the same bits whatever other responses there
-// are; its key and value gradients too, where the group is one part.
+// Keys and values are packed once. One task is one key head of a part of a group: it takes blocks of rows, a row being
+// a query head of a token, against blocks of keys; gradients of keys and values are summed inside the task, segment
+// after segment, and then part after part. Keys are cut into blocks from the beginning of the prompt and from that of
+// the segment, so a response's output and query gradient have the same bits whatever other responses there are; its key
+// and value gradients too, where the group is one part.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -65,43 +65,81 @@ void share_out(const Job& job, const Work& work) {
   });
 }
 
-// rows [n, width] -> panels of rows; panel p of `panel` columns goes to out + p * stride.
-void pack_columns(const float* row, int64_t r, int64_t width, int64_t panel, int64_t stride, float* out) {
-  for (int64_t d = 0; d < width; d += panel, out += stride) {
-    float* to = out + r * panel;
-    const int64_t n = std::min(panel, width - d);
-    std::copy_n(row + d, n, to);
-    std::fill(to + n, to + panel, 0.0f);
+// Keys or values of all groups, for each group and head [tokens, width] in panels of columns.
+class Columns {
+ public:
+  Columns(const Job& job, const Heads<const float>& x, int64_t tokens)
+      : job_(job), memory_(tokens * job.key_heads * job.padded()) {
+    at::parallel_for(0, job.groups.size() * job.key_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const Group& g = job.groups[i / job.key_heads];
+        pack(g, x, i % job.key_heads);
+      }
+    });
   }
-}
 
-// x of the part's tokens, [tokens, width] in panels of columns.
-void pack(const Job& job, const Part& part, const Heads<const float>& x, int64_t head, float* out) {
-  const int64_t stride = part.tokens() * job.k.panel;
-  for (const Piece& p : part.pieces) {
-    for (int64_t t = 0; t < p.segment.length; ++t) {
-      pack_columns(x.at(p.segment.begin + t, head), p.token + t, job.width, job.k.panel, stride, out);
-    }
+  Panels of(const Group& g, int64_t head) const { return {at(g, head), g.tokens() * job_.k.panel, job_.panels}; }
+
+ private:
+  float* at(const Group& g, int64_t head) const {
+    return memory_ + (g.begin() * job_.key_heads + g.tokens() * head) * job_.padded();
   }
-}
-
-// x transposed, [width, tokens] in panels of tokens; every segment begins a panel.
-void pack_transposed(const Job& job, const Part& part, const Heads<const float>& x, int64_t head, float* out) {
-  const int64_t panel = job.k.panel, size = panel * job.width;
-  for (const Piece& p : part.pieces) {
-    for (int64_t i = 0; i < p.segment.length; i += panel, out += size) {
-      const int64_t n = std::min(panel, p.segment.length - i);
-      if (n < panel) std::fill_n(out, size, 0.0f);
-      for (int64_t j = 0; j < n; ++j) {
-        const float* row = x.at(p.segment.begin + i + j, head);
-        for (int64_t d = 0; d < job.width; ++d) out[d * panel + j] = row[d];
+  void pack(const Group& g, const Heads<const float>& x, int64_t head) {
+    const int64_t panel = job_.k.panel;
+    float* out = at(g, head);
+    for (int64_t d = 0; d < job_.width; d += panel) {
+      const int64_t n = std::min(panel, job_.width - d);
+      for (int64_t t = 0; t < g.tokens(); ++t, out += panel) {
+        std::copy_n(x.at(g.begin() + t, head) + d, n, out);
+        std::fill(out + n, out + panel, 0.0f);
       }
     }
   }
-}
+
+  const Job& job_;
+  Scratch memory_;
+};
+
+// The same transposed, [width, tokens] in panels of tokens; every segment begins a panel.
+class Transposed {
+ public:
+  Transposed(const Job& job, const Heads<const float>& x)
+      : job_(job),
+        memory_((job.groups.back().first_panel + job.groups.back().key_panels(job.k.panel)) * job.key_heads * size()) {
+    at::parallel_for(0, job.groups.size() * job.key_heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const Group& g = job.groups[i / job.key_heads];
+        for (const Segment& s : g.segments) pack(s, x, i % job.key_heads, at(g, i % job.key_heads) + s.panel * size());
+      }
+    });
+  }
+
+  // From the panel on.
+  Panels of(const Group& g, int64_t head, int64_t panel) const { return {at(g, head) + panel * size(), size(), 0}; }
+
+ private:
+  int64_t size() const { return job_.k.panel * job_.width; }
+  float* at(const Group& g, int64_t head) const {
+    return memory_ + (g.first_panel * job_.key_heads + g.key_panels(job_.k.panel) * head) * size();
+  }
+  void pack(const Segment& s, const Heads<const float>& x, int64_t head, float* out) {
+    const int64_t panel = job_.k.panel;
+    for (int64_t i = 0; i < s.length; i += panel, out += size()) {
+      const int64_t n = std::min(panel, s.length - i);
+      if (n < panel) std::fill_n(out, size(), 0.0f);
+      for (int64_t j = 0; j < n; ++j) {
+        const float* row = x.at(s.begin + i + j, head);
+        for (int64_t d = 0; d < job_.width; ++d) out[d * panel + j] = row[d];
+      }
+    }
+  }
+
+  const Job& job_;
+  Scratch memory_;
+};
 
 struct KeyBlock {
-  // First of the part's keys, and the panel that it begins.
+  // First of the group's keys, and the panel that it begins.
   int64_t token, panel;
 };
 
@@ -120,10 +158,10 @@ void walk(const Job& job, const Part& part, Bounds& bounds, const Begin& begin, 
     int64_t position, length;
     KeyBlock at;
   };
-  const Piece& prompt = part.pieces.front();
+  const Group& g = job.groups[part.group];
   for (const Piece& p : part.pieces) {
-    const Keys before{0, &p == &prompt ? 0 : prompt.segment.length, {0, 0}};
-    const Keys own{before.length, p.segment.length, {p.token, p.panel}};
+    const Keys before{0, p.segment.token == 0 ? 0 : g.prompt().length, {0, 0}};
+    const Keys own{before.length, p.segment.length, {p.segment.token, p.segment.panel}};
     for (int64_t i = p.from; i < p.to; i += job.block_tokens) {
       const int64_t n = std::min(job.block_tokens, p.to - i), rows = n * job.shared;
       begin(p.segment.begin + i, rows);
@@ -145,21 +183,24 @@ void walk(const Job& job, const Part& part, Bounds& bounds, const Begin& begin, 
   }
 }
 
-// Sums [tokens, padded] of a part go to its tokens' rows of `to`: set by the first part that has the segment's first
-// row (the prompt's too), added by later ones.
+// Calls each(first token of the group, tokens, whether no earlier part has them) for the keys that a part sees.
+template <class Each>
+void keys_of(const Job& job, const Part& part, const Each& each) {
+  const Group& g = job.groups[part.group];
+  if (part.pieces.front().segment.token != 0) each(0, g.prompt().length, false);
+  for (const Piece& p : part.pieces) each(p.segment.token, p.segment.length, p.from == 0);
+}
+
+// Sums [tokens of the group, padded] of a part go to the rows of `to`.
 void add_sums(const Job& job, const Part& part, const float* sums, int64_t head, const Heads<float>& to) {
-  for (const Piece& p : part.pieces) {
-    const bool first = p.from == 0 && (part.number == 0 || &p != &part.pieces.front());
-    for (int64_t t = 0; t < p.segment.length; ++t) {
-      const float* sum = sums + (p.token + t) * job.padded();
-      float* row = to.at(p.segment.begin + t, head);
-      if (first) {
-        std::copy_n(sum, job.width, row);
-      } else {
-        for (int64_t i = 0; i < job.width; ++i) row[i] += sum[i];
-      }
+  const int64_t begin = job.groups[part.group].begin();
+  keys_of(job, part, [&](int64_t token, int64_t n, bool first) {
+    for (int64_t t = token; t < token + n; ++t) {
+      const float* sum = sums + t * job.padded();
+      float* row = to.at(begin + t, head);
+      for (int64_t i = 0; i < job.width; ++i) row[i] = first ? sum[i] : row[i] + sum[i];
     }
-  }
+  });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& offsets,
@@ -172,18 +213,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   const auto q = read(q_in), k = read(k_in), v = read(v_in);
   const auto o = write(out);
   float* lse_p = lse.data_ptr<float>();
-  const int64_t panel = job.k.panel, padded = job.padded(), most_tokens = job.most_tokens();
+  const int64_t padded = job.padded();
+  const Transposed keys(job, k);
+  const Columns values(job, v, key.size(0));
 
   share_out(job, [&](const auto& next) {
-    const Scratch keys(job.most_key_panels() * panel * job.width), values(most_tokens * padded);
     const Scratch x(job.rows() * job.width), sums(job.rows() * padded), scores(job.rows() * kScores);
     std::vector<float> max(job.rows()), sum(job.rows());
     Bounds bounds(job.rows());
     for (int64_t task = next(); task < job.tasks(); task = next()) {
       const Part& part = job.parts[task / job.key_heads];
-      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = part.tokens() * panel;
-      pack_transposed(job, part, k, head, keys);
-      pack(job, part, v, head, values);
+      const Group& g = job.groups[part.group];
+      const int64_t head = task % job.key_heads, first_head = head * job.shared;
       walk(
           job, part, bounds,
           [&](int64_t token, int64_t rows) {
@@ -196,10 +237,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
             std::fill_n(sum.begin(), rows, 0.0f);
           },
           [&](const Seen& seen, const KeyBlock& at) {
-            const int64_t size = panel * job.width;
-            job.k.scores(seen, x, job.width, {keys + at.panel * size, size, 0}, scores);
+            job.k.scores(seen, x, job.width, job.width, keys.of(g, head, at.panel), scores);
             job.k.softmax(seen, scores, max.data(), sum.data(), sums, padded);
-            job.k.add_over_keys(seen, scores, {values + at.token * panel, stride, job.panels}, sums);
+            job.k.add_over_keys(seen, scores, values.of(g, head).from(at.token * job.k.panel), sums);
           },
           [&](int64_t token, int64_t rows) {
             for (int64_t r = 0; r < rows; ++r) {
@@ -236,53 +276,50 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   const auto dq = write(d_query), dk = write(d_key), dv = write(d_value);
   const float* lse_p = lse.const_data_ptr<float>();
   const VectorKernels& vector = vector_kernels();
-  const int64_t panel = job.k.panel, padded = job.padded(), most_tokens = job.most_tokens();
-  const int64_t transposed = job.most_key_panels() * panel * job.width;
+  const int64_t padded = job.padded(), most_tokens = job.most_tokens();
+  const Transposed keys_t(job, k), values_t(job, v);
+  const Columns keys(job, k, key.size(0));
 
   // Parts whose sums a head of a group has taken in.
   std::vector<std::atomic<int64_t>> turns(job.groups.size() * job.key_heads);
 
   share_out(job, [&](const auto& next) {
-    const Scratch keys_t(transposed), values_t(transposed), keys(most_tokens * padded);
     const Scratch dk_sums(most_tokens * padded), dv_sums(most_tokens * padded), dq_sums(job.rows() * padded);
-    // Rows of query and d out, both as they are and in panels.
-    const Scratch x(job.rows() * job.width), d(job.rows() * job.width);
-    const Scratch x_panels(job.rows() * padded), d_panels(job.rows() * padded);
+    // Rows of query and d out, zeros up to whole panels.
+    const Scratch x(job.rows() * padded), d(job.rows() * padded);
+    std::fill_n(&x[0], job.rows() * padded, 0.0f);
+    std::fill_n(&d[0], job.rows() * padded, 0.0f);
     const Scratch scores(job.rows() * kScores), slopes(job.rows() * kScores);
     std::vector<float> row_lse(job.rows()), delta(job.rows());
     Bounds bounds(job.rows());
     for (int64_t task = next(); task < job.tasks(); task = next()) {
       const Part& part = job.parts[task / job.key_heads];
-      const int64_t head = task % job.key_heads, first_head = head * job.shared, stride = part.tokens() * panel;
-      const int64_t row_stride = job.rows() * panel;
-      pack_transposed(job, part, k, head, keys_t);
-      pack_transposed(job, part, v, head, values_t);
-      pack(job, part, k, head, keys);
-      std::fill_n(&dk_sums[0], part.tokens() * padded, 0.0f);
-      std::fill_n(&dv_sums[0], part.tokens() * padded, 0.0f);
+      const Group& g = job.groups[part.group];
+      const int64_t head = task % job.key_heads, first_head = head * job.shared;
+      keys_of(job, part, [&](int64_t token, int64_t n, bool) {
+        std::fill_n(dk_sums + token * padded, n * padded, 0.0f);
+        std::fill_n(dv_sums + token * padded, n * padded, 0.0f);
+      });
       walk(
           job, part, bounds,
           [&](int64_t token, int64_t rows) {
             for (int64_t r = 0; r < rows; ++r) {
               const int64_t t = token + r / job.shared, h = first_head + r % job.shared;
               const float *q_row = q.at(t, h), *d_row = d_out.at(t, h);
-              for (int64_t i = 0; i < job.width; ++i) x[r * job.width + i] = job.scale * q_row[i];
-              std::copy_n(d_row, job.width, &d[r * job.width]);
-              pack_columns(&x[r * job.width], r, job.width, panel, row_stride, x_panels);
-              pack_columns(d_row, r, job.width, panel, row_stride, d_panels);
+              for (int64_t i = 0; i < job.width; ++i) x[r * padded + i] = job.scale * q_row[i];
+              std::copy_n(d_row, job.width, &d[r * padded]);
               row_lse[r] = lse_p[t * job.query_heads + h];
               delta[r] = vector.dot(d_row, o.at(t, h), job.width);
             }
             std::fill_n(&dq_sums[0], rows * padded, 0.0f);
           },
           [&](const Seen& seen, const KeyBlock& at) {
-            const int64_t size = panel * job.width;
-            job.k.scores(seen, x, job.width, {keys_t + at.panel * size, size, 0}, scores);
-            job.k.scores(seen, d, job.width, {values_t + at.panel * size, size, 0}, slopes);
+            job.k.scores(seen, x, padded, job.width, keys_t.of(g, head, at.panel), scores);
+            job.k.scores(seen, d, padded, job.width, values_t.of(g, head, at.panel), slopes);
             job.k.softmax_backward(seen, scores, slopes, row_lse.data(), delta.data());
-            job.k.add_over_rows(seen, scores, {d_panels, row_stride, job.panels}, dv_sums + at.token * padded);
-            job.k.add_over_rows(seen, slopes, {x_panels, row_stride, job.panels}, dk_sums + at.token * padded);
-            job.k.add_over_keys(seen, slopes, {keys + at.token * panel, stride, job.panels}, dq_sums);
+            job.k.add_over_rows(seen, scores, d, padded, dv_sums + at.token * padded);
+            job.k.add_over_rows(seen, slopes, x, padded, dk_sums + at.token * padded);
+            job.k.add_over_keys(seen, slopes, keys.of(g, head).from(at.token * job.k.panel), dq_sums);
           },
           [&](int64_t token, int64_t rows) {
             for (int64_t r = 0; r < rows; ++r) {

@@ -11,7 +11,8 @@ constexpr int64_t kRows = 96;
 // a single group of a model with three key heads would keep two threads busy for the time of four heads, not three.
 constexpr int64_t kParts = 4, kPartCost = 1 << 17;
 
-std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor& prompt_of, int64_t tokens) {
+std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor& prompt_of, int64_t tokens,
+                             int64_t panel) {
   TORCH_CHECK(prompt_of.dim() == 1 && prompt_of.scalar_type() == at::kLong, op, ": prompt_of must be int64 [K], is ",
               prompt_of.scalar_type(), " ", prompt_of.sizes());
   const int64_t n = prompt_of.size(0);
@@ -24,12 +25,15 @@ std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor
   for (int64_t k = 0; k < n; ++k) {
     TORCH_CHECK(offset[k] < offset[k + 1], op, ": segment ", k, " has no tokens");
     if (prompt[k] == k) {
-      groups.emplace_back();
+      const Group* last = groups.empty() ? nullptr : &groups.back();
+      groups.push_back({{}, last ? last->first_panel + last->key_panels(panel) : 0});
       last_prompt = k;
     }
     TORCH_CHECK(last_prompt >= 0 && prompt[k] == last_prompt, op, ": the prompt of segment ", k, " is ", prompt[k],
                 ", must be itself or the last prompt before it, ", last_prompt);
-    groups.back().push_back({offset[k], offset[k + 1] - offset[k]});
+    Group& g = groups.back();
+    const bool first = g.segments.empty();
+    g.segments.push_back({offset[k], offset[k + 1] - offset[k], first ? 0 : g.tokens(), first ? 0 : g.key_panels(panel)});
   }
   return groups;
 }
@@ -37,8 +41,8 @@ std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor
 // Calls each(segment, from, to, cost) for the blocks of rows of a group; cost: keys that the block sees, over its rows.
 template <class Each>
 void blocks(const Job& job, const Group& g, const Each& each) {
-  for (const Segment& s : g) {
-    const int64_t before = s.begin == g.front().begin ? 0 : g.front().length;
+  for (const Segment& s : g.segments) {
+    const int64_t before = s.token == 0 ? 0 : g.prompt().length;
     for (int64_t i = 0; i < s.length; i += job.block_tokens) {
       const int64_t n = std::min(job.block_tokens, s.length - i), keys = before + i + n;
       each(s, i, i + n, n * job.shared * (job.window ? std::min(keys, job.window) : keys));
@@ -58,17 +62,17 @@ void cut_into_parts(Job& job) {
       done += cost;
       if (parts.empty() || number != parts.back().number) {
         parts.push_back({static_cast<int64_t>(g), number, {}});
-        if (s.begin != group.front().begin) parts.back().add(group.front(), job.k.panel, 0, 0);
       }
-      Part& part = parts.back();
-      if (part.pieces.empty() || part.pieces.back().segment.begin != s.begin) part.add(s, job.k.panel, from, from);
-      part.pieces.back().to = to;
+      std::vector<Piece>& pieces = parts.back().pieces;
+      if (pieces.empty() || pieces.back().segment.token != s.token) pieces.push_back({s, from, to});
+      pieces.back().to = to;
     });
     // A block may be larger than a part: no number is left out in the turns.
     for (size_t i = 0; i < parts.size(); ++i) parts[i].number = i;
     job.parts.insert(job.parts.end(), parts.begin(), parts.end());
   }
-  std::stable_sort(job.parts.begin(), job.parts.end(), [](const Part& a, const Part& b) { return a.number < b.number; });
+  std::stable_sort(job.parts.begin(), job.parts.end(),
+                   [](const Part& a, const Part& b) { return a.number < b.number; });
 }
 
 }  // namespace
@@ -89,7 +93,7 @@ Job make_job(const char* op, const Tensor& query, const Tensor& key, const Tenso
   const PrefixKernels& k = prefix_kernels();
   const int64_t shared = query.size(1) / key.size(1);
   Job job{k,
-          groups_of(op, offsets, prompt_of, query.size(0)),
+          groups_of(op, offsets, prompt_of, query.size(0), k.panel),
           query.size(1),
           key.size(1),
           shared,

@@ -15,34 +15,35 @@ namespace gadcore {
 
 inline int64_t blocks_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// Tokens of a prompt or of a response in the packed row.
+// Tokens of a prompt or of a response.
 struct Segment {
   int64_t begin, length;
+  // Its first token among those of its group, and the panel that begins there when every segment begins one.
+  int64_t token, panel;
 };
 
 // A prompt and its responses.
-using Group = std::vector<Segment>;
+struct Group {
+  std::vector<Segment> segments;
+  // Panels of the groups before it.
+  int64_t first_panel;
 
-// What a part needs of a segment: all of its keys, and of the tokens [from, to) the rows.
+  const Segment& prompt() const { return segments.front(); }
+  int64_t begin() const { return prompt().begin; }
+  int64_t tokens() const { return segments.back().token + segments.back().length; }
+  int64_t key_panels(int64_t panel) const { return segments.back().panel + blocks_of(segments.back().length, panel); }
+};
+
+// The rows of the tokens [from, to) of a segment. They see its keys up to there.
 struct Piece {
   Segment segment;
-  // Its first key among those that the part packs, and the panel that begins there.
-  int64_t token, panel;
   int64_t from, to;
 };
 
-// Consecutive blocks of rows of a group. Always has a piece of the prompt, as its first, be it without rows.
+// Consecutive blocks of rows of a group.
 struct Part {
   int64_t group, number;
   std::vector<Piece> pieces;
-
-  int64_t tokens() const { return pieces.back().token + pieces.back().segment.length; }
-  int64_t key_panels(int64_t panel) const {
-    return pieces.back().panel + blocks_of(pieces.back().segment.length, panel);
-  }
-  void add(const Segment& s, int64_t panel, int64_t from, int64_t to) {
-    pieces.push_back(pieces.empty() ? Piece{s, 0, 0, from, to} : Piece{s, tokens(), key_panels(panel), from, to});
-  }
 };
 
 struct Job {
@@ -61,12 +62,7 @@ struct Job {
   int64_t tasks() const { return static_cast<int64_t>(parts.size()) * key_heads; }
   int64_t most_tokens() const {
     int64_t most = 0;
-    for (const Part& p : parts) most = std::max(most, p.tokens());
-    return most;
-  }
-  int64_t most_key_panels() const {
-    int64_t most = 0;
-    for (const Part& p : parts) most = std::max(most, p.key_panels(k.panel));
+    for (const Group& g : groups) most = std::max(most, g.tokens());
     return most;
   }
 };

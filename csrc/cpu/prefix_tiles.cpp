@@ -15,12 +15,13 @@ struct Tiles {
   static constexpr int64_t kPanel = ProductTile<W>::kPanel;
   static_assert(kKeys % kPanel == 0 && kKeys + W <= kScores);
 
-  static GADCORE_INLINE void scores(const Seen& seen, const float* x, int64_t width, const Panels& keys, float* out) {
+  static GADCORE_INLINE void scores(const Seen& seen, const float* x, int64_t x_row, int64_t width,
+                                    const Panels& keys, float* out) {
     for (int64_t p = seen.begin() / kPanel, j = p * kPanel; j < seen.end(); ++p, j += kPanel) {
       for (int64_t r = 0; r < seen.rows; r += kTile) {
         const int64_t n = std::min(kTile, seen.rows - r);
         if (seen.to[r + n - 1] <= j || seen.from[r] >= j + kPanel) continue;
-        ProductTile<W>::template of<false, false>(n, x + r * width, width, keys.data + p * keys.stride, kPanel, width,
+        ProductTile<W>::template of<false, false>(n, x + r * x_row, x_row, keys.data + p * keys.stride, kPanel, width,
                                                   out + r * kScores + j, kScores);
       }
     }
@@ -39,9 +40,9 @@ struct Tiles {
     }
   }
 
-  static GADCORE_INLINE void add_over_rows(const Seen& seen, const float* p, const Panels& x, float* out) {
-    const int64_t width = x.count * kPanel;
-    for (int64_t i = 0; i < x.count; ++i) {
+  static GADCORE_INLINE void add_over_rows(const Seen& seen, const float* p, const float* x, int64_t width,
+                                           float* out) {
+    for (int64_t i = 0; i < width; i += kPanel) {
       // The rows [first, last) see some of the tile's keys.
       int64_t first = 0, last = 0;
       for (int64_t j = seen.begin(); j < seen.end(); j += kTile) {
@@ -50,8 +51,8 @@ struct Tiles {
         while (last < seen.rows && seen.from[last] < j + n) ++last;
         if (first >= last) continue;
         ProductTile<W>::template of<true, true>(n, p + first * kScores + j, kScores,
-                                                x.data + i * x.stride + first * kPanel, kPanel, last - first,
-                                                out + j * width + i * kPanel, width);
+                                                x + first * width + i, width, last - first, out + j * width + i,
+                                                width);
       }
     }
   }
@@ -110,14 +111,14 @@ struct Tiles {
 
 #define GADCORE_LEVEL(NAME, W, TARGET)                                                                                 \
   namespace NAME {                                                                                                     \
-  TARGET void scores(const Seen& seen, const float* x, int64_t width, const Panels& keys, float* out) {                \
-    Tiles<W>::scores(seen, x, width, keys, out);                                                                       \
+  TARGET void scores(const Seen& seen, const float* x, int64_t x_row, int64_t width, const Panels& keys, float* out) { \
+    Tiles<W>::scores(seen, x, x_row, width, keys, out);                                                                \
   }                                                                                                                    \
   TARGET void add_over_keys(const Seen& seen, const float* p, const Panels& b, float* out) {                           \
     Tiles<W>::add_over_keys(seen, p, b, out);                                                                          \
   }                                                                                                                    \
-  TARGET void add_over_rows(const Seen& seen, const float* p, const Panels& x, float* out) {                           \
-    Tiles<W>::add_over_rows(seen, p, x, out);                                                                          \
+  TARGET void add_over_rows(const Seen& seen, const float* p, const float* x, int64_t width, float* out) {             \
+    Tiles<W>::add_over_rows(seen, p, x, width, out);                                                                   \
   }                                                                                                                    \
   TARGET void softmax(const Seen& seen, float* scores, float* max, float* sum, float* out, int64_t width) {            \
     Tiles<W>::softmax(seen, scores, max, sum, out, width);                                                             \

@@ -28,18 +28,21 @@ struct Seen {
 struct Panels {
   const float* data;
   int64_t stride, count;
+
+  // Without the first `numbers` of every panel.
+  Panels from(int64_t numbers) const { return {data + numbers, stride, count}; }
 };
 
 struct PrefixKernels {
   // Columns of a panel; divides kKeys.
   int64_t panel;
 
-  // scores[r, j] = sum_d x[r, d] keys[d, j], at least for the keys that row r sees. x: [rows, width], no gaps.
-  void (*scores)(const Seen& seen, const float* x, int64_t width, const Panels& keys, float* scores);
+  // scores[r, j] = sum_d x[r, d] keys[d, j], at least for the keys that row r sees. x: [rows, width], rows x_row apart.
+  void (*scores)(const Seen& seen, const float* x, int64_t x_row, int64_t width, const Panels& keys, float* scores);
   // out[r, :] += sum_j p[r, j] b[j, :] over [begin, end). out: [rows, b.count * panel].
   void (*add_over_keys)(const Seen& seen, const float* p, const Panels& b, float* out);
-  // out[j, :] += sum_r p[r, j] x[r, :]. out: [keys, x.count * panel].
-  void (*add_over_rows)(const Seen& seen, const float* p, const Panels& x, float* out);
+  // out[j, :] += sum_r p[r, j] x[r, :]. x: [rows, width], out: [keys, width]; width: whole panels.
+  void (*add_over_rows)(const Seen& seen, const float* p, const float* x, int64_t width, float* out);
 
   // Online softmax. max[r] and sum[r], of exp(s - max), take in the scores of the block, which become exp(s - max[r]),
   // and 0 for the keys in [begin, end) that row r does not see; out[r, :] [width] follows the change of max[r].
