@@ -33,7 +33,8 @@ std::vector<Group> groups_of(const char* op, const Tensor& offsets, const Tensor
                 ", must be itself or the last prompt before it, ", last_prompt);
     Group& g = groups.back();
     const bool first = g.segments.empty();
-    g.segments.push_back({offset[k], offset[k + 1] - offset[k], first ? 0 : g.tokens(), first ? 0 : g.key_panels(panel)});
+    const int64_t token = first ? 0 : g.tokens(), at = first ? 0 : g.key_panels(panel);
+    g.segments.push_back({offset[k], offset[k + 1] - offset[k], token, at});
   }
   return groups;
 }
