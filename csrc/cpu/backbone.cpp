@@ -13,6 +13,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "decoding.h"
 #include "vec.h"
 
 namespace gadcore {
@@ -159,28 +160,10 @@ void check(const char* op, const char* name, const Tensor& t, at::IntArrayRef si
               t.scalar_type(), " ", t.sizes());
 }
 
-int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
+// A matrix with contiguous rows, not all of them next to each other.
+bool is_rows(const Tensor& t) { return t.dim() == 2 && t.stride(1) == 1 && !t.is_contiguous(); }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps, double shift) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  TORCH_CHECK(x_in.dim() == 2, "cpu_rms_norm: x must be [T, H], is ", x_in.sizes());
-  check("cpu_rms_norm", "x", x_in, x_in.sizes());
-  check("cpu_rms_norm", "weight", weight_in, {x_in.size(1)});
-  const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
-  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty({x.size(0)}, x.options());
-  Norm a{};
-  a.x = x.const_data_ptr<float>();
-  a.weight = weight.const_data_ptr<float>();
-  a.y = y.data_ptr<float>();
-  a.rstd = rstd.data_ptr<float>();
-  a.rows = x.size(0);
-  a.width = x.size(1);
-  a.eps = static_cast<float>(eps);
-  a.shift = static_cast<float>(shift);
-  const Kernels& k = kernels();
-  at::parallel_for(0, a.rows, grain(a.width), [&](int64_t begin, int64_t end) { k.norm(a, begin, end); });
-  return {y, rstd};
-}
+int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_in, const Tensor& x_in, const Tensor& weight_in,
                                              const Tensor& rstd, double shift) {
@@ -202,20 +185,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_in, const Tensor
   const Kernels& k = kernels();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { k.norm_backward(a, begin, end); });
   return {dx, parts.sum(0)};
-}
-
-Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  check("cpu_swiglu", "gate", gate_in, gate_in.sizes());
-  check("cpu_swiglu", "up", up_in, gate_in.sizes());
-  const Tensor gate = gate_in.contiguous(), up = up_in.contiguous();
-  Tensor y = at::empty(gate.sizes(), gate.options());
-  const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
-  float* out = y.data_ptr<float>();
-  const Kernels& k = kernels();
-  at::parallel_for(0, gate.numel(), kGrain,
-                   [&](int64_t begin, int64_t end) { k.swiglu(g + begin, u + begin, out + begin, end - begin); });
-  return y;
 }
 
 // dgate and dup may be grad, or any other tensor whose numbers are not needed any more.
@@ -250,6 +219,53 @@ void swiglu_backward_in_place(Tensor& grad, const Tensor& gate, const Tensor& up
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps, double shift) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK(x_in.dim() == 2, "cpu_rms_norm: x must be [T, H], is ", x_in.sizes());
+  check("cpu_rms_norm", "x", x_in, x_in.sizes());
+  check("cpu_rms_norm", "weight", weight_in, {x_in.size(1)});
+  const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options()), rstd = at::empty({x.size(0)}, x.options());
+  Norm a{};
+  a.x = x.const_data_ptr<float>();
+  a.weight = weight.const_data_ptr<float>();
+  a.y = y.data_ptr<float>();
+  a.rstd = rstd.data_ptr<float>();
+  a.rows = x.size(0);
+  a.width = x.size(1);
+  a.eps = static_cast<float>(eps);
+  a.shift = static_cast<float>(shift);
+  const Kernels& k = kernels();
+  at::parallel_for(0, a.rows, grain(a.width), [&](int64_t begin, int64_t end) { k.norm(a, begin, end); });
+  return {y, rstd};
+}
+
+Tensor swiglu(const Tensor& gate_in, const Tensor& up_in) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check("cpu_swiglu", "gate", gate_in, gate_in.sizes());
+  check("cpu_swiglu", "up", up_in, gate_in.sizes());
+  const Kernels& k = kernels();
+  if (is_rows(gate_in) && is_rows(up_in)) {
+    // Halves of one tensor, without a copy.
+    Tensor y = at::empty(gate_in.sizes(), gate_in.options());
+    const int64_t width = y.size(1), g_row = gate_in.stride(0), u_row = up_in.stride(0);
+    const float *g = gate_in.const_data_ptr<float>(), *u = up_in.const_data_ptr<float>();
+    float* out = y.data_ptr<float>();
+    at::parallel_for(0, y.size(0), grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) k.swiglu(g + r * g_row, u + r * u_row, out + r * width, width);
+    });
+    return y;
+  }
+  const Tensor gate = gate_in.contiguous(), up = up_in.contiguous();
+  Tensor y = at::empty(gate.sizes(), gate.options());
+  const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
+  float* out = y.data_ptr<float>();
+  at::parallel_for(0, gate.numel(), kGrain,
+                   [&](int64_t begin, int64_t end) { k.swiglu(g + begin, u + begin, out + begin, end - begin); });
+  return y;
+}
+
 }  // namespace gadcore
 
 TORCH_LIBRARY_FRAGMENT(gadcore, m) {

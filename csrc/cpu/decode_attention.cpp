@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "decoding.h"
 #include "product_tile.h"
 
 namespace gadcore {
@@ -222,6 +223,8 @@ struct Cache {
   }
 };
 
+}  // namespace
+
 void decode_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
                       const Tensor& block_table, const Tensor& seq_lens, double scale, const Tensor& out) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -312,7 +315,6 @@ void decode_attention(const Tensor& query, const Tensor& key_cache, const Tensor
   });
 }
 
-}  // namespace
 }  // namespace gadcore
 
 TORCH_LIBRARY_FRAGMENT(gadcore, m) {

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "decoding.h"
 #include "vec.h"
 
 #ifdef GADCORE_X86
@@ -221,6 +222,8 @@ at::Tensor multiply(const at::Tensor& x_in, const at::Tensor& weight, const std:
 
 #endif
 
+}  // namespace
+
 at::Tensor linear_few_rows(const at::Tensor& x_in, const at::Tensor& weight, const std::optional<at::Tensor>& bias_in) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "cpu_linear_few_rows";
@@ -238,7 +241,6 @@ at::Tensor linear_few_rows(const at::Tensor& x_in, const at::Tensor& weight, con
   return at::linear(x_in, weight, bias_in);
 }
 
-}  // namespace
 }  // namespace gadcore
 
 TORCH_LIBRARY_FRAGMENT(gadcore, m) {

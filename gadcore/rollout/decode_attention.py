@@ -73,6 +73,21 @@ def _halves(cache: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
+def is_installed(impl: Any) -> bool:
+    """Whether an attention layer's implementation takes cpu_decode_attention where it fits."""
+    return "forward" in vars(impl)
+
+
+def only_decodes(step: Any) -> bool:
+    """Whether every request of a step, by its attention's metadata, decodes one token."""
+    return (
+        step is not None
+        and step.max_query_len == 1
+        and step.num_actual_tokens == len(step.seq_lens)
+        and step.dynamic_causal is None
+    )
+
+
 def _forward(impl: Any) -> Any:
     theirs, ours = impl.forward, torch.ops.gadcore.cpu_decode_attention.default
 
@@ -88,10 +103,7 @@ def _forward(impl: Any) -> Any:
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         if (
-            attn_metadata is None
-            or attn_metadata.max_query_len != 1
-            or attn_metadata.num_actual_tokens != len(attn_metadata.seq_lens)
-            or attn_metadata.dynamic_causal is not None
+            not only_decodes(attn_metadata)
             or query.dtype != torch.float32
             or output.dtype != torch.float32
             or output_scale is not None

@@ -1,8 +1,7 @@
-"""Decoder layers of vLLM on a CPU as one function each.
+"""Decoder layers of vLLM on a CPU as one function each, and as one native call where every request decodes one token.
 
-Of a decoding step of a small model, calls of modules take several percent: a layer of Llama's is twelve of them. What
-is computed stays the same, by the same kernels: norms, products, rotation and activation are called directly, the
-attention is vLLM's own layer.
+Of a decoding step of a small model, calls of modules and of operations take as long as its attention: a layer of
+Llama's is twelve modules. What is computed stays the same, by the same kernels (csrc/cpu/decode_layer.cpp).
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gadcore.kernels import _native
+from gadcore.kernels.linear_few_rows import MAX_ROWS
+from gadcore.rollout.decode_attention import is_installed, only_decodes
 
 Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _OPS = ("cpu_rms_norm", "cpu_swiglu")
@@ -22,7 +23,8 @@ _OPS = ("cpu_rms_norm", "cpu_swiglu")
 def shorten_layers(model: nn.Module) -> int:
     """Gives every Llama or Qwen2 layer of float32 that is built in the usual way one function; returns how many.
 
-    Models of other families, and layers that are quantised or shared out over devices, keep vLLM's own.
+    Models of other families, and layers that are quantised or shared out over devices, keep vLLM's own. Steps in which
+    every request decodes one token become one native call a layer, where cpu_decode_attention is installed by then.
     """
     from vllm.model_executor.layers.attention import Attention
 
@@ -76,8 +78,12 @@ def _forward(layer: Any) -> Layer:
         _product, (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
     )
     rotate, attend = attention.rotary_emb._forward_method, attention.attn
+    decode = _decode(layer)
 
     def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        decoded = decode(positions, hidden_states, residual)
+        if decoded is not None:
+            return decoded
         total = hidden_states if residual is None else hidden_states + residual
         normed, _ = norm(total, before.weight.data, before.variance_epsilon, 0.0)
         query, key, value = qkv_proj(normed).split(sizes, dim=-1)
@@ -88,6 +94,56 @@ def _forward(layer: Any) -> Layer:
         return down_proj(swiglu(gate, up)), total
 
     return forward
+
+
+def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor] | None]:
+    """The layer in a step that one native call serves; None in all others."""
+    from vllm.model_executor.layers.attention.attention import get_attention_context
+
+    attention, mlp = layer.self_attn, layer.mlp
+    before, after = layer.input_layernorm, layer.post_attention_layernorm
+    products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+    qkv_proj, o_proj, gate_up_proj, down_proj = products
+    attend, rotary = attention.attn, attention.rotary_emb
+    if not (_native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
+        return lambda *_: None
+    native, name = torch.ops.gadcore.cpu_decode_layer.default, attend.layer_name
+
+    def forward(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if len(hidden) > MAX_ROWS or not is_installed(attend.impl):
+            return None
+        step: Any
+        step, _, cache, slots = get_attention_context(name)
+        if not only_decodes(step) or slots is None or len(slots) != len(hidden) or len(step.seq_lens) != len(hidden):
+            return None
+        weights = [part.weight.data for part in (before, qkv_proj, o_proj, after, gate_up_proj, down_proj)]
+        biases = [None if part.bias is None else part.bias.data for part in products]
+        return native(  # type: ignore[no-any-return]
+            hidden,
+            residual,
+            positions,
+            rotary.cos_sin_cache,
+            weights,
+            biases,
+            before.variance_epsilon,
+            after.variance_epsilon,
+            cache,
+            step.block_table,
+            step.seq_lens,
+            slots,
+            attend.impl.scale,
+        )
+
+    return forward
+
+
+def _rotates_halves(rotary: Any, head_size: int) -> bool:
+    """Whether queries and keys are rotated by the angles of a table, all of a head, its halves against each other."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+
+    whole = rotary.is_neox_style and rotary.rotary_dim == rotary.head_size == head_size
+    return type(rotary) in (RotaryEmbedding, Llama3RotaryEmbedding) and whole and head_size % 2 == 0
 
 
 def _product(part: Any) -> Callable[[Tensor], Tensor]:

@@ -43,7 +43,10 @@ class Engine:
             vars(impl).pop("forward", None)
 
     def decode(self) -> tuple[list[tuple[int, ...]], torch.Tensor, dict[str, int]]:
-        """Tokens and log-probs of greedy samples, four of each prompt, and how often each attention was called."""
+        """Tokens and log-probs of greedy samples, four of each prompt, and how often layers and attention were called.
+
+        Attention that is a part of cpu_decode_layer does not count.
+        """
         # Prompts of two whole blocks and more, so that there are blocks to share.
         requests = [
             SampleRequest((g.prompt.token_ids * 96)[: 70 + 5 * i], 1, i)
@@ -55,7 +58,11 @@ class Engine:
             drawn = self.engine.generate(requests, temperature=0.0, max_tokens=LIMIT)
         self.engine.sleep()
         calls = {e.key: e.count for e in profile.key_averages()}
-        names = {"ours": "gadcore::cpu_decode_attention", "theirs": "_C::cpu_attention_with_kv_cache"}
+        names = {
+            "layers": "gadcore::cpu_decode_layer",
+            "ours": "gadcore::cpu_decode_attention",
+            "theirs": "_C::cpu_attention_with_kv_cache",
+        }
         samples = [sample for (sample,) in drawn]
         return (
             [s.token_ids for s in samples],
@@ -73,6 +80,7 @@ def llama(tmp_path_factory):
 
 def test_greedy_text_is_that_of_vllms_own_attention(llama) -> None:
     assert llama.installed() == 2
+    lengthen(llama)
     tokens, logprobs, calls = llama.decode()
     longest = max(map(len, tokens))
     assert longest > 4
@@ -82,6 +90,7 @@ def test_greedy_text_is_that_of_vllms_own_attention(llama) -> None:
     expected, expected_logprobs, calls = llama.decode()
     assert calls["ours"] == 0 and calls["theirs"] == 2 * longest
     assert share_prompts_in_decoding(llama.runner) == 2
+    assert shorten_layers(llama.engine.engine_model) == 2
     assert tokens == expected
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-4, atol=1e-5)
 
@@ -132,14 +141,49 @@ def lengthen(engine: Engine) -> None:
         layer.self_attn.attn.use_direct_call = False
 
 
-def test_greedy_text_is_that_of_vllms_own_layers(llama) -> None:
-    assert all("forward" in vars(layer) for layer in layers(llama))
-    tokens, logprobs, _ = llama.decode()
-    lengthen(llama)
-    expected, expected_logprobs, _ = llama.decode()
-    assert shorten_layers(llama.engine.engine_model) == 2
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory):
+    made = Engine(tmp_path_factory.mktemp("model"), "qwen2")
+    yield made
+    made.engine.close()
+
+
+# Qwen2's products of queries, keys and values have biases.
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_greedy_text_is_that_of_vllms_own_layers(family: str, request: pytest.FixtureRequest) -> None:
+    engine = request.getfixturevalue(family)
+    assert all("forward" in vars(layer) for layer in layers(engine))
+    tokens, logprobs, calls = engine.decode()
+    # The first token comes from the prompt's step.
+    assert calls["layers"] == 2 * (max(map(len, tokens)) - 1) > 0 and calls["ours"] == 0
+    lengthen(engine)
+    expected, expected_logprobs, calls = engine.decode()
+    assert calls["layers"] == 0
+    assert shorten_layers(engine.engine.engine_model) == 2
     assert tokens == expected
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_without_shared_prompts_a_layer_is_not_one_call(llama) -> None:
+    llama.remove()
+    assert llama.decode()[2]["layers"] == 0
+    assert share_prompts_in_decoding(llama.runner) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("is_neox_style", False), ("rotary_dim", 8), ("__class__", type("Other", (torch.nn.Module,), {}))],
+)
+def test_other_rotations_are_left_to_vllm(llama, name: str, value, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = layers(llama)[0].self_attn.rotary_emb
+    lengthen(llama)
+    with monkeypatch.context() as patched:
+        patched.setattr(rotary, name, value)
+        assert shorten_layers(llama.engine.engine_model) == 2
+    # Both layers have the same rotation.
+    assert llama.decode()[2]["layers"] == 0
+    lengthen(llama)
+    assert shorten_layers(llama.engine.engine_model) == 2
 
 
 @pytest.mark.parametrize(

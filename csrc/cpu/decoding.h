@@ -1,0 +1,21 @@
+// The ops that cpu_decode_layer is made of, under the names of their files.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace gadcore {
+
+at::Tensor linear_few_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double shift);
+
+// gate, up: [rows, width], or both one tensor's halves.
+at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
+
+void decode_attention(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                      const at::Tensor& block_table, const at::Tensor& seq_lens, double scale, const at::Tensor& out);
+
+}  // namespace gadcore
