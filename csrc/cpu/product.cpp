@@ -49,7 +49,7 @@ GADCORE_INLINE void tile(const float* a, const float* b, int64_t depth, float* o
     for (int v = 0; v < kVectors; ++v) column[v] = V::load(b + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      // A scalar operand becomes one broadcast; V::splat GCC assembles lane by lane.
+      // A scalar operand: one broadcast from memory.
       const float x = a[r];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[r][v] = sum[r][v] + x * column[v];

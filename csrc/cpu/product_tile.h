@@ -37,7 +37,7 @@ struct ProductTile {
       aside();
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        // A scalar operand becomes one broadcast; V::splat GCC assembles lane by lane, at a third of the speed.
+        // A scalar operand: one broadcast from memory.
         const float x = a[r * a_row];
         low[r] = low[r] + x * b_low;
         high[r] = high[r] + x * b_high;

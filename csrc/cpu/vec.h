@@ -41,7 +41,17 @@ struct Vec {
   using F = typename Lanes<W>::Float;
   using I = typename Lanes<W>::Int;
 
-  static GADCORE_INLINE F splat(float x) { return x - F{}; }
+  static GADCORE_INLINE F splat(float x) {
+#ifdef __GNUC__
+    // GCC assembles x - F{} lane by lane, in some sixty dependent instructions; this becomes one broadcast.
+    if (!__builtin_constant_p(x)) {
+      float lanes[W];
+      for (int i = 0; i < W; ++i) lanes[i] = x;
+      return load(lanes);
+    }
+#endif
+    return x - F{};
+  }
 
   static GADCORE_INLINE F load(const float* p) {
     F v;
