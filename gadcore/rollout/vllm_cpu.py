@@ -149,15 +149,18 @@ def sample_by_one_number(runner: Any) -> None:
     vLLM draws noise for every entry of the vocabulary, which takes longer than all other sampling together.
     """
     sampler = runner.sampler.topk_topp_sampler
+    native = torch.ops.gadcore.cpu_sample.default if _native.available("cpu_sample") else None
 
     def forward(
         logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         if k is not None or p is not None or len(generators) != len(logits):
             return sampler.forward_cpu(logits, generators, k, p)
+        numbers = torch.cat([torch.rand(1, 1, generator=generators[row]) for row in range(len(logits))])
+        if native is not None and logits.dtype == torch.float32:
+            return native(logits.contiguous(), numbers.flatten())  # type: ignore[no-any-return]
         logprobs = logits.log_softmax(-1, dtype=torch.float32)
         sums = logprobs.exp().cumsum(-1)
-        numbers = torch.cat([torch.rand(1, 1, generator=generators[row]) for row in range(len(logits))])
         whole = sums[:, -1:]
         # To the right of equal sums, and below the last: a token of probability 0 adds nothing and is never drawn.
         drawn = torch.minimum(numbers * whole, whole.nextafter(torch.zeros_like(whole)))
