@@ -1,8 +1,8 @@
 // cpu_decode_layer: a layer of Llama's kind in a decoding step, one token of each request, in one call.
 //
-// What a step of a small model spends between its products, in Python and in the dispatcher, is as long as its attention.
-// Norms, products and attention are those of cpu_rms_norm, cpu_linear_few_rows, cpu_swiglu and cpu_decode_attention;
-// rotation and the write into the cache are here, and alone they are cpu_rotate_into_cache.
+// What a step of a small model spends between its products, in Python and in the dispatcher, is as long as its
+// attention. Norms, products, activation and attention are those of cpu_rms_norm, cpu_linear_few_rows, cpu_swiglu and
+// cpu_decode_attention; rotation and the write into the cache are here, and alone they are cpu_rotate_into_cache.
 //
 // qkv: float32 [M, (Hq + 2 Hk) D], the rotated queries take the place of the queries. positions: int64 [M]. cos_sin:
 // float32 [positions, D], cosines of the D / 2 angles and then their sines. kv_cache: float32 [N, Hk, B, 2 D] without

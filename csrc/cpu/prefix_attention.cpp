@@ -104,8 +104,7 @@ class Columns {
 class Transposed {
  public:
   Transposed(const Job& job, const Heads<const float>& x)
-      : job_(job),
-        memory_((job.groups.back().first_panel + job.groups.back().key_panels(job.k.panel)) * job.key_heads * size()) {
+      : job_(job), memory_(job.key_panels() * job.key_heads * size()) {
     at::parallel_for(0, job.groups.size() * job.key_heads, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Group& g = job.groups[i / job.key_heads];

@@ -34,7 +34,7 @@ struct Group {
   int64_t key_panels(int64_t panel) const { return segments.back().panel + blocks_of(segments.back().length, panel); }
 };
 
-// The rows of the tokens [from, to) of a segment. They see its keys up to there.
+// The rows of the tokens [from, to) of a segment.
 struct Piece {
   Segment segment;
   int64_t from, to;
@@ -60,6 +60,9 @@ struct Job {
   // Width of a head in whole panels.
   int64_t padded() const { return panels * k.panel; }
   int64_t tasks() const { return static_cast<int64_t>(parts.size()) * key_heads; }
+  int64_t key_panels() const {
+    return groups.empty() ? 0 : groups.back().first_panel + groups.back().key_panels(k.panel);
+  }
   int64_t most_tokens() const {
     int64_t most = 0;
     for (const Group& g : groups) most = std::max(most, g.tokens());
