@@ -137,23 +137,9 @@ struct Kernels {
   constexpr Kernels kTable = {attend, sum};                                                                            \
   }
 
-GADCORE_LEVEL(scalar, 1, )
-GADCORE_LEVEL(baseline, kBaselineWidth, )
-#ifdef GADCORE_X86
-GADCORE_LEVEL(avx2, 8, GADCORE_AVX2)
-GADCORE_LEVEL(avx512, 16, GADCORE_AVX512)
-GADCORE_LEVEL(wide, 16, GADCORE_AVX2)
-#endif
+GADCORE_LEVELS(GADCORE_LEVEL)
 
-constexpr const Kernels* kTables[kLevels] = {
-    &scalar::kTable,
-    &baseline::kTable,
-#ifdef GADCORE_X86
-    &avx2::kTable,
-    &avx512::kTable,
-    &wide::kTable,
-#endif
-};
+constexpr const Kernels* kTables[kLevels] = GADCORE_TABLES;
 
 // A request: its place in the batch, its keys, and how many of its blocks are full.
 struct Request {

@@ -23,6 +23,18 @@ constexpr int kBaselineWidth = 4;
 constexpr int kBaselineWidth = 1;
 #endif
 
+// A file that is compiled for every level defines EACH(name, width, target): a namespace of that name with a kTable in
+// it. GADCORE_TABLES lists those tables in the order of Level.
+#ifdef GADCORE_X86
+#define GADCORE_LEVELS(EACH) \
+  EACH(scalar, 1, ) EACH(baseline, kBaselineWidth, ) EACH(avx2, 8, GADCORE_AVX2) EACH(avx512, 16, GADCORE_AVX512) \
+  EACH(wide, 16, GADCORE_AVX2)
+#define GADCORE_TABLES {&scalar::kTable, &baseline::kTable, &avx2::kTable, &avx512::kTable, &wide::kTable}
+#else
+#define GADCORE_LEVELS(EACH) EACH(scalar, 1, ) EACH(baseline, kBaselineWidth, )
+#define GADCORE_TABLES {&scalar::kTable, &baseline::kTable}
+#endif
+
 // torch's own choice (ATEN_CPU_CAPABILITY counts), unless a test has asked for another.
 Level level();
 

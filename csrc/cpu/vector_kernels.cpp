@@ -253,23 +253,9 @@ struct Loops {
                                     ratio_loss,  row_max,         row_exp_sum,   row_softmax,      dot};               \
   }
 
-GADCORE_LEVEL(scalar, 1, )
-GADCORE_LEVEL(baseline, kBaselineWidth, )
-#ifdef GADCORE_X86
-GADCORE_LEVEL(avx2, 8, GADCORE_AVX2)
-GADCORE_LEVEL(avx512, 16, GADCORE_AVX512)
-GADCORE_LEVEL(wide, 16, GADCORE_AVX2)
-#endif
+GADCORE_LEVELS(GADCORE_LEVEL)
 
-constexpr const VectorKernels* kTables[kLevels] = {
-    &scalar::kTable,
-    &baseline::kTable,
-#ifdef GADCORE_X86
-    &avx2::kTable,
-    &avx512::kTable,
-    &wide::kTable,
-#endif
-};
+constexpr const VectorKernels* kTables[kLevels] = GADCORE_TABLES;
 
 }  // namespace
 
