@@ -264,9 +264,9 @@ def _hand_over(memory: Colocation, student: Student, discriminator: Discriminato
         models.append(("discriminator", discriminator))
     for name, model in models:
         memory.add(f"{name}.parameters", model.model.parameters, engine.aliases() if name == "student" else ())
-        # Moments that are not there yet cannot be moved; where nothing moves they come with the first step.
-        moments = model.optimizer.moments if memory.tier == "none" else model.optimizer.allocate
-        memory.add(f"{name}.optimizer", moments)
+        # Moments that are not there yet could not be moved, and would come between the first step's activations.
+        model.optimizer.allocate()
+        memory.add(f"{name}.optimizer", model.optimizer.moments)
         memory.add_gradients(f"{name}.gradients", model.model.parameters())
     memory.begin()
 

@@ -27,8 +27,8 @@ class Optimizer:
             self.parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
 
-    def allocate(self) -> list[torch.Tensor]:
-        """The moments of all parameters, made now where they are not there yet: zero, as before the first step."""
+    def allocate(self) -> None:
+        """Makes the moments of all parameters that have none yet: zero, as the first step would."""
         for p in self.parameters:
             if not self.adamw.state[p]:
                 self.adamw.state[p] = {
@@ -36,7 +36,6 @@ class Optimizer:
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
-        return self.moments()
 
     def moments(self) -> list[torch.Tensor]:
         """The moments that are there."""

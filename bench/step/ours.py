@@ -83,6 +83,11 @@ class Ours:
         reference = self.student.reference
         return [self.student.model, self.discriminator.model, *([reference] if reference is not None else [])]
 
+    def allocate(self) -> None:
+        """The optimizers' states, as gadcore.build makes them before the first step."""
+        self.student.optimizer.allocate()
+        self.discriminator.optimizer.allocate()
+
     def _owner(self, model: Any) -> str:
         return "reference" if model is self.student.reference else "policy"
 
@@ -143,11 +148,10 @@ def main() -> None:
     channel, given, clock = Channel(), arguments(), Clock()
     ours = Ours(given.problem, clock)
     torch.set_num_threads(given.threads)
-    serve(
-        channel,
-        Meter(clock, given.threads, *ours.models()),
-        lambda number, check: ours.step(number, given.findings if check else None),
-    )
+    meter = Meter(clock, given.threads, *ours.models())
+    # After the meter has seen the level without them, as it does on the other sides.
+    ours.allocate()
+    serve(channel, meter, lambda number, check: ours.step(number, given.findings if check else None))
     ours.engine.close()
 
 
