@@ -35,7 +35,7 @@ from gadcore.memory.placement import tier_name
 from gadcore.memory.tiers import make_tier
 
 Part = Literal["weights", "kv_cache"]
-# By then the optimizers' states are there, and a step holds what every later one does.
+# By then a step holds what every later one does.
 _CLOSE_VISITS = 3
 
 
