@@ -24,6 +24,8 @@ Generated from `bench/results/step.json` by `python -m bench tables`: do not edi
 A step is: N samples for each of B prompts, rewards by the discriminator D, a GRPO step of the student against a
 reference policy, a Bradley-Terry step of D. All sides have the same weights, prompts, lengths, settings, fp32 and
 threads. Each is a process of its own; ours and one opponent take a step in turn, the first of each is dropped.
+From commit 4c319b0 on the machine rests for 20 s between turns (a virtual one gives freed memory back to its host, in
+what was the other's time before), and ours makes its optimizers' states before its first step, as a run does.
 Seconds are CPU time on one thread and wall time on two, medians over the steps; a ratio is the median over the steps
 of theirs over ours.
 
