@@ -247,6 +247,7 @@ def _environment(threads: int) -> dict[str, str]:
         # As gadcore.run sets them; here for all sides.
         "GOMP_SPINCOUNT": "2000",
         "THP_MEM_ALLOC_ENABLE": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
