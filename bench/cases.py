@@ -17,10 +17,10 @@ from bench.opponents.problem import Expected, HeadProblem, grpo_expected, head_p
 from bench.opponents.trl import trl_grpo, trl_logprob
 from bench.runner import Rounds, Side
 from gadcore.kernels.bt_score import bt_score
-from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
-from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
 from gadcore.kernels.linear_few_rows import linear_few_rows
+from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
+from gadcore.kernels.linear_logprob import linear_logprob
 
 FORWARD: Direction = "forward"
 BOTH: Direction = "forward + backward"
@@ -34,7 +34,7 @@ class Size:
     """A head to measure with T = tokens, and beside whom.
 
     close: rounds beside the bare products, where a few percent matter; wide: beside the rest. length: tokens of a
-    response. logprob_backward: also grouped_logprob forward + backward.
+    response. logprob_backward: also linear_logprob forward + backward.
     """
 
     tokens: int
@@ -48,7 +48,7 @@ class Size:
 
 
 def head_cases(size: Size, setup: Setup) -> Iterator[Case]:
-    """grouped_grpo_loss and grouped_logprob. A case must be done with before the next: each holds much memory."""
+    """linear_grpo_loss and linear_logprob. A case must be done with before the next: each holds much memory."""
     problem = head_problem(
         size.tokens, size.width, size.vocabulary, length=size.length, dtype=setup.dtype, device=setup.device
     )
@@ -68,7 +68,7 @@ def _grpo_cases(problem: HeadProblem, size: Size, setup: Setup) -> Iterator[Case
     def case(others: list[Side], rounds: Rounds, *, entropy: bool = False) -> Case:
         ours = ours_grpo(problem, setup, entropy=entropy)
         config = _config(problem, size, entropy=entropy)
-        return Case("grouped_grpo_loss", BOTH, problem.shape, ours, others, expected, rounds, config)
+        return Case("linear_grpo_loss", BOTH, problem.shape, ours, others, expected, rounds, config)
 
     yield case([head.bare_products(problem, backward=True)], size.close)
     others: dict[str, Callable[[], Side]] = {
@@ -91,7 +91,7 @@ def _logprob_cases(problem: HeadProblem, size: Size, setup: Setup, *, backward: 
 
     def case(others: list[Side], rounds: Rounds) -> Case:
         direction = BOTH if backward else FORWARD
-        return Case("grouped_logprob", direction, problem.shape, ours, others, expected, rounds, _config(problem, size))
+        return Case("linear_logprob", direction, problem.shape, ours, others, expected, rounds, _config(problem, size))
 
     yield case([head.bare_products(problem, backward=backward)], size.close)
     others: dict[str, Callable[[], Side]] = {
@@ -113,7 +113,7 @@ def _cut(problem: HeadProblem, setup: Setup) -> Callable[[], Tensor]:
 
 def ours_grpo(problem: HeadProblem, setup: Setup, *, entropy: bool) -> Side:
     def call() -> dict[str, Tensor]:
-        loss, _ = grouped_grpo_loss(
+        loss, _ = linear_grpo_loss(
             problem.hidden,
             problem.weight,
             problem.targets,
@@ -136,7 +136,7 @@ def ours_grpo(problem: HeadProblem, setup: Setup, *, entropy: bool) -> Side:
 
 def ours_logprob(problem: HeadProblem, setup: Setup, *, backward: bool) -> Side:
     def logprob() -> Tensor:
-        return grouped_logprob(
+        return linear_logprob(
             problem.hidden, problem.weight, problem.targets, temperature=problem.temperature, impl=setup.impl
         )
 

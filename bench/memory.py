@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from gadcore.memory import resident
+from gadcore.memory.meter import HostMeter
 
 R = TypeVar("R")
 
@@ -24,7 +24,7 @@ def extra_peak(call: Callable[[], R]) -> tuple[R, int | None]:
     """What `call` returns, and the peak of its extra resident memory in bytes; None where it cannot be measured."""
     gc.collect()
     # The pool of tensors too, where this process has one.
-    resident.trim()
+    HostMeter().give_back()
     if not reset_peak():
         return call(), None
     before = _kib("VmRSS")

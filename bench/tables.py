@@ -130,7 +130,7 @@ def _memory(results: Sequence[Result]) -> list[str]:
     """Of the ops with a head, on the fewest threads: the other ops need next to nothing, more threads change little."""
     rows = []
     for r in results:
-        if r.op not in ("grouped_grpo_loss", "grouped_logprob") or r.threads > min(r.threads for r in results):
+        if r.op not in ("linear_grpo_loss", "linear_logprob") or r.threads > min(r.threads for r in results):
             continue
         if r.gate == "pass" and r.ours.peak_bytes and r.theirs.peak_bytes:
             less = f"{r.theirs.peak_bytes / r.ours.peak_bytes:.1f}"

@@ -13,11 +13,11 @@ Generated from `bench/results/*.json` by `python -m bench tables`: do not edit. 
 (`cuda`), and by `make gpu-bench` (`gpu`)."""
 
 _OPS = {
-    "grouped_logprob": (
+    "linear_logprob": (
         "log-probability (and entropy) of given tokens from hidden states; [T, V] is never held",
         "yes",
     ),
-    "grouped_grpo_loss": ("the GRPO loss from hidden states with all gradients, in three matrix products", "yes"),
+    "linear_grpo_loss": ("the GRPO loss from hidden states with all gradients, in three matrix products", "yes"),
     "grpo_ratio_loss": ("the GRPO loss of log-probabilities that are there already", "yes"),
     "bt_score": ("scores at last tokens, and the Bradley-Terry loss over the pairs of every group", "yes"),
     "prefix_attention": ("attention of packed groups: responses see their shared prompt and themselves", "yes"),
@@ -43,7 +43,7 @@ this very run; `error` is the largest relative L2 error of either side. `spread`
 of theirs. Compile time is in no other column."""
 
 LIMIT = """The matrix products alone, into memory that is there already: no implementation, but what none can do
-without. Where the backward pass of `grouped_logprob` computes the logits again, it needs a fourth one."""
+without. Where the backward pass of `linear_logprob` computes the logits again, it needs a fourth one."""
 
 MEMORY = """Peak of the resident memory during a call above the level before it, the gradients included (of the weight
 alone: V x H numbers). The last column is theirs over ours."""
@@ -75,7 +75,7 @@ def not_measured(cpu: Sequence[Result], gpu: Sequence[Result]) -> list[str]:
     if not gpu:
         items += [
             "**Any time on a GPU.** No machine that these results come from has one, so no GPU speed-up is claimed."
-            " Missing are the times of the Triton kernels of `grouped_logprob`, `grouped_grpo_loss`, `grpo_ratio_loss`"
+            " Missing are the times of the Triton kernels of `linear_logprob`, `linear_grpo_loss`, `grpo_ratio_loss`"
             " and `bt_score` on sm_80, sm_90 and sm_100, those of their opponents there (PyTorch, torch.compile,"
             " cut-cross-entropy, TRL, Liger-Kernel), and with them the bandwidth and the share of the tensor cores that"
             " are reached. `make gpu-bench` measures them where there is a GPU; elsewhere it says that it was skipped.",

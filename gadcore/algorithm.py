@@ -17,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from gadcore.config import Config
-from gadcore.discriminator import Discriminator, Judgement
-from gadcore.groups import Group
-from gadcore.student import PolicyStats, SeqKDStats, Student
-from gadcore.trainer import Trainer
+from gadcore.config.settings import Config
+from gadcore.data.groups import Group
+from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.student import PolicyStats, SeqKDStats, Student
+from gadcore.train.trainer import Trainer
 
 
 class Run(Protocol):
-    """What a stage asks of a run besides mathematics; gadcore.trainer.Trainer is one."""
+    """What a stage asks of a run besides mathematics; gadcore.train.trainer.Trainer is one."""
 
     config: Config
     student: Student
@@ -54,7 +54,7 @@ class Run(Protocol):
         groups: Sequence[Group],
         stats: PolicyStats | SeqKDStats | None,
         student_norm: float | None,
-        judgement: Judgement | None = None,
+        scores: Scores | None = None,
         discriminator_norm: float | None = None,
     ) -> None:
         """Ends a step, given what it found; None for a model that was not updated."""
@@ -70,16 +70,16 @@ def warmup(run: Run) -> None:
     """
     student, algorithm, phase = run.student, run.config.algorithm, run.phases
     for step, groups in run.steps("warmup"):
-        stats = student_norm = judgement = discriminator_norm = None
+        stats = student_norm = scores = discriminator_norm = None
         if algorithm.discriminator_warmup:
             run.sample(groups, "warmup", step)
             with phase("discriminator"):
-                judgement, discriminator_norm = judge_and_update(run, groups, step)
+                scores, discriminator_norm = score_and_update(run, groups, step)
         if algorithm.student_warmup and step > algorithm.critic_warmup:
             with phase("student"):
                 stats = student.seqkd_backward(groups)
                 student_norm = student.step(student.settings.warmup_lr)
-        run.record("warmup", step, groups, stats, student_norm, judgement, discriminator_norm)
+        run.record("warmup", step, groups, stats, student_norm, scores, discriminator_norm)
 
 
 def gad(run: Run) -> None:
@@ -92,33 +92,33 @@ def gad(run: Run) -> None:
     for step, groups in run.steps("gad"):
         run.sample(groups, "gad", step)
         with phase("discriminator"):
-            judgement, discriminator_norm = judge_and_update(
+            scores, discriminator_norm = score_and_update(
                 run, groups, step, frozen=run.config.algorithm.freeze_discriminator
             )
         with phase("student"):
-            stats = student.grpo_backward(groups, judgement.rewards)
+            stats = student.grpo_backward(groups, scores.rewards)
             student_norm = student.step(student.settings.lr)
-        run.record("gad", step, groups, stats, student_norm, judgement, discriminator_norm)
+        run.record("gad", step, groups, stats, student_norm, scores, discriminator_norm)
 
 
-def judge_and_update(
+def score_and_update(
     run: Run, groups: Sequence[Group], step: int, *, frozen: bool = False
-) -> tuple[Judgement, float | None]:
-    """(D's judgement under the weights that it has before its updates, gradient norm of the first, None without one).
+) -> tuple[Scores, float | None]:
+    """(D's scores under the weights that it has before its updates, gradient norm of the first, None without one).
 
     The update may come at once, since the student reads nothing but the rewards: so D's gradient takes no memory while
     the student's is made. Further updates see the same samples again, under the new weights.
     """
     discriminator, algorithm = run.discriminator, run.config.algorithm
     if frozen or step % algorithm.discriminator_every:
-        return discriminator.judge(groups, backward=False), None
-    judgement = discriminator.judge(groups, backward=True)
+        return discriminator.score(groups, backward=False), None
+    scores = discriminator.score(groups, backward=True)
     norm = discriminator.step()
     for _ in range(algorithm.discriminator_steps - 1):
-        again = discriminator.judge(groups, backward=True)
+        again = discriminator.score(groups, backward=True)
         discriminator.step()
-        judgement = replace(judgement, tokens=judgement.tokens + again.tokens)
-    return judgement, norm
+        scores = replace(scores, tokens=scores.tokens + again.tokens)
+    return scores, norm
 
 
 def seqkd(run: Run) -> None:
@@ -134,12 +134,12 @@ def seqkd(run: Run) -> None:
 STAGES = {"warmup": warmup, "gad": gad, "seqkd": seqkd}
 
 
-def train(run: Trainer) -> None:
-    """All stages of the run in order, with the held-out evaluation before, between and after."""
+def train(run: Trainer) -> dict[str, Any]:
+    """All stages of the run in order, with the held-out evaluation before, between and after; returns the summary."""
     run.evaluate("before")
     for stage in run.stage_steps:
         if not run.is_done(stage):
             STAGES[stage](run)
             run.end_stage(stage)
         run.evaluate(f"after_{stage}")
-    run.finish()
+    return run.finish()

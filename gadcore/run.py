@@ -24,11 +24,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gadcore import settings
-from gadcore.config import Config
+from gadcore.config import loading
+from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.settings import EvalConfig
-from gadcore.run_folder import LATEST, RunFolder
+from gadcore.record.run_folder import LATEST, RunFolder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
 COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
@@ -95,7 +95,7 @@ def _other(command: str, arguments: list[str]) -> int:
 
         return plan(arguments, set_environment)
     if command == "export":
-        from gadcore.export import main as export
+        from gadcore.checkpoint.export import main as export
 
         return export(arguments)
     if command == "collect":
@@ -118,7 +118,7 @@ def _other(command: str, arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     if len(arguments) > 1:
         raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
-    from gadcore.report import write_report
+    from gadcore.report.page import write_report
 
     print(write_report(Path(arguments[0]) if arguments else LATEST))
     return 0
@@ -127,18 +127,19 @@ def _report(arguments: list[str]) -> int:
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
-    config = settings.load(_with_saved_config(arguments))
+    config = loading.load(_with_saved_config(arguments))
     set_environment(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.algorithm import train
-    from gadcore.build import build, describe_plan, has_discriminator, read_inputs
     from gadcore.plan.command import ledger_lines, memory_warning
+    from gadcore.report.page import write_report
+    from gadcore.train.build import build, describe_plan, has_discriminator, read_inputs
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     if dry_run:
-        print(f"{settings.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
         if has_discriminator(stages):
             print("\n".join(ledger_lines(config, inputs.student_path, inputs.train)))
         return 0
@@ -148,7 +149,9 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             limit = trainer.memory.ledger.limit
             if warning := memory_warning(config, inputs.student_path, inputs.train, limit):
                 trainer.view.message(warning)
-        train(trainer)
+        summary = train(trainer)
+        write_report(folder.path)
+        trainer.view.summary(summary)
     return 0
 
 

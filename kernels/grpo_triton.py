@@ -5,7 +5,7 @@
     slope  = d loss / d logprob = -(0 where clipped, else rho A) + kl_coef (1 - exp(ref - logprob))
     d z_tv = slope_t / denominator (1[v = y_t] - p_tv) / temperature
 
-grouped_grpo goes through the tokens in chunks: cuBLAS writes the fp32 logits of a chunk, one kernel turns them into the
+linear_grpo goes through the tokens in chunks: cuBLAS writes the fp32 logits of a chunk, one kernel turns them into the
 loss and, in place, into d logits, and cuBLAS makes both gradients of those: three products in all, and no [T, V].
 """
 
@@ -80,7 +80,7 @@ def _rows_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a chunk: its six statistics, and slope (1[v = y] - p) over its logits (see `grouped_grpo`)."""
+    """One row of a chunk: its six statistics, and slope (1[v = y] - p) over its logits (see `linear_grpo`)."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride_logits
     y = tl.load(targets + row)
@@ -178,13 +178,13 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def chunk_tokens(T: int, row_bytes: int) -> int:
-    """Tokens of a chunk of grouped_grpo: as many rows of logits as LOGITS_BYTES hold, all chunks about alike."""
+    """Tokens of a chunk of linear_grpo: as many rows of logits as LOGITS_BYTES hold, all chunks about alike."""
     chunks = triton.cdiv(T, max(LOGITS_BYTES // row_bytes, 1))
     return triton.cdiv(T, chunks)
 
 
 @on_its_device
-def grouped_grpo(
+def linear_grpo(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and their gradients, in Triton: the GPU side of grouped_logprob.
+"""Log-probabilities of given tokens, and their gradients, in Triton: the GPU side of linear_logprob.
 
     z = hidden @ weight.T + bias                              [T, V], never in memory in forward
     row_max_t  = max_v z_tv

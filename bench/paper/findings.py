@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import record
 from bench.paper import real_text, svg
-from bench.paper.gates import GATES, curve, judged, verdict
+from bench.paper.gates import GATES, curve, outcomes, verdict
 from bench.tables import _missing, _provenance, table
 
 DOCUMENT = record.ROOT / "docs" / "findings.md"
@@ -142,7 +142,7 @@ def _values(rows: Sequence[Row], key: str) -> list[str]:
 
 
 def _verdicts(rows: Sequence[Row]) -> str:
-    lines = [[g.experiment, g.where, g.says, verdict(judged(g, rows))] for g in GATES]
+    lines = [[g.experiment, g.where, g.says, verdict(outcomes(g, rows))] for g in GATES]
     return table(["experiment", "where", "finding", "verdict"], lines)
 
 
@@ -218,4 +218,4 @@ def _fresh(rows: Sequence[Row]) -> str:
 
 def check(rows: Sequence[Row]) -> str:
     """The verdicts as JSON, for a glance at a terminal."""
-    return json.dumps({g.says: verdict(judged(g, rows)) for g in GATES}, indent=1)
+    return json.dumps({g.says: verdict(outcomes(g, rows)) for g in GATES}, indent=1)

@@ -84,7 +84,7 @@ GATES = (
 )  # fmt: skip
 
 
-def judged(gate: Gate, rows: Sequence[Row]) -> dict[int, bool]:
+def outcomes(gate: Gate, rows: Sequence[Row]) -> dict[int, bool]:
     """By seed, whether the gate holds, for the seeds that have all its arms."""
     by_seed: dict[int, Arms] = {}
     for row in rows:

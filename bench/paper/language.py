@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from bench.paper.toy import WordTemplate
-from gadcore.groups import Group
+from gadcore.data.groups import Group
 from gadcore.kernels.prefix_layout import PrefixLayout
 
 LETTERS = tuple("abcdefgh")

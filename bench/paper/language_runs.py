@@ -12,14 +12,13 @@ import torch
 
 from bench.paper import toy
 from bench.paper.language import LETTERS, LONGEST, WORDS, Language, generic, policy, scorer
-from gadcore.config import Config
-from gadcore.discriminator import Discriminator
-from gadcore.evaluate.fresh import fresh_discriminator
-from gadcore.evaluate.likeness import ngram_f1
-from gadcore.evaluate.settings import FreshSettings
-from gadcore.groups import Group, GroupedBatch, GroupTokens, Prompt, Response
+from gadcore.config.settings import Config, FreshSettings
+from gadcore.data.groups import Group, GroupedBatch, GroupTokens, Prompt, Response
+from gadcore.measure.fresh import fresh_discriminator
+from gadcore.measure.likeness import ngram_f1
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.student import Student
 from gadcore.rollout import SampleRequest
-from gadcore.student import Student
 
 DATA, TESTED, WATCHED = 2000, 1000, 200
 SEEN, UNSEEN = LETTERS[:6], LETTERS[6:]  # x1 in the training prompts, and in those out of domain
@@ -98,12 +97,12 @@ class Experiment:
         self,
         stage: str,
         student: Student,
-        judge: Any,
+        scorer: Any,
         config: Config,
         look: Callable[[dict[str, Any]], None] = lambda row: None,
         rows: Sequence[Group] | None = None,
     ) -> None:
-        toy.run(config, stage, student, judge, rows or self.train, self.template, look)
+        toy.run(config, stage, student, scorer, rows or self.train, self.template, look)
 
     def run(self, arm: str) -> dict[str, Any]:
         """A row: measures, curve, CPU seconds (those of a warmup that arms share are in each of them)."""
@@ -130,8 +129,8 @@ class Experiment:
             if follow:
                 valid = self.measure(student, self.watched)["valid"]
                 followed.append({"step": 0, "valid": valid, **self.fresh(student)})
-            judge: Any = self.oracle(config, student) if arm == "oracle" else discriminator
-            self._stage("gad", student, judge, config, watch)
+            scorer: Any = self.oracle(config, student) if arm == "oracle" else discriminator
+            self._stage("gad", student, scorer, config, watch)
         return {
             "experiment": "language",
             "language": self.language.name,
@@ -188,13 +187,13 @@ class Experiment:
         """valid: share of samples that the teacher could have said. log_p: mean log p of a sample, nats. reverse_kl:
         mean of log q - log p over samples, forward_kl: of log p - log q over the teacher's. ngram_f1, lengths."""
         groups = self.sampled(student, groups)
-        judged = [self._score(g, g.samples[0]) for g in groups]
+        scored = [self._score(g, g.samples[0]) for g in groups]
         taught = [self._score(g, g.teacher)[0] for g in groups]
         samples = [g.samples[0] for g in groups]
         return {
-            "valid": fmean(valid for _, valid in judged),
-            "log_p": fmean(log_p for log_p, _ in judged),
-            "reverse_kl": fmean(sum(s.logprobs) - log_p for s, (log_p, _) in zip(samples, judged, strict=True)),
+            "valid": fmean(valid for _, valid in scored),
+            "log_p": fmean(log_p for log_p, _ in scored),
+            "reverse_kl": fmean(sum(s.logprobs) - log_p for s, (log_p, _) in zip(samples, scored, strict=True)),
             "forward_kl": fmean(taught) - fmean(log_q(student, groups)),
             "ngram_f1": {
                 str(n): fmean(ngram_f1(g.samples[0].text, g.teacher.text, n) for g in groups) for n in (1, 2, 3, 4)

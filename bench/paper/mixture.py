@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bench.paper.toy import SPECIAL, WordTemplate
-from gadcore.groups import Group
+from gadcore.data.groups import Group
 
 BINS = 128
 X = torch.linspace(-1, 1, BINS)

@@ -10,9 +10,9 @@ import torch
 
 from bench.paper import toy
 from bench.paper.mixture import FIRST, WORDS, BinScore, GaussianPolicy, Teacher, ToyConfig, measures
-from gadcore.discriminator import Discriminator
-from gadcore.groups import Prompt, Response
-from gadcore.student import Student
+from gadcore.data.groups import Prompt, Response
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.student import Student
 
 ARMS = ("seqkd", "gad", "oracle", "frozen")
 DATA = 4096
@@ -56,14 +56,14 @@ def run(teacher: Teacher, arm: str, seed: int, *, shorter: int = 1) -> dict[str,
         toy.run(config, "seqkd", student, None, groups, template, look)
     else:
         toy.run(config, "warmup", student, discriminator, groups, template, look)
-        judge: Discriminator | toy.Oracle = discriminator
+        scorer: Discriminator | toy.Oracle = discriminator
         if arm == "oracle":
-            judge = oracle(config, teacher, policy)
+            scorer = oracle(config, teacher, policy)
         if arm == "frozen":
             config = toy.settings(
                 {**values, "run": {"seed": seed}, "algorithm": {**values["algorithm"], "freeze_discriminator": True}}
             )
-        toy.run(config, "gad", student, judge, groups, template, look)
+        toy.run(config, "gad", student, scorer, groups, template, look)
     q = policy.probabilities()
     return {
         "experiment": "mixture",

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gadcore import checkpoint, settings
-from gadcore.config import Config
+from gadcore.checkpoint import store
+from gadcore.config import loading
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
-from gadcore.evaluate.intervals import difference
 from gadcore.evaluate.measure import TEACHER, Results, values_of
 from gadcore.evaluate.responses import read_json, read_responses
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.evaluate.table import NAME
+from gadcore.measure.intervals import difference
 
 Row = dict[str, Any]
 
@@ -90,7 +91,7 @@ def run(
     matched = {other.name: [nearest(point, other.points) for point in mine] for other in others}
     chosen = [*mine, *(p for other in others for p in other.points if p in matched[other.name])]
     given = [*evaluation_of(first.config, chosen, quick), *arguments]
-    config = settings.load(given, EvalConfig)
+    config = loading.load(given, EvalConfig)
     # In a process of its own: the number of threads must be known before torch is loaded.
     done = subprocess.run([sys.executable, "-m", "gadcore.run", "eval", *given])
     if done.returncode:
@@ -115,10 +116,10 @@ def read(folder: Path) -> Run:
     """A run with its checkpoints. Raises UserError where it has none, or no held-out rows."""
     if not (folder / "config.toml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is no run folder: it lacks config.toml or metrics.jsonl")
-    config = settings.load(["--config", str(folder / "config.toml")])
+    config = loading.load(["--config", str(folder / "config.toml")])
     if config.data.eval is None:
         raise UserError(f"the run {folder} has no held-out rows (data.eval): there is nothing to compare on")
-    saved = checkpoint.available(folder / "checkpoints")
+    saved = store.available(folder / "checkpoints")
     if not saved:
         raise UserError(f"{folder} has no checkpoints: train with checkpoint.every, and checkpoint.keep large")
     # A step that is being written may stand there without its end.

@@ -1,7 +1,7 @@
 """What lets gadcore's own code train toys: words for tokens, a sampler, an oracle in D's place, a trainer in memory.
 
-Everything that learns goes through gadcore.algorithm's stages, gadcore.trainer.Trainer, gadcore.student.Student and
-gadcore.discriminator.Discriminator; what is here stands at their borders.
+Everything that learns goes through gadcore.algorithm's stages, gadcore's own Trainer, Student and Discriminator; what
+is here stands at their borders.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gadcore.algorithm import STAGES
-from gadcore.config import Config, DiscriminatorSettings, MemorySettings
-from gadcore.discriminator import Discriminator, Judgement
-from gadcore.groups import Group, Prompt, Response
+from gadcore.config.settings import Config, DiscriminatorSettings, MemorySettings
+from gadcore.data.batches import Loader
+from gadcore.data.groups import Group, Prompt, Response
+from gadcore.data.template import ChatTemplate
 from gadcore.kernels.prefix_layout import PrefixLayout
-from gadcore.loader import Loader
 from gadcore.memory.colocation import Colocation, Part
 from gadcore.memory.holdings import Holding
-from gadcore.memory.phases import Phases
+from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.student import Student
+from gadcore.record.run_folder import RunFolder
 from gadcore.rollout import SampleRequest
-from gadcore.run_folder import RunFolder
-from gadcore.student import Student
-from gadcore.template import ChatTemplate
-from gadcore.trainer import Trainer
+from gadcore.train.phases import Phases
+from gadcore.train.trainer import Trainer
 
 SPECIAL = ("<unk>", "<sep>", "<end>")
 _TURNS = "{% for m in messages %}{{ m['content'] + (' <sep> ' if m['role'] == 'user' else ' <end>') }}{% endfor %}"
@@ -165,7 +165,7 @@ class ToyEngine:
 
 
 class Oracle:
-    """The best discriminator there is, in gadcore.discriminator's place: D(x, y) = log p(y | x) - log q(y | x).
+    """The best discriminator there is, in gadcore.models.discriminator's place: D(x, y) = log p(y | x) - log q(y | x).
 
     It is the optimum of the Bradley-Terry loss (up to a constant for every x), and with it the policy gradient without
     normalised advantages is that of -KL(q || p): it tells a weak D from a mistake elsewhere. It learns nothing.
@@ -182,19 +182,19 @@ class Oracle:
         self.settings = settings
         self._teacher, self._student = teacher, student
 
-    def judge(self, groups: Sequence[Group], *, backward: bool) -> Judgement:
+    def score(self, groups: Sequence[Group], *, backward: bool) -> Scores:
         rewards = [[self._teacher(g.prompt, s) - sum(s.logprobs) for s in g.samples] for g in groups]
         teachers = [self._teacher(g.prompt, g.teacher) - self._student(g.prompt, g.teacher) for g in groups]
         margins = torch.tensor([t - r for t, row in zip(teachers, rewards, strict=True) for r in row])
         loss = torch.nn.functional.softplus(-margins).mean().item()
-        return Judgement(rewards, teachers, loss, (margins > 0).float().mean().item(), margins.mean().item(), 0)
+        return Scores(rewards, teachers, loss, (margins > 0).float().mean().item(), margins.mean().item(), 0)
 
     def step(self) -> float:
         return 0.0
 
 
 class _Watch:
-    """gadcore.terminal's View: calls `look` with every row of metrics."""
+    """gadcore.record.view's View: calls `look` with every row of metrics."""
 
     def __init__(self, look: Callable[[dict[str, Any]], None]) -> None:
         self.step = look

@@ -18,7 +18,7 @@ import torch
 from bench.step.ours import check_lengths, requests, sampler
 from bench.step.problem import Problem
 from bench.step.worker import Channel
-from gadcore import models
+from gadcore.models.loading import load_causal_lm
 from gadcore.rollout import wake_with
 from gadcore.rollout.hf import HFEngine
 
@@ -30,14 +30,14 @@ Generate = Callable[[list[Any], int], int]
 
 
 def ours(problem: Problem) -> Generate:
-    model = models.load_causal_lm(problem.student, "float32", CPU)
+    model = load_causal_lm(problem.student, "float32", CPU)
     engine = sampler(problem, model)
     wake_with(engine, model)
     return _engine(problem, engine, engine.llm.reset_prefix_cache)
 
 
 def hf(problem: Problem) -> Generate:
-    model = models.load_causal_lm(problem.student, "float32", CPU)
+    model = load_causal_lm(problem.student, "float32", CPU)
     template = problem.template()
     # An end marker that no vocabulary holds: nothing is sampled to an early end.
     template.end_id = -1

@@ -113,8 +113,8 @@ def step(student: Sequence[Lengths], discriminator: Sequence[Lengths], g: Widths
 def packed(widths: Widths, prompt: int, response: int, samples: int) -> int:
     """A group's packed step with both models of these widths, every response of full length."""
     student = Lengths(prompt, (response,) * samples)
-    judged = Lengths(prompt, (response,) * (samples + 1))
-    return sum(step([student], [judged], widths, widths).values())
+    scored = Lengths(prompt, (response,) * (samples + 1))
+    return sum(step([student], [scored], widths, widths).values())
 
 
 def padded(widths: Widths, rows: int, tokens: int, *, logits: int) -> int:

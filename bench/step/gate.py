@@ -32,12 +32,12 @@ def errors(problem: Problem, found: dict[str, Any]) -> dict[str, float]:
         rows_at_once=problem.samples,
         pad_id=discriminator.config.pad_token_id,
     )
-    judged: list[Row] = [(g["d_prompt"], y) for g in found["groups"] for y in g["d_responses"][1:]]
+    scored: list[Row] = [(g["d_prompt"], y) for g in found["groups"] for y in g["d_responses"][1:]]
     teachers: list[Row] = [(g["d_prompt"], g["d_responses"][0]) for g in found["groups"] for _ in g["samples"]]
-    rewards = passes.rewards(judged).view(len(found["groups"]), -1)
+    rewards = passes.rewards(scored).view(len(found["groups"]), -1)
     rows: list[Row] = [(g["prompt"], y) for g in found["groups"] for y in g["samples"]]
     policy = passes.policy_backward(rows, advantages(rewards, found["epsilon"]).flatten())
-    loss = passes.discriminator_backward(list(zip(teachers, judged, strict=True)))
+    loss = passes.discriminator_backward(list(zip(teachers, scored, strict=True)))
     losses = {"policy": policy, "discriminator": loss}
     out = {"rewards": _relative(torch.tensor(found["rewards"], dtype=torch.float64), rewards)}
     for name, exact in losses.items():

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from bench.step.ours import check_lengths, requests, sampler
 from bench.step.problem import Problem
 from bench.step.worker import EPSILON, Channel, Clock, Meter, arguments, serve, write_findings
-from gadcore.config import AlgorithmSettings
+from gadcore.config.settings import AlgorithmSettings
 from gadcore.rollout import wake_with
 
 Tokens = Sequence[int]

@@ -16,13 +16,13 @@ from bench.step import flops
 from bench.step.flops import Lengths, Widths
 from bench.step.problem import Problem
 from bench.step.worker import Channel, Clock, Meter, arguments, gradients_of, serve, write_findings
-from gadcore import models
-from gadcore.discriminator import Discriminator
-from gadcore.groups import Group
-from gadcore.memory import pool
+from gadcore.cpu import pool
+from gadcore.data.groups import Group
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.loading import load_causal_lm, load_discriminator, load_tokenizer
+from gadcore.models.student import Student
 from gadcore.rollout import SampleRequest, wake_with
-from gadcore.rollout.vllm_inprocess import VLLMEngine
-from gadcore.student import Student
+from gadcore.rollout.vllm import VLLMEngine
 
 CPU = torch.device("cpu")
 
@@ -52,22 +52,22 @@ class Ours:
     """Everything that a run of gadcore builds for the GAD stage."""
 
     def __init__(self, problem: Problem, clock: Clock) -> None:
-        # As gadcore.build does; what the pool keeps between the turns of the two sides counts in the peak.
+        # As gadcore.train.build does; what the pool keeps between the turns of the two sides counts in the peak.
         pool.install()
         config = problem.config()
         self.problem, self.config, self.clock = problem, config, clock
         template = problem.template()
         micro_batch_tokens = config.schedule.micro_batch_tokens
         self.student = Student(
-            models.load_causal_lm(problem.student, "float32", CPU),
+            load_causal_lm(problem.student, "float32", CPU),
             config.student,
             config.algorithm,
             temperature=problem.temperature,
             micro_batch_tokens=micro_batch_tokens,
         )
-        tokenizer = models.load_tokenizer(problem.discriminator)
+        tokenizer = load_tokenizer(problem.discriminator)
         self.discriminator = Discriminator(
-            models.load_discriminator(
+            load_discriminator(
                 problem.discriminator, "float32", device=CPU, seed=0, end_id=template.end_id, tokenizer=tokenizer
             ),
             template,
@@ -84,7 +84,7 @@ class Ours:
         return [self.student.model, self.discriminator.model, *([reference] if reference is not None else [])]
 
     def allocate(self) -> None:
-        """The optimizers' states, as gadcore.build makes them before the first step."""
+        """The optimizers' states, as gadcore.train.build makes them before the first step."""
         self.student.optimizer.allocate()
         self.discriminator.optimizer.allocate()
 
@@ -106,18 +106,18 @@ class Ours:
         for group, samples in zip(groups, drawn, strict=True):
             group.samples = samples
         with clock("discriminator"):
-            judgement = self.discriminator.judge(groups, backward=True)
+            scores = self.discriminator.score(groups, backward=True)
         gradients = None if findings is None else gradients_of(self.discriminator.model)
         with clock("optimizer"):
             self.discriminator.step()
         with clock("policy"):
-            stats = self.student.grpo_backward(groups, judgement.rewards)
+            stats = self.student.grpo_backward(groups, scores.rewards)
         if gradients is not None:
             write_findings(
                 findings,
                 groups=[self._tokens(group) for group in groups],
-                rewards=judgement.rewards,
-                losses={"policy": stats.loss, "discriminator": judgement.loss},
+                rewards=scores.rewards,
+                losses={"policy": stats.loss, "discriminator": scores.loss},
                 student=self.student.model,
                 discriminator=gradients,
             )
@@ -126,12 +126,12 @@ class Ours:
         return {"response_tokens": check_lengths(problem, groups), "flops": self._flops(groups)}
 
     def _tokens(self, group: Group) -> dict[str, Any]:
-        judged = self.discriminator.tokens(group)
+        scored = self.discriminator.tokens(group)
         return {
             "prompt": group.prompt.token_ids,
             "samples": [sample.token_ids for sample in group.samples],
-            "d_prompt": judged.prompt,
-            "d_responses": judged.responses,
+            "d_prompt": scored.prompt,
+            "d_responses": scored.responses,
         }
 
     def _flops(self, groups: Sequence[Group]) -> dict[str, int]:

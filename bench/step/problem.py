@@ -18,12 +18,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gadcore import models
-from gadcore.config import AlgorithmSettings, Config, DataSettings, RolloutSettings, ScheduleSettings
-from gadcore.data import load_rows
-from gadcore.groups import Group, Prompt, Response
-from gadcore.loader import build_prompts
-from gadcore.template import ChatTemplate
+from gadcore.config.settings import AlgorithmSettings, Config, DataSettings, RolloutSettings, ScheduleSettings
+from gadcore.data.batches import build_prompts
+from gadcore.data.groups import Group, Prompt, Response
+from gadcore.data.rows import load_rows
+from gadcore.data.template import ChatTemplate
+from gadcore.models.loading import load_discriminator, load_tokenizer, save_model
 
 TEMPERATURE = 0.8
 SPECIAL = ("<unk>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>")
@@ -106,7 +106,7 @@ class Problem:
         )
 
     def template(self) -> ChatTemplate:
-        return ChatTemplate(models.load_tokenizer(self.student))
+        return ChatTemplate(load_tokenizer(self.student))
 
 
 def _group(row: dict[str, Any]) -> Group:
@@ -156,23 +156,23 @@ def random_models(folder: Path, shape: dict[str, int]) -> tuple[Path, Path]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    models.save_model(LlamaForCausalLM(config), tokenizer, student)
+    save_model(LlamaForCausalLM(config), tokenizer, student)
     return student, discriminator_of(str(student), folder / "discriminator")
 
 
 def discriminator_of(student: str, path: Path) -> Path:
     """A directory with the student's weights and a random scalar head, the same for every side."""
-    tokenizer = models.load_tokenizer(student)
+    tokenizer = load_tokenizer(student)
     end_id = ChatTemplate(tokenizer).end_id
     cpu = torch.device("cpu")
-    model = models.load_discriminator(student, "float32", device=cpu, seed=0, end_id=end_id, tokenizer=tokenizer)
-    models.save_model(model, tokenizer, path)
+    model = load_discriminator(student, "float32", device=cpu, seed=0, end_id=end_id, tokenizer=tokenizer)
+    save_model(model, tokenizer, path)
     return path
 
 
 def random_groups(student: Path, prompt_lengths: list[int], response: int) -> list[dict[str, Any]]:
     """Random words: a prompt of every length, rendered by the chat template, and a cut teacher response to it."""
-    template = ChatTemplate(models.load_tokenizer(str(student)))
+    template = ChatTemplate(load_tokenizer(str(student)))
     rng = random.Random(0)
     words = [f"w{i}" for i in range(len(template.tokenizer) - len(SPECIAL))]
     groups = []
@@ -189,7 +189,7 @@ def random_groups(student: Path, prompt_lengths: list[int], response: int) -> li
 
 def real_groups(student: str, data: Path, count: int, max_prompt: int, max_response: int) -> list[dict[str, Any]]:
     """The first rows whose prompt fits; teacher responses are cut at max_response tokens, as samples are."""
-    template = ChatTemplate(models.load_tokenizer(student))
+    template = ChatTemplate(load_tokenizer(student))
     settings = DataSettings(max_prompt_tokens=max_prompt, max_response_tokens=max_response, long_prompt="drop")
     groups, _ = build_prompts(load_rows(str(data), {}, limit=4 * count), template, settings)
     if len(groups) < count:

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from bench.step.literal import load_discriminator
 from bench.step.problem import Problem
 from bench.step.worker import Arguments, Channel, Clock, Meter, arguments, gradients_of, write_findings
-from gadcore import models
+from gadcore.models.loading import load_tokenizer
 
 # Added to the standard deviation in TRL's advantages.
 EPSILON = 1e-4
@@ -153,8 +153,8 @@ def trainer_arguments(problem: Problem, folder: Path) -> GRPOConfig:
 class Turns(TrainerCallback):
     """Every optimizer step waits for the suite, and answers when it is done."""
 
-    def __init__(self, channel: Channel, meter: Meter, given: Arguments, judge: ByHand) -> None:
-        self.channel, self.meter, self.given, self.judge = channel, meter, given, judge
+    def __init__(self, channel: Channel, meter: Meter, given: Arguments, by_hand: ByHand) -> None:
+        self.channel, self.meter, self.given, self.by_hand = channel, meter, given, by_hand
         self.checked = False
         self.policy_loss = 0.0
         self.trainer: Any = None
@@ -163,29 +163,29 @@ class Turns(TrainerCallback):
         command = self.channel.wait()
         if not command:
             raise Ended
-        self.checked = self.judge.keep_gradients = command == "check"
+        self.checked = self.by_hand.keep_gradients = command == "check"
         self.policy_loss = 0.0
         self.meter.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tokens = self.trainer._metrics["train"]["completions/mean_length"][-1] * self.given.problem.samples
         self.channel.tell({**self.meter.end(), "response_tokens": round(tokens * self.given.problem.prompts)})
-        self.judge.found = {}
+        self.by_hand.found = {}
 
 
 class Ended(Exception):
     """The suite wants no more steps."""
 
 
-def build(given: Arguments, clock: Clock, turns: Turns, judge: ByHand) -> GRPOTrainer:
+def build(given: Arguments, clock: Clock, turns: Turns, by_hand: ByHand) -> GRPOTrainer:
     problem = given.problem
     rows = [{"prompt": row["messages"], "index": row["index"]} for row in problem.groups]
     trainer = GRPOTrainer(
         model=problem.student,
-        reward_funcs=judge,  # type: ignore[arg-type]
+        reward_funcs=by_hand,  # type: ignore[arg-type]
         args=trainer_arguments(problem, given.findings.parent / "trl"),
         train_dataset=Dataset.from_list(rows),
-        processing_class=models.load_tokenizer(problem.student),
+        processing_class=load_tokenizer(problem.student),
         callbacks=[turns],
     )
     turns.trainer = trainer
@@ -210,7 +210,7 @@ def observe(trainer: GRPOTrainer, clock: Clock, turns: Turns) -> None:
 
     def clipped(*args: Any, **kwargs: Any) -> Any:
         if turns.checked:
-            found = turns.judge.found
+            found = turns.by_hand.found
             write_findings(
                 turns.given.findings,
                 groups=found["groups"],
@@ -245,11 +245,11 @@ def observe(trainer: GRPOTrainer, clock: Clock, turns: Turns) -> None:
 
 def main() -> None:
     channel, given, clock = Channel(), arguments(), Clock()
-    judge = ByHand(given.problem, clock)
-    turns = Turns(channel, None, given, judge)  # type: ignore[arg-type]
-    trainer = build(given, clock, turns, judge)
+    by_hand = ByHand(given.problem, clock)
+    turns = Turns(channel, None, given, by_hand)  # type: ignore[arg-type]
+    trainer = build(given, clock, turns, by_hand)
     observe(trainer, clock, turns)
-    turns.meter = Meter(clock, given.threads, trainer.model, trainer.ref_model, judge.model)  # type: ignore[arg-type]
+    turns.meter = Meter(clock, given.threads, trainer.model, trainer.ref_model, by_hand.model)  # type: ignore[arg-type]
     channel.tell({"ready": True})
     try:
         trainer.train()

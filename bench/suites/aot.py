@@ -136,7 +136,7 @@ def _plan(quick: bool) -> Iterator[tuple[Case, Shape | Heads]]:
         yield from ((case, shape) for shape in (production[:1] if quick else production))
     if not quick:
         yield from ((case, shape) for case in unusual for shape in production[:1])
-        yield from ((case, few) for case in plain if case.op.startswith("grouped_logprob"))
+        yield from ((case, few) for case in plain if case.op.startswith("linear_logprob"))
     yield from _attention(quick)
     for case in liger:
         yield from ((case, shape) for shape in (production[:1] if quick else production))
@@ -153,9 +153,9 @@ def _meta(*sizes: int, dtype: Any) -> Any:
 
 def _ours() -> list[Case]:
     return [
-        Case("grouped_logprob forward", "triton", _logprob_forward()),
-        Case("grouped_logprob backward", "triton", _logprob_backward()),
-        Case("grouped_grpo_loss", "triton", _grpo()),
+        Case("linear_logprob forward", "triton", _logprob_forward()),
+        Case("linear_logprob backward", "triton", _logprob_backward()),
+        Case("linear_grpo_loss", "triton", _grpo()),
         Case("grpo_ratio_loss", "triton", _ratio),
         Case("bt_score forward", "triton", _bt_forward),
         Case("bt_score backward", "triton", _bt_backward),
@@ -165,14 +165,14 @@ def _ours() -> list[Case]:
 def _unusual() -> list[Case]:
     both, apart = "bias, entropy", "rows that are not aligned"
     return [
-        Case("grouped_logprob forward", "triton", _logprob_forward(bias=True, entropy=True), both),
-        Case("grouped_logprob backward", "triton", _logprob_backward(bias=True), "bias"),
-        Case("grouped_grpo_loss", "triton", _grpo(bias=True, entropy=True), both),
-        Case("grouped_logprob forward", "triton", _logprob_forward(aligned=False), apart),
-        Case("grouped_logprob backward", "triton", _logprob_backward(aligned=False), apart),
-        Case("grouped_logprob forward", "triton", _logprob_forward(), "float32", "float32"),
-        Case("grouped_logprob backward", "triton", _logprob_backward(), "float32", "float32"),
-        Case("grouped_grpo_loss", "triton", _grpo(), "float32", "float32"),
+        Case("linear_logprob forward", "triton", _logprob_forward(bias=True, entropy=True), both),
+        Case("linear_logprob backward", "triton", _logprob_backward(bias=True), "bias"),
+        Case("linear_grpo_loss", "triton", _grpo(bias=True, entropy=True), both),
+        Case("linear_logprob forward", "triton", _logprob_forward(aligned=False), apart),
+        Case("linear_logprob backward", "triton", _logprob_backward(aligned=False), apart),
+        Case("linear_logprob forward", "triton", _logprob_forward(), "float32", "float32"),
+        Case("linear_logprob backward", "triton", _logprob_backward(), "float32", "float32"),
+        Case("linear_grpo_loss", "triton", _grpo(), "float32", "float32"),
     ]
 
 
@@ -219,7 +219,7 @@ def _grpo(bias: bool = False, entropy: bool = False) -> Callable[[Shape, Any], N
         hidden, weight, head, targets = _head(shape, dtype, bias)
         advantages, ref = (_meta(shape.T, dtype=torch.float32) for _ in range(2))
         needs = (True, True, head is not None)
-        grpo_triton.grouped_grpo(
+        grpo_triton.linear_grpo(
             hidden, weight, head, targets, advantages, ref, None, TEMPERATURE, CLIP, CLIP, KL, 1.0, entropy, *needs
         )
 

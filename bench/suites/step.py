@@ -145,7 +145,7 @@ class _Bench:
 
     def _models_of(self, case: Case) -> tuple[Path, Path]:
         from bench.step import problem
-        from gadcore.models import resolve_model
+        from gadcore.models.loading import resolve_model
 
         real = case.name == REAL
         if real not in self._models:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import record
 from bench.offline.as_cuda import as_cuda
 from bench.offline.meter import Cache, Traffic, metered
-from bench.suites.traffic import CLIP, KL, RESIDENT, SCALE, TEMPERATURE, Measured, Sizes
+from bench.suites.traffic_sizes import CLIP, KL, RESIDENT, SCALE, TEMPERATURE, Measured, Sizes
 
 BF16, F32 = torch.bfloat16, torch.float32
 GRADIENTS = (True, True, False)
@@ -60,7 +60,7 @@ class _Bench:
 
 
 def production_grid(sizes: Sizes) -> list[Measured]:
-    """grouped_logprob forward with the programs and waves of a real model's: its addresses, without its numbers."""
+    """linear_logprob forward with the programs and waves of a real model's: its addresses, without its numbers."""
     from gadcore.kernels import logprob_triton
 
     T, H, V, l2_bytes = sizes.grid
@@ -68,7 +68,7 @@ def production_grid(sizes: Sizes) -> list[Measured]:
     hidden, weight, targets = torch.zeros(T, H, dtype=BF16), torch.zeros(V, H, dtype=BF16), torch.randint(V, (T,))
     with interpreter.addresses_only():
         bench.meter(
-            "grouped_logprob forward on production's grid",
+            "linear_logprob forward on production's grid",
             "triton",
             f"T={T} H={H} V={V}",
             lambda: logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False),
@@ -80,7 +80,7 @@ def production_grid(sizes: Sizes) -> list[Measured]:
 
 
 def head_ops(sizes: Sizes) -> list[Measured]:
-    """grouped_logprob and grouped_grpo, beside Liger's cross-entropy, log-softmax and GRPO loss."""
+    """linear_logprob and linear_grpo, beside Liger's cross-entropy, log-softmax and GRPO loss."""
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     from liger_kernel.ops.grpo_loss import GrpoLossFunction, fused_selective_log_softmax
 
@@ -110,7 +110,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     # --- log-probabilities: forward ------------------------------------------------------------------------------
     forward = _bytes(hidden, weight, targets) + 3 * 4 * T
     bench.meter(
-        "grouped_logprob forward",
+        "linear_logprob forward",
         "triton",
         shape,
         lambda: logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False),
@@ -119,7 +119,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
         limited=True,
     )
     bench.meter(
-        "grouped_logprob forward",
+        "linear_logprob forward",
         "Liger-Kernel, fused linear cross-entropy",
         shape,
         lambda: (-fused_linear_cross_entropy_forward(hidden, weight, targets, reduction="none")[0],),
@@ -138,7 +138,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
         return (fused_selective_log_softmax(z, targets.view(B, L), TEMPERATURE).view(-1),)
 
     bench.meter(
-        "grouped_logprob forward",
+        "linear_logprob forward",
         "product, then Liger-Kernel's selective log-softmax",
         shape,
         log_softmax,
@@ -164,7 +164,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
         )
         return loss, d_hidden, d_weight
 
-    op = "grouped_logprob forward and backward"
+    op = "linear_logprob forward and backward"
     bench.meter(op, "triton", shape, ours, (logprob, d_hidden, d_weight), both)
     liger = "Liger-Kernel, fused linear cross-entropy"
     bench.meter(op, liger, shape, ligers, (-logprob.mean(), d_hidden, d_weight), both)
@@ -176,7 +176,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     least = 2 * _bytes(hidden, weight) + _bytes(targets, advantages, ref) + 6 * 4 * T
 
     def one_pass() -> tuple[Tensor, ...]:
-        stats, d_hidden, d_weight, _ = grpo_triton.grouped_grpo(
+        stats, d_hidden, d_weight, _ = grpo_triton.linear_grpo(
             hidden,
             weight,
             None,
@@ -216,9 +216,9 @@ def head_ops(sizes: Sizes) -> list[Measured]:
         dz = dz.view(-1, V)
         return total.detach(), (dz @ weight).view(B, L + 1, H)[:, :L].reshape(T, H), dz.T @ rows
 
-    bench.meter("grouped_grpo", "triton", shape, one_pass, (loss.mean(), d_hidden, d_weight), least)
+    bench.meter("linear_grpo", "triton", shape, one_pass, (loss.mean(), d_hidden, d_weight), least)
     name = "product, then Liger-Kernel's GRPO loss, then products"
-    bench.meter("grouped_grpo", name, shape, on_logits, (loss.mean(), d_hidden, d_weight), least)
+    bench.meter("linear_grpo", name, shape, on_logits, (loss.mean(), d_hidden, d_weight), least)
     return bench.results
 
 

@@ -1,4 +1,4 @@
-// The memory pool of CPU tensors: activations, gradients and temporary buffers of a training step; gadcore/memory/pool.py.
+// The memory pool of CPU tensors: activations, gradients and temporary buffers of a training step; gadcore/cpu/pool.py.
 //
 // malloc gives a step's memory back and takes it anew, page by page, and torch's aligned requests seldom fit the holes that
 // freed tensors of the same size have left. Here freed memory stays, in large pages, and holes merge and are reused exactly.

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gadcore import settings
+from gadcore.config import loading
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import read_json, write_json
 from gadcore.evaluate.settings import EvalConfig
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None 
 
     prepare: called with the settings before torch is loaded.
     """
-    config = settings.load(arguments, EvalConfig)
+    config = loading.load(arguments, EvalConfig)
     chosen = config.eval
     if not chosen.models:
         raise UserError("no model to evaluate: give eval.models, for example --eval.models NAME=RUN_FOLDER")
@@ -41,12 +41,12 @@ def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Samples what is missing, measures, writes evaluation.json and evaluation.md; returns the former's content."""
     # Imported only now: torch reads the environment when it is loaded.
-    from gadcore.build import device_of, quiet
+    from gadcore.checkpoint.export import as_directory
+    from gadcore.config.device import device_of, quiet
     from gadcore.evaluate.fresh_text import TextTest
     from gadcore.evaluate.measure import measure_set
     from gadcore.evaluate.sampling import all_sets, exported, find_model, sample_all
     from gadcore.evaluate.table import NAME, markdown
-    from gadcore.export import as_directory
 
     quiet()
     device = device_of(config.as_run())

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from gadcore import models
-from gadcore.discriminator import Discriminator
+from gadcore.data.groups import Group, Prompt, Response
+from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.evaluate.fresh import fresh_discriminator
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json
 from gadcore.evaluate.sampling import Tell, identity
 from gadcore.evaluate.settings import FreshModelSettings
-from gadcore.groups import Group, Prompt, Response
-from gadcore.template import ChatTemplate
+from gadcore.measure.fresh import fresh_discriminator
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.loading import load_discriminator, load_tokenizer
 
 
 class TextTest:
@@ -33,7 +33,7 @@ class TextTest:
         self.settings = settings
         self.device = device
         self.tell = tell
-        self.template = ChatTemplate(models.load_tokenizer(path))
+        self.template = ChatTemplate(load_tokenizer(path))
         self.weights = identity(path)
 
     def run(self, rows: Sequence[ResponseRow], kept: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class TextTest:
         settings = self.settings
 
         def make() -> Discriminator:
-            model = models.load_discriminator(
+            model = load_discriminator(
                 self.path,
                 settings.dtype,
                 device=self.device,
@@ -87,7 +87,7 @@ class TextTest:
         ids = self.template.response_ids(text, finished=finished)
         if not ids:
             raise UserError(
-                f"{source}: an empty response that did not end by itself cannot be judged: leave the row out of all "
+                f"{source}: an empty response that did not end by itself cannot be scored: leave the row out of all "
                 "models' files, or set fresh.enabled to false"
             )
         return Response(text, ids, finished)

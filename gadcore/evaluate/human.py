@@ -78,4 +78,4 @@ def _render(title: str, content: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return (files("gadcore") / "assets" / name).read_text(encoding="utf-8")
+    return (files("gadcore.evaluate") / name).read_text(encoding="utf-8")

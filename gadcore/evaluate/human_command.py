@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field
 
-from gadcore import settings
-from gadcore.config import NonNegative, Positive, Section
+from gadcore.config import loading
+from gadcore.config.settings import NonNegative, Positive, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally
@@ -39,7 +39,7 @@ class SheetConfig(Section):
 
 def sheet_main(arguments: list[str]) -> int:
     """Writes <out>/sheet.html and <out>/key.json, and never over another sheet."""
-    config = settings.load(arguments, SheetConfig).sheet
+    config = loading.load(arguments, SheetConfig).sheet
     if not config.a or not config.b:
         raise UserError("two models are needed: --sheet.a NAME --sheet.b NAME")
     wanted = (config.set,) if config.set else ()

@@ -24,9 +24,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from gadcore.errors import UserError
-from gadcore.evaluate.intervals import resampled
 from gadcore.evaluate.judge_rows import conversation
 from gadcore.evaluate.responses import ResponseRow
+from gadcore.measure.intervals import resampled
 from gadcore.teacher.client import Tally, ask_all
 from gadcore.teacher.settings import Budget, Endpoint
 from gadcore.teacher.store import ChatRequest, ReplyStore

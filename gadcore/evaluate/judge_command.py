@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, Field
 from rich.console import Console
 
-from gadcore import settings
-from gadcore.config import NonNegative, Positive, Rate, Section
+from gadcore.config import loading
+from gadcore.config.settings import NonNegative, Positive, Rate, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
 from gadcore.evaluate.responses import read_json, read_responses, write_json
+from gadcore.record.text import clean
 from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
-from gadcore.terminal import clean
 
 
 class JudgeSampling(SamplingSettings):
@@ -90,7 +90,7 @@ class Job(NamedTuple):
 
 def judge_main(arguments: list[str]) -> int:
     """Writes <responses>/<set>/judge-<model>.json for every set and model; exit codes as of `collect`."""
-    config = settings.load(arguments, JudgeConfig)
+    config = loading.load(arguments, JudgeConfig)
     chosen = config.judge
     jobs = []
     for set_name, model in find(chosen.responses, chosen.sets, chosen.models):
@@ -104,7 +104,7 @@ def judge_main(arguments: list[str]) -> int:
 
 def compare_main(arguments: list[str]) -> int:
     """Writes <responses>/<set>/compare-<a>-<b>.json for every set; exit codes as of `collect`."""
-    config = settings.load(arguments, CompareConfig)
+    config = loading.load(arguments, CompareConfig)
     chosen = config.compare
     if not chosen.a or not chosen.b:
         raise UserError("two models are needed: --compare.a NAME --compare.b NAME")

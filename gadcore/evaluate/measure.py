@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.errors import UserError
-from gadcore.evaluate.diversity import distinct_values, repetition
-from gadcore.evaluate.intervals import bootstrap, difference, wilson
-from gadcore.evaluate.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
 from gadcore.evaluate.responses import ResponseRow, read_json, read_responses
-from gadcore.measures import Measure
+from gadcore.measure.diversity import distinct_values, repetition
+from gadcore.measure.figures import Measure
+from gadcore.measure.intervals import bootstrap, difference, wilson
+from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
 
 # A model's row of results: {measure: {"mean", "interval", "n"}}.
 Results = dict[str, dict[str, Any]]

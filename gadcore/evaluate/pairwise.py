@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from gadcore.evaluate.intervals import bootstrap
 from gadcore.evaluate.judge import COMPARE, Judge, ask_both_orders, first_line
 from gadcore.evaluate.judge_rows import conversation
 from gadcore.evaluate.responses import ResponseRow
+from gadcore.measure.intervals import bootstrap
 
 OUTCOMES = ("win", "tie", "loss")
 WIN, TIE, LOSS = range(3)

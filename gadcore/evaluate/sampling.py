@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gadcore import models
-from gadcore.data import RawRow, load_rows
+from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
+from gadcore.data.batches import build_prompts
+from gadcore.data.groups import Response
+from gadcore.data.rows import RawRow, load_rows
+from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
-from gadcore.export import as_directory, config_of, is_checkpoint
-from gadcore.groups import Response
-from gadcore.loader import build_prompts
+from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
 from gadcore.rollout import Engine, SampleRequest, make_engine, wake_with
-from gadcore.schedule import derived_seed
-from gadcore.template import ChatTemplate
+from gadcore.train.progress import derived_seed
 
 Tell = Callable[[str], None]
 
@@ -43,7 +43,7 @@ def find_model(value: str) -> str:
         if not (folder / "student" / "config.json").is_file():
             raise UserError(f"the run {value} has no student yet: let it finish (--resume auto)")
         return str(folder / "student")
-    return models.resolve_model(value)
+    return resolve_model(value)
 
 
 def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
@@ -138,9 +138,9 @@ class _Sampler:
         """From here on generate() samples from the model at `path`."""
         if path == self._path:
             return
-        model = models.load_causal_lm(path, self.config.sampling.dtype, self.device)
+        model = load_causal_lm(path, self.config.sampling.dtype, self.device)
         _check_context(model, path, self.run_config.context_tokens)
-        self.template = ChatTemplate(models.load_tokenizer(path), system_prompt=self.config.data.system_prompt)
+        self.template = ChatTemplate(load_tokenizer(path), system_prompt=self.config.data.system_prompt)
         kind = _kind_of(model, self.template)
         if self.engine is not None and kind == self._kind:
             with torch.no_grad():

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config import (
+from gadcore.config.settings import (
     Config,
     DataSettings,
     DiscriminatorSettings,
+    FreshSettings,
     NonNegative,
     Positive,
     Rate,
@@ -115,15 +116,6 @@ class SamplingSettings(Section):
     max_num_seqs: Positive = 256
     kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
-
-
-class FreshSettings(Section):
-    """How long a fresh discriminator learns, and from what (gadcore.evaluate.fresh)."""
-
-    steps: Positive = Field(40, description="Optimizer steps.")
-    batch_size: Positive = Field(16, description="Prompts per step.")
-    seed: NonNegative = Field(0, description="Of the halves, the order and the new head.")
-    cross_fit: bool = Field(True, description="Both halves are trained on and judged, each by a discriminator anew.")
 
 
 class FreshModelSettings(FreshSettings):

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from gadcore.evaluate.measure import MEASURES, TEACHER
 from gadcore.evaluate.responses import read_json
-from gadcore.measures import Measure
+from gadcore.measure.figures import Measure
 
 NAME = "evaluation"
 DOMAINS = {"in": "in domain", "out": "out of domain"}

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from gadcore.config import MemorySettings
+from gadcore.config.settings import MemorySettings
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
 from gadcore.memory.holdings import CHANGES, FOLLOWS, HOLDINGS, NEEDS, Holding, State, needs

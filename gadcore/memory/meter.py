@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from gadcore import cpu
 from gadcore.memory import resident
 
 
@@ -49,6 +50,7 @@ class HostMeter:
         return None
 
     def give_back(self) -> None:
+        cpu.release()
         resident.trim()
 
 

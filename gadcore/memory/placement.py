@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gadcore.config import Config
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
 Offload = Literal["none", "pinned", "file"]

@@ -12,8 +12,6 @@ import numpy as np
 import psutil
 from torch import Tensor
 
-from gadcore.memory import pool
-
 PAGE = mmap.PAGESIZE
 _STATM, _STATUS, _CLEAR = (Path("/proc/self") / name for name in ("statm", "status", "clear_refs"))
 _MADV_DONTNEED = 4
@@ -45,8 +43,7 @@ def peak() -> int:
 
 
 def trim() -> None:
-    """Gives freed memory that malloc and the pool of tensors still keep back to the kernel."""
-    pool.release()
+    """Gives freed memory that malloc still keeps back to the kernel."""
     if sys.platform == "linux" and hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
 

@@ -1,6 +1,6 @@
 """Bytes that a forward pass keeps for the backward pass: by formula, and by a run of the real code on fake tensors.
 
-The formula counts what the layers of gadcore keep of every packed token (gadcore/backbone.py, fused.py):
+The formula counts what the layers of gadcore keep of every packed token (gadcore/models/backbone.py, fused.py):
 
     input and its norm, twice       of the residual stream, [hidden] each
     query, key, value, out          rotated, with one number a head
@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gadcore.backbone import hidden_states, use_packed_attention
-from gadcore.fused import fuse_backbone
-from gadcore.groups import GroupedBatch, GroupTokens
-from gadcore.memory.activations import Mode, set_mode
+from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.models.activations import Mode, set_mode
+from gadcore.models.backbone import hidden_states, use_packed_attention
+from gadcore.models.fused import fuse_backbone
 from gadcore.plan.dimensions import Dimensions
 
 _PROBE_TOKENS = 64

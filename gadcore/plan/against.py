@@ -11,7 +11,7 @@ from gadcore.errors import UserError
 from gadcore.plan.memory import Case
 from gadcore.plan.planning import Plan, as_given
 from gadcore.plan.workload import Workload, at_lengths
-from gadcore.tracking import Row, read_rows
+from gadcore.record.tracking import Row, read_rows
 
 _PHASES = ("synchronise", "rollout", "discriminator", "student")
 # What a step is made of beside them.

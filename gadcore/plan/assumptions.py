@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from gadcore.config.loading import nearest
 from gadcore.errors import UserError
-from gadcore.settings import nearest
 
 # Shares of a whole that something has to be left of.
 _TAKEN_OFF = ("elementwise_share", "reserve_share")

@@ -1,4 +1,5 @@
-"""Measures this machine: products, the packed layers, the head, memory, decoding, files. Kept in machine.json.
+"""Measures this machine: products, the packed layers, the head, memory, decoding, files. The figures are kept by
+gadcore.plan.calibration.
 
 Everything is timed on the sizes of a model's own layers, with random weights: no model is loaded. Where one thread
 computes, the clock is CPU time, so that other programs on the machine do not count; else it is wall time.
@@ -7,12 +8,10 @@ computes, the clock is CPU time, so that other programs on the machine do not co
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -20,15 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from gadcore import models
-from gadcore.backbone import hidden_states, use_packed_attention
-from gadcore.files import write_whole
-from gadcore.fused import fuse_backbone
-from gadcore.groups import GroupedBatch, GroupTokens
-from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
+from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear import linear
 from gadcore.kernels.linear_few_rows import decoding_linear
+from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
+from gadcore.models.backbone import hidden_states, use_packed_attention
+from gadcore.models.fused import fuse_backbone
 from gadcore.plan.activations import with_layers
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import DECODE_ROWS
@@ -38,41 +35,6 @@ _HEAD_TOKENS = 512
 _DECODE_BYTES = 300e6
 _FILE_BYTES = 256 << 20
 _COPY_BYTES = 256 << 20
-
-
-def path() -> Path:
-    """Where the figures are kept."""
-    return models.cache_dir() / "machine.json"
-
-
-def device_name() -> str:
-    """The GPU's name where there is one, else the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    from gadcore.build import cpu_name
-
-    return cpu_name()
-
-
-def read(threads: int) -> tuple[dict[str, float], str]:
-    """(figures, date) of this machine's calibration for so many threads; ({}, "") where there is none."""
-    try:
-        kept = json.loads(path().read_text())
-        entry = kept[device_name()][str(threads)]
-        return {name: float(value) for name, value in entry["figures"].items()}, str(entry["date"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}, ""
-
-
-def keep(figures: dict[str, float], threads: int) -> Path:
-    """Writes figures beside those of other thread counts; returns the file."""
-    try:
-        kept = json.loads(path().read_text())
-    except (OSError, ValueError):
-        kept = {}
-    kept.setdefault(device_name(), {})[str(threads)] = {"date": time.strftime("%Y-%m-%d"), "figures": figures}
-    write_whole(path(), json.dumps(kept, indent=1) + "\n")
-    return path()
 
 
 def measure(d: Dimensions, config: PreTrainedConfig, tell: Callable[[str], None]) -> dict[str, float]:
@@ -184,7 +146,7 @@ def _head(d: Dimensions, clock: _Clock, dtype: torch.dtype) -> float:
     advantages = torch.tensor([1.0, -1.0], device=clock.device)
 
     def step() -> None:
-        loss = grouped_grpo_loss(
+        loss = linear_grpo_loss(
             hidden, weight, targets, layout, advantages=advantages, ref_logprob=None,
             clip_low=0.2, clip_high=0.2, kl_coef=0.0, denominator=tokens,
         ).loss  # fmt: skip

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gadcore.config import Config
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.files import write_whole
 from gadcore.plan import settings
@@ -24,7 +24,7 @@ from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
 
 if TYPE_CHECKING:
-    from gadcore.groups import Group
+    from gadcore.data.groups import Group
     from gadcore.plan.memory import Case
     from gadcore.plan.planning import Plan
     from gadcore.plan.workload import Counted
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None] | None = No
     if prepare is not None:
         prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
-    from gadcore.build import quiet
+    from gadcore.config.device import quiet
 
     quiet()
     console = Console(markup=False, emoji=False, highlight=False)
@@ -78,11 +78,11 @@ def build_case(
     machine = find(plan.machine, threads, plan.assume)
     student = read_dimensions(config.student.model)
     name = config.discriminator.model
-    judge = student if name in ("student", config.student.model) else read_dimensions(name)
+    discriminator = student if name in ("student", config.student.model) else read_dimensions(name)
     if machine.ranks > 1 and config.rollout.engine == "hf":
         raise UserError(f'rollout.engine = "hf" samples on one device, {machine.name} has {machine.ranks}: use "vllm"')
     work, items = read_workload(config, plan, counted)
-    return Case(config, student, judge, machine, work), [*items, *machine.figures.listed()]
+    return Case(config, student, discriminator, machine, work), [*items, *machine.figures.listed()]
 
 
 def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
@@ -101,7 +101,7 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
             "predicted": True,
             "machine": {"name": case.machine.name, "nodes": case.machine.nodes, "ranks": case.machine.ranks},
             "student": asdict(case.student),
-            "discriminator": asdict(case.judge),
+            "discriminator": asdict(case.discriminator),
             "workload": asdict(case.work),
             "to_use": _as_dict(found),
             "as_given": _as_dict(given),
@@ -133,13 +133,13 @@ def _as_dict(plan: Plan) -> dict[str, Any]:
 
 def with_checked_activations(case: Case) -> tuple[Case, list[str]]:
     """(the case with what the real code keeps on fake tensors, a sentence for every model beside the formula)."""
-    from gadcore.memory.activations import MODES
+    from gadcore.models.activations import MODES
     from gadcore.plan.activations import fake_layer_bytes, layer_bytes
     from gadcore.plan.dimensions import read_config
 
     told, checked = [], {}
-    for d in dict.fromkeys((case.student.name, case.judge.name)):
-        dimensions = case.student if d == case.student.name else case.judge
+    for d in dict.fromkeys((case.student.name, case.discriminator.name)):
+        dimensions = case.student if d == case.student.name else case.discriminator
         _, settings_of_model = read_config(d)
         real = {mode: fake_layer_bytes(settings_of_model, mode) for mode in MODES}
         formula = {mode: layer_bytes(dimensions, mode, autocast=False) for mode in MODES}
@@ -151,13 +151,14 @@ def with_checked_activations(case: Case) -> tuple[Case, list[str]]:
             f"activations of {d}, bytes of a layer and token in float32, by formula / in a fake-tensor run of the "
             f"code: {figures}; the latter is used"
         )
-    return replace(case, student=checked[case.student.name], judge=checked[case.judge.name]), told
+    return replace(case, student=checked[case.student.name], discriminator=checked[case.discriminator.name]), told
 
 
 def _calibrate(config: Config, console: Console) -> None:
     import torch
 
-    from gadcore.plan.calibrate import keep, measure
+    from gadcore.plan.calibrate import measure
+    from gadcore.plan.calibration import keep
     from gadcore.plan.dimensions import read_config, read_dimensions
 
     threads = _threads(config)

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gadcore import models
-from gadcore.backbone import decoder_layers
 from gadcore.errors import UserError
+from gadcore.models.backbone import decoder_layers
+from gadcore.models.loading import BUNDLED, HUB_ID, cache_dir, first_line
 
 _KNOWN = Path(__file__).with_name("models")
 
@@ -31,7 +31,7 @@ class Dimensions:
     """Of a decoder with an output head.
 
     source: the config.json that was read. query, key: widths of all query heads, and of all key heads.
-    parameters: as a language model, tied ones once; judge_parameters: as a discriminator, its head a scalar one.
+    parameters: as a language model, tied ones once; scalar_parameters: as a discriminator, its head a scalar one.
     matrices: entries of a layer's matrices; layer: all its parameters. head: entries of the output head.
     root: parameters outside the layers. kept_scale: what the real code keeps over what the formula of
     gadcore.plan.activations says, by mode, where that is known.
@@ -48,7 +48,7 @@ class Dimensions:
     vocabulary: int
     tied: bool
     parameters: int
-    judge_parameters: int
+    scalar_parameters: int
     matrices: int
     layer: int
     kept_scale: Mapping[str, float] = field(default_factory=dict)
@@ -91,10 +91,10 @@ def find_config(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise UserError(f"{name} is not a model directory: it has no config.json")
         return path / "config.json"
-    converted = models.cache_dir() / name / "config.json"
-    if name in models.BUNDLED and converted.is_file():
+    converted = cache_dir() / name / "config.json"
+    if name in BUNDLED and converted.is_file():
         return converted
-    if models.HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name):
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
             return Path(cached)
@@ -113,7 +113,7 @@ def read_config(name: str) -> tuple[Path, PreTrainedConfig]:
     try:
         return path, AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model settings {path}: {models.first_line(error)}") from error
+        raise UserError(f"cannot read the model settings {path}: {first_line(error)}") from error
 
 
 def read_dimensions(name: str) -> Dimensions:
@@ -124,7 +124,7 @@ def read_dimensions(name: str) -> Dimensions:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
             config.num_labels = 1
-            judge: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+            discriminator: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
         layers = decoder_layers(model)
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -140,9 +140,9 @@ def read_dimensions(name: str) -> Dimensions:
             vocabulary=text.vocab_size,
             tied=bool(text.tie_word_embeddings),
             parameters=sum(p.numel() for p in model.parameters()),
-            judge_parameters=sum(p.numel() for p in judge.parameters()),
+            scalar_parameters=sum(p.numel() for p in discriminator.parameters()),
             matrices=max(sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in layers),
             layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         )
     except (AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"cannot plan for the model settings {path}: {models.first_line(error)}") from error
+        raise UserError(f"cannot plan for the model settings {path}: {first_line(error)}") from error

@@ -122,7 +122,7 @@ def here(threads: int) -> Machine:
     import psutil
     import torch
 
-    from gadcore.plan.calibrate import device_name, read
+    from gadcore.plan.calibration import device_name, read
 
     measured, date = read(threads)
     plural = "s" if threads > 1 else ""

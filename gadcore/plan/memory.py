@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from gadcore.config import Config
-from gadcore.memory.activations import Mode
+from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, shares_weights, tier_name
+from gadcore.models.activations import Mode
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import Machine
@@ -31,7 +31,7 @@ class Case:
 
     config: Config
     student: Dimensions
-    judge: Dimensions
+    discriminator: Dimensions
     machine: Machine
     work: Workload
 
@@ -72,7 +72,7 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
     config, ranks = case.config, case.machine.ranks
     student = case.student.parameters * ITEM[config.student.dtype] / ranks
-    judge = case.judge.judge_parameters * ITEM[config.discriminator.dtype] / ranks
+    discriminator = case.discriminator.scalar_parameters * ITEM[config.discriminator.dtype] / ranks
     engine = case.student.parameters * ITEM[config.rollout.dtype] / choice.tensor_parallel
     sampler = config.rollout.engine == "vllm"
     return {
@@ -80,9 +80,9 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
         "student.gradients": student,
         "student.optimizer": 2 * student,
         "reference.parameters": student if config.algorithm.kl_coef > 0 else 0.0,
-        "discriminator.parameters": judge,
-        "discriminator.gradients": judge,
-        "discriminator.optimizer": 2 * judge,
+        "discriminator.parameters": discriminator,
+        "discriminator.gradients": discriminator,
+        "discriminator.optimizer": 2 * discriminator,
         "engine.weights": engine if sampler and not case.shared else 0.0,
         "engine.kv_cache": choice.kv_bytes if sampler else 0.0,
     }
@@ -139,11 +139,11 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
 def _training(case: Case, choice: Choice, state: State, gradients: float) -> dict[str, float]:
     config, ranks, work = case.config, case.machine.ranks, case.work
     is_student = state == "student"
-    d = case.student if is_student else case.judge
+    d = case.student if is_student else case.discriminator
     settings = config.student if is_student else config.discriminator
     autocast, item = settings.autocast != "none", ITEM[settings.dtype]
     compute = 2 if autocast else item
-    rank_tokens = (work.student_tokens if is_student else work.judge_tokens) / ranks
+    rank_tokens = (work.student_tokens if is_student else work.discriminator_tokens) / ranks
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
 
@@ -168,7 +168,7 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     overlap = gradients if single and ranks == 1 and case.machine.kind == "cuda" else 0.0
     working["activations and head"] = max(kept + head - overlap, 0.0)
     if ranks > 1:
-        root = d.root if is_student else d.judge_parameters - d.layers * d.layer
+        root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
         working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))
     elif autocast:
         matrices = d.layers * d.matrices + (d.head if is_student else 0)

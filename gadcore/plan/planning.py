@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from gadcore.config import Config
-from gadcore.memory.activations import MODES, Mode
+from gadcore.config.settings import Config
 from gadcore.memory.holdings import State
+from gadcore.models.activations import MODES, Mode
 from gadcore.plan.memory import (
     ITEM,
     Case,
@@ -120,7 +120,7 @@ def _modes(config: Config) -> tuple[Mode, ...]:
 
 def _budgets(case: Case) -> list[int]:
     """Powers of two, up to the first that holds a rank's whole batch."""
-    tokens = max(case.work.student_tokens, case.work.judge_tokens) / case.machine.ranks
+    tokens = max(case.work.student_tokens, case.work.discriminator_tokens) / case.machine.ranks
     budgets = [_LEAST_BUDGET]
     while budgets[-1] < tokens and budgets[-1] < _MOST_BUDGET:
         budgets.append(2 * budgets[-1])

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
-from gadcore import settings
-from gadcore.config import Above, Config, Positive, Section
+from gadcore.config import loading
+from gadcore.config.settings import Above, Config, Positive, Section
 from gadcore.errors import UserError
 
 AtLeastOne = Annotated[float, Field(ge=1)]
@@ -72,7 +72,7 @@ def load(arguments: Sequence[str]) -> tuple[Config, PlanSettings]:
     """The run's settings and the plan's own. `--calibrate` is short for `--plan.calibrate true`.
 
     Without --preset and --config, `--plan.against FOLDER` takes the settings of that run. Raises UserError as
-    gadcore.settings.load does, SystemExit(0) for --help.
+    gadcore.config.loading.load does, SystemExit(0) for --help.
     """
     ours: list[str] = []
     others: list[str] = []
@@ -84,10 +84,10 @@ def load(arguments: Sequence[str]) -> tuple[Config, PlanSettings]:
                 ours += [following for following in [next(items, None)] if following is not None]
         else:
             others.append(item)
-    plan = settings.load(ours, PlanConfig).plan
+    plan = loading.load(ours, PlanConfig).plan
     if plan.against and not any(item.split("=")[0] in ("--config", "--preset") for item in others):
         saved = Path(plan.against) / "config.toml"
         if not saved.is_file():
             raise UserError(f"plan.against = {plan.against} is not a run folder: it has no config.toml")
         others = ["--config", str(saved), *others]
-    return settings.load(others), plan
+    return loading.load(others), plan

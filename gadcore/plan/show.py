@@ -59,10 +59,10 @@ def show(
 
 
 def _heading(case: Case) -> str:
-    judge = "the same" if case.judge.name == case.student.name else f"{case.judge.name}"
+    other = "the same" if case.discriminator.name == case.student.name else f"{case.discriminator.name}"
     return (
-        f"plan: student {case.student.name} ({case.student.parameters / 1e9:.2f}e9 parameters), discriminator {judge} "
-        f"({case.judge.judge_parameters / 1e9:.2f}e9); {case.machine.name}, ranks: {case.machine.ranks}. "
+        f"plan: student {case.student.name} ({case.student.parameters / 1e9:.2f}e9 parameters), discriminator {other} "
+        f"({case.discriminator.scalar_parameters / 1e9:.2f}e9); {case.machine.name}, ranks: {case.machine.ranks}. "
         "All figures are predicted."
     )
 

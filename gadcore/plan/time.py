@@ -11,7 +11,7 @@ optimizer   ten passes over parameters: AdamW reads four and writes three, clipp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gadcore.memory.holdings import State, needs
 from gadcore.plan.dimensions import Dimensions
@@ -70,7 +70,7 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     if machine.ranks == 1:
         return computing
     is_student = settings_name == "student"
-    parameters = d.parameters if is_student else d.judge_parameters
+    parameters = d.parameters if is_student else d.scalar_parameters
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
     moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
@@ -195,13 +195,13 @@ def offload_seconds(case: Case, choice: Choice) -> float:
 
 def run_time(case: Case, choice: Choice) -> RunTime:
     """Seconds per phase of a step of each stage, and of the full run. Starting up is left out."""
-    work, config, judge = case.work, case.config, case.judge
+    work, config, discriminator = case.work, case.config, case.discriminator
     algorithm = config.algorithm
     responses, teacher = work.sampled, work.prompts * work.teacher
-    update = optimizer_seconds(case, judge.judge_parameters, config.discriminator.dtype)
-    scored = Pass(work.judge_tokens, work.judge_pairs, 0, 0, True)
-    d_seconds = pass_seconds(case, choice, judge, "discriminator", scored) + update
-    looked = pass_seconds(case, choice, judge, "discriminator", Pass(work.judge_tokens, work.judge_pairs, 0, 0, False))
+    update = optimizer_seconds(case, discriminator.scalar_parameters, config.discriminator.dtype)
+    scored = Pass(work.discriminator_tokens, work.discriminator_pairs, 0, 0, True)
+    d_seconds = pass_seconds(case, choice, discriminator, "discriminator", scored) + update
+    looked = pass_seconds(case, choice, discriminator, "discriminator", replace(scored, backward=False))
     updates = algorithm.discriminator_steps / algorithm.discriminator_every
     d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
     g_update = optimizer_seconds(case, case.student.parameters, config.student.dtype)
@@ -229,12 +229,12 @@ def run_time(case: Case, choice: Choice) -> RunTime:
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     """Held-out evaluations before, between and after the stages, and checkpoints."""
     work, every, steps = case.work, case.config.checkpoint.every, sum(case.work.steps.values())
-    share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.judge_tokens
+    share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.discriminator_tokens
     evaluation = rollout_seconds(case, choice, work.eval_rows, 1) + looked * share
     # Parameters and both moments.
     saved = 3.0 * (
         case.student.parameters * ITEM[case.config.student.dtype]
-        + case.judge.judge_parameters * ITEM[case.config.discriminator.dtype]
+        + case.discriminator.scalar_parameters * ITEM[case.config.discriminator.dtype]
     )
     count = (steps // every + len(work.steps) if every else 0) + 1
     return {

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gadcore.config import Config
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
-from gadcore.schedule import stage_steps
+from gadcore.train.progress import stage_steps
 
 if TYPE_CHECKING:
-    from gadcore.groups import Group
+    from gadcore.data.groups import Group
 
 # Rows of a set that is not read here, mean tokens of its prompts and responses.
 _KNOWN = {
@@ -62,12 +62,12 @@ class Workload:
         return self.prompts * _pairs(self.prompt, [self.response] * self.samples)
 
     @property
-    def judge_tokens(self) -> float:
+    def discriminator_tokens(self) -> float:
         """Packed tokens of a step's discriminator pass."""
         return self.prompts * (self.prompt + self.teacher + self.samples * self.response)
 
     @property
-    def judge_pairs(self) -> float:
+    def discriminator_pairs(self) -> float:
         return self.prompts * _pairs(self.prompt, [self.teacher] + [self.response] * self.samples)
 
     @property
@@ -155,20 +155,20 @@ def read_workload(
 
 def _from_data(config: Config) -> Counted | None:
     data = config.data
-    if data.train != "house" and not Path(data.train).expanduser().exists():
+    if data.train != "builtin" and not Path(data.train).expanduser().exists():
         return None
     # Imported only here: most plans read no data.
-    from gadcore import models
-    from gadcore.data import load_rows
-    from gadcore.loader import build_prompts
-    from gadcore.template import ChatTemplate
+    from gadcore.data.batches import build_prompts
+    from gadcore.data.rows import load_rows
+    from gadcore.data.template import ChatTemplate
+    from gadcore.models.loading import BUNDLED, load_tokenizer, resolve_model
 
     rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     name = config.student.model
-    at_hand = name in models.BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
+    at_hand = name in BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
     if not at_hand:
         return None
-    template = ChatTemplate(models.load_tokenizer(models.resolve_model(name)), system_prompt=data.system_prompt)
+    template = ChatTemplate(load_tokenizer(resolve_model(name)), system_prompt=data.system_prompt)
     groups, _ = build_prompts(rows, template, data)
     return Counted.of(groups, config)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from gadcore.groups import Response
+from gadcore.config.settings import Config
+from gadcore.data.groups import Response
+from gadcore.data.template import ChatTemplate
 from gadcore.memory.colocation import Part
 from gadcore.memory.holdings import Holding
-from gadcore.rollout.protocol import SampleRequest
-from gadcore.template import ChatTemplate
+from gadcore.rollout.engine import SampleRequest
 
 
 class HFEngine:
@@ -21,7 +22,7 @@ class HFEngine:
     One prompt at a time, so that its seed alone decides its samples.
     """
 
-    def __init__(self, model: PreTrainedModel, template: ChatTemplate) -> None:
+    def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model
         self.template = template
         self.shared = True

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gadcore import settings
+from gadcore.config import loading
 from gadcore.files import write_whole
+from gadcore.record.text import clean
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
-from gadcore.terminal import clean
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0: every prompt has a reply. 1: some have none (failed, or the budget is spent); the same command goes
     on. 128 + signal: stopped. Raises UserError for bad input.
     """
-    config = settings.load(arguments, CollectConfig)
+    config = loading.load(arguments, CollectConfig)
     prompts = read_prompts(config.prompts)
     # Only now: the client takes a second to import.
     from gadcore.teacher.card import data_card
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(config.output.dir)
     requests = requests_of(config, prompts)
     with ReplyStore(folder / "replies.jsonl") as store:
-        write_whole(folder / "config.toml", settings.dump(config))
+        write_whole(folder / "config.toml", loading.dump(config))
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         if store.repaired:
             console.print(f"note {clean(store.repaired)}", soft_wrap=True)

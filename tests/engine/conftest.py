@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tiny import save_tiny
-from vllm_server import VllmServer
+from tests.support.tiny import save_tiny
+from tests.support.vllm_server import VllmServer
 
 
 @pytest.fixture(scope="session")

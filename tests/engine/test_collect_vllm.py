@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from collecting import answered, arguments, prompts_file, rows, start
 from gadcore.teacher.command import main
-from vllm_server import VllmServer
+from tests.support.collecting import answered, arguments, prompts_file, rows, start
+from tests.support.vllm_server import VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from builders import TEMPLATE, groups
-from gadcore.config import Config
-from gadcore.groups import GroupedBatch, GroupTokens
-from gadcore.models import load_causal_lm
+from gadcore.config.settings import Config
+from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.models.loading import load_causal_lm
+from gadcore.models.student import Student
 from gadcore.rollout import SampleRequest, make_engine, wake_with
+from gadcore.rollout.engine import fingerprint
 from gadcore.rollout.hf import HFEngine
-from gadcore.rollout.protocol import fingerprint
-from gadcore.student import Student
-from tiny import save_tiny
+from tests.support.builders import TEMPLATE, groups
+from tests.support.tiny import save_tiny
 
 VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import judging
 from gadcore.evaluate.judge_command import compare_main, judge_main
-from vllm_server import VllmServer
+from tests.support import judging
+from tests.support.vllm_server import VllmServer
 
 ROWS = 3
 # The tiny tokenizer counts letters, and the context is short: the questions have to be, too.

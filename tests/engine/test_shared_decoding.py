@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from builders import TEMPLATE, groups
-from gadcore.config import Config
-from gadcore.models import load_causal_lm
+from gadcore.config.settings import Config
+from gadcore.cpu.decode_attention import share_prompts_in_decoding
+from gadcore.cpu.decoder_layers import shorten_layers
+from gadcore.models.loading import load_causal_lm
 from gadcore.rollout import SampleRequest, make_engine, wake_with
-from gadcore.rollout.decode_attention import share_prompts_in_decoding
-from gadcore.rollout.decoder_layers import shorten_layers
-from tiny import save_tiny
+from tests.support.builders import TEMPLATE, groups
+from tests.support.tiny import save_tiny
 
 LIMIT = 24
 

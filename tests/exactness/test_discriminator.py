@@ -9,17 +9,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
-from gadcore.build import same_tokenizer
-from gadcore.config import DiscriminatorSettings
-from gadcore.discriminator import Discriminator, softened_bt_loss
+from gadcore.config.settings import DiscriminatorSettings
+from gadcore.data.groups import Group, Response
+from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.groups import Group, Response
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models import load_discriminator, save_model
-from gadcore.template import ChatTemplate
-from naive import bt_loss, score
-from tiny import save_tiny, tiny_tokenizer
+from gadcore.models.discriminator import Discriminator, softened_bt_loss
+from gadcore.models.loading import load_discriminator, save_model
+from gadcore.train.build import same_tokenizer
+from tests.support.builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
+from tests.support.naive import bt_loss, score
+from tests.support.tiny import save_tiny, tiny_tokenizer
 
 TOLERANCE = {torch.float64: dict(rtol=1e-9, atol=1e-11), torch.float32: dict(rtol=2e-3, atol=2e-5)}
 
@@ -40,11 +40,11 @@ def test_teacher_once_equals_n_pairs(tmp_path, dtype, count, samples, ragged) ->
     batch = groups(count, samples, ragged=ragged)
     once, pairs = discriminator(tmp_path, dtype), discriminator(tmp_path, dtype)
 
-    judgement = once.judge(batch, backward=True)
+    scores = once.score(batch, backward=True)
     loss = bt_loss(pairs.model, as_tuples(batch))
     loss.backward()
 
-    assert judgement.loss == pytest.approx(loss.item(), rel=1e-9 if dtype == torch.float64 else 1e-5)
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-9 if dtype == torch.float64 else 1e-5)
     assert_same_gradients(gradients(once.model), gradients(pairs.model), **TOLERANCE[dtype])
 
 
@@ -53,12 +53,12 @@ def test_rewards_are_the_scores_under_the_weights_before_the_update(tmp_path) ->
     with torch.no_grad():
         expected = [[score(d.model, g.prompt.token_ids, s.token_ids).item() for s in g.samples] for g in batch]
         teacher = [score(d.model, g.prompt.token_ids, g.teacher.token_ids).item() for g in batch]
-    judgement = d.judge(batch, backward=True)
-    for rewards, wanted in zip(judgement.rewards, expected, strict=True):
+    scores = d.score(batch, backward=True)
+    for rewards, wanted in zip(scores.rewards, expected, strict=True):
         assert rewards == pytest.approx(wanted, rel=1e-9)
-    assert judgement.teacher_scores == pytest.approx(teacher, rel=1e-9)
+    assert scores.teacher_scores == pytest.approx(teacher, rel=1e-9)
     d.step()
-    assert d.judge(batch, backward=False).rewards[0] != pytest.approx(expected[0], rel=1e-9)
+    assert d.score(batch, backward=False).rewards[0] != pytest.approx(expected[0], rel=1e-9)
 
 
 def test_micro_batch_cuts_change_nothing(tmp_path) -> None:
@@ -66,11 +66,11 @@ def test_micro_batch_cuts_change_nothing(tmp_path) -> None:
     results = []
     for budget in (1, 150, 10**6):
         d = discriminator(tmp_path, micro_batch_tokens=budget)
-        results.append((d.judge(batch, backward=True), gradients(d.model)))
+        results.append((d.score(batch, backward=True), gradients(d.model)))
     (whole, expected) = results[-1]
-    for judgement, grads in results[:-1]:
-        assert judgement.loss == pytest.approx(whole.loss, rel=1e-12)
-        assert judgement.accuracy == pytest.approx(whole.accuracy)
+    for scores, grads in results[:-1]:
+        assert scores.loss == pytest.approx(whole.loss, rel=1e-12)
+        assert scores.accuracy == pytest.approx(whole.accuracy)
         assert_same_gradients(grads, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -88,8 +88,8 @@ def test_identical_text_scores_identically_to_the_bit(tmp_path, finished) -> Non
             group.samples = [response(f"Zero, {i}") for i in range(4)]
             group.samples[position] = response(back, finished=ended)
         d = discriminator(tmp_path, torch.float32)
-        judgement = d.judge(batch, backward=False)
-        for teacher, rewards in zip(judgement.teacher_scores, judgement.rewards, strict=True):
+        scores = d.score(batch, backward=False)
+        for teacher, rewards in zip(scores.teacher_scores, scores.rewards, strict=True):
             assert rewards[position] == teacher
             assert all(r != teacher for i, r in enumerate(rewards) if i != position)
 
@@ -97,7 +97,7 @@ def test_identical_text_scores_identically_to_the_bit(tmp_path, finished) -> Non
 def test_end_marker_is_seen(tmp_path) -> None:
     (group,) = groups(1, 2)
     group.samples = [response("Paris.", finished=True), response("Paris.", finished=False)]
-    finished, cut = discriminator(tmp_path).judge([group], backward=False).rewards[0]
+    finished, cut = discriminator(tmp_path).score([group], backward=False).rewards[0]
     assert finished != cut
 
 
@@ -106,7 +106,7 @@ def test_scores_are_fp32_out_of_a_bf16_backbone(tmp_path) -> None:
     batch, d = groups(4, 4), discriminator(tmp_path, torch.bfloat16)
     with torch.no_grad():
         d.model.score.weight.mul_(20)
-    rewards = [r for group in d.judge(batch, backward=False).rewards for r in group]
+    rewards = [r for group in d.score(batch, backward=False).rewards for r in group]
     assert max(abs(r) for r in rewards) > 8
     assert any(torch.tensor(r).bfloat16().item() != r for r in rewards)
 
@@ -119,12 +119,12 @@ def test_exported_discriminator_scores_the_same_through_transformers(tmp_path) -
     d = discriminator(tmp_path)
     d.model = fresh(path, 3, tokenizer)
     batch = groups(2, 2)
-    judgement = d.judge(batch, backward=False)
+    scores = d.score(batch, backward=False)
     save_model(d.model, tokenizer, tmp_path / "exported")
 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
     width = 120
-    for group, rewards in zip(batch, judgement.rewards, strict=True):
+    for group, rewards in zip(batch, scores.rewards, strict=True):
         for sample, reward in zip(group.samples, rewards, strict=True):
             ids = [*group.prompt.token_ids, *sample.token_ids]
             padded = torch.tensor([ids + [loaded.config.pad_token_id] * (width - len(ids))] * 2)
@@ -149,7 +149,7 @@ def test_dropout_is_off(tmp_path) -> None:
     d.model = fresh(path, 3)
     batch = groups(2, 2)
     d.model.train()
-    assert d.judge(batch, backward=True).rewards == d.judge(batch, backward=True).rewards
+    assert d.score(batch, backward=True).rewards == d.score(batch, backward=True).rewards
 
 
 # Remedies
@@ -162,7 +162,7 @@ def test_softened_loss_equals_the_literal_formula(tmp_path, smoothing, cap, budg
     ours, theirs = discriminator(tmp_path, micro_batch_tokens=budget), discriminator(tmp_path)
     ours.settings = DiscriminatorSettings(label_smoothing=smoothing, margin_cap=cap)
 
-    judgement = ours.judge(batch, backward=True)
+    scores = ours.score(batch, backward=True)
 
     losses, margins = [], []
     for prompt, teacher, samples in as_tuples(batch):
@@ -177,14 +177,14 @@ def test_softened_loss_equals_the_literal_formula(tmp_path, smoothing, cap, budg
     loss.backward()
     if cap is not None:
         assert any(m > cap for m in margins) and any(m < cap for m in margins)
-    assert judgement.loss == pytest.approx(loss.item(), rel=1e-9)
-    assert judgement.margin == pytest.approx(sum(margins) / len(margins))
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-9)
+    assert scores.margin == pytest.approx(sum(margins) / len(margins))
     assert_same_gradients(gradients(ours.model), gradients(theirs.model), **TOLERANCE[torch.float64])
 
 
 def test_without_remedies_the_loss_is_the_ops_own(tmp_path) -> None:
     batch, d = groups(3, 3), discriminator(tmp_path)
-    plain = d.judge(batch, backward=True)
+    plain = d.score(batch, backward=True)
     layout = GroupLayout.of([3, 3, 3], teacher=True)
     scores = [s for t, rewards in zip(plain.teacher_scores, plain.rewards, strict=True) for s in (t, *rewards)]
     softened = softened_bt_loss(torch.tensor(scores, dtype=torch.float64), layout, 0.0, None) / 9
@@ -239,10 +239,10 @@ def test_another_vocabulary_is_reached_through_text_alone(tmp_path) -> None:
         group.samples = [replace(s, token_ids=(3,) * 5) for s in group.samples]
     assert template.end_id != TEMPLATE.end_id
 
-    judgement = once.judge(batch, backward=True)
+    scores = once.score(batch, backward=True)
     loss = bt_loss(pairs.model, literal)
     loss.backward()
-    assert judgement.loss == pytest.approx(loss.item(), rel=1e-9)
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-9)
     # The rotary embedding is fp32 in every model, and its cosines differ by an ulp with where they stand in a tensor.
     assert_same_gradients(gradients(once.model), gradients(pairs.model), rtol=1e-5, atol=1e-8)
 
@@ -258,11 +258,11 @@ def test_identical_text_scores_identically_in_another_vocabulary(tmp_path, finis
     for group in batch:
         group.teacher = response(text, finished=finished)
         group.samples[1] = Response(back, letters, finished)
-    judgement = d.judge(batch, backward=False)
-    for teacher, rewards in zip(judgement.teacher_scores, judgement.rewards, strict=True):
+    scores = d.score(batch, backward=False)
+    for teacher, rewards in zip(scores.teacher_scores, scores.rewards, strict=True):
         assert rewards[1] == teacher and rewards[0] != teacher and rewards[2] != teacher
     batch[0].samples = [response(text, finished=True), response(text, finished=False)]
-    first, second = d.judge(batch[:1], backward=False).rewards[0]
+    first, second = d.score(batch[:1], backward=False).rewards[0]
     assert first != second, "the end marker of D's own vocabulary is seen"
 
 
@@ -272,10 +272,10 @@ def test_a_context_that_is_too_short_is_told_with_the_row(tmp_path) -> None:
         len(tokens.prompt) + len(r) for tokens in [d.tokens(group) for group in batch] for r in tokens.responses
     )
     d.context_tokens = needed
-    d.judge(batch, backward=False)
+    d.score(batch, backward=False)
     d.context_tokens = needed - 1
     with pytest.raises(UserError, match=rf"row \d .* needs {needed} of the discriminator's tokens.*{needed - 1}"):
-        d.judge(batch, backward=False)
+        d.score(batch, backward=False)
 
 
 def test_tokenizers_are_compared_by_what_they_do(tmp_path) -> None:

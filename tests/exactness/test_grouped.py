@@ -8,11 +8,11 @@ import random
 import pytest
 import torch
 
-from builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, student
-from gadcore import backbone
-from gadcore.groups import Group, micro_batches
-from naive import bt_loss, grpo_loss, score, token_logprobs
-from tiny import FAMILIES, tiny_model
+from gadcore.data.groups import Group, micro_batches
+from gadcore.models import backbone
+from tests.support.builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, student
+from tests.support.naive import bt_loss, grpo_loss, score, token_logprobs
+from tests.support.tiny import FAMILIES, tiny_model
 
 FP64 = dict(rtol=1e-10, atol=1e-12)
 
@@ -71,13 +71,13 @@ def check_discriminator(directory, batch: list[Group], budget: int, **family) ->
     with torch.no_grad():
         scores = [[score(theirs, g.prompt.token_ids, s.token_ids).item() for s in g.samples] for g in batch]
 
-    judgement = ours.judge(batch, backward=True)
+    scores = ours.score(batch, backward=True)
 
     loss = bt_loss(theirs, [(g.prompt.token_ids, g.teacher.token_ids, [s.token_ids for s in g.samples]) for g in batch])
     loss.backward()
-    for rewards, expected in zip(judgement.rewards, scores, strict=True):
+    for rewards, expected in zip(scores.rewards, scores, strict=True):
         assert rewards == pytest.approx(expected, rel=1e-10, abs=1e-12)
-    assert judgement.loss == pytest.approx(loss.item(), rel=1e-10)
+    assert scores.loss == pytest.approx(loss.item(), rel=1e-10)
     assert_same_gradients(gradients(ours.model), gradients(theirs), **FP64)
 
 
@@ -116,7 +116,7 @@ def test_cut_groups_are_cut() -> None:
 
 
 def discriminator_tokens(group: Group):
-    from gadcore.groups import GroupTokens
+    from gadcore.data.groups import GroupTokens
 
     texts = (group.teacher, *group.samples)
     return GroupTokens(group.prompt.token_ids, tuple(TEMPLATE.response_ids(r.text, finished=r.finished) for r in texts))
@@ -126,8 +126,8 @@ def test_the_135m_shape_in_fp32() -> None:
     """Two layers of SmolLM2-135M's width: loss and gradients to 1e-5 of their size, against fp64 rows."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gadcore.config import AlgorithmSettings, StudentSettings
-    from gadcore.student import Student
+    from gadcore.config.settings import AlgorithmSettings, StudentSettings
+    from gadcore.models.student import Student
 
     torch.manual_seed(0)
     config = LlamaConfig(

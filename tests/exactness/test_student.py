@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from builders import assert_same_gradients, gradients, groups, student
-from gadcore.config import AlgorithmSettings
+from gadcore.config.settings import AlgorithmSettings
+from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.errors import UserError
-from gadcore.groups import GroupedBatch, GroupTokens
 from gadcore.kernels.grpo_ratio_loss import group_advantages, grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
-from naive import grpo_loss, token_logprobs
+from tests.support.builders import assert_same_gradients, gradients, groups, student
+from tests.support.naive import grpo_loss, token_logprobs
 
 TOLERANCE = {torch.float64: dict(rtol=1e-8, atol=1e-10), torch.float32: dict(rtol=5e-3, atol=2e-5)}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gadcore.run import main
-from runs import run, tiny_arguments
-from tiny import save_tiny
+from tests.support.runs import run, tiny_arguments
+from tests.support.tiny import save_tiny
 
 GOOD = {"prompt": "Name a city.", "teacher_response": "Paris."}
 

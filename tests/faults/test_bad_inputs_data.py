@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gadcore.data import load_rows
+from gadcore.data.rows import load_rows
 from gadcore.errors import UserError
 
 GOOD: dict[str, Any] = {"prompt": "What is two plus two?", "teacher_response": "Four."}
@@ -126,7 +126,7 @@ def test_a_file_that_is_not_there(name: str) -> None:
 @pytest.mark.parametrize("name", ["absent", "./a/b/c", "hose"])
 def test_a_source_of_no_kind(name: str) -> None:
     assert error_of(name) == (
-        f"there is no file or directory {name}: data is 'house', a .jsonl, .jsonl.gz, .parquet file, "
+        f"there is no file or directory {name}: data is 'builtin', a .jsonl, .jsonl.gz, .parquet file, "
         "a directory of these or a hub id owner/name"
     )
 

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from gadcore import checkpoint
+from gadcore.checkpoint import store
 from gadcore.errors import UserError
 
 TENSORS = {"student": {"w": torch.arange(1000.0)}, "discriminator": {"w": torch.ones(3)}}
 
 
 def _save(root: Path, step: int, keep: int = 5) -> Path:
-    return checkpoint.save(root, step, TENSORS, {"step": step}, keep)
+    return store.save(root, step, TENSORS, {"step": step}, keep)
 
 
 @pytest.mark.parametrize(
@@ -47,20 +47,20 @@ def test_damage_is_named_and_the_way_out_is_said(tmp_path: Path, damage: Callabl
     damage(paths[3])
     _flip(paths[2] / "discriminator.safetensors")
     with pytest.raises(UserError, match=message) as error:
-        checkpoint.load(paths[3])
+        store.load(paths[3])
     # step 3 is damaged too: the newest sound one is step 2
     assert f"resume from {paths[1]} instead" in str(error.value)
-    assert checkpoint.latest(tmp_path) == paths[3]
-    checkpoint.load(paths[1])
+    assert store.latest(tmp_path) == paths[3]
+    store.load(paths[1])
 
 
 def test_no_older_checkpoint_is_said_and_newer_ones_are_not_offered(tmp_path: Path) -> None:
     first, _ = _save(tmp_path, 1), _save(tmp_path, 2)
     _flip(first / "state.json")
     with pytest.raises(UserError, match="no sound older checkpoint"):
-        checkpoint.load(first)
+        store.load(first)
     with pytest.raises(UserError, match="there is no checkpoint folder .*step-000007"):
-        checkpoint.load(tmp_path / "step-000007")
+        store.load(tmp_path / "step-000007")
 
 
 def _flip(file: Path) -> None:
@@ -75,7 +75,7 @@ def _edit_manifest(path: Path, **changes: Any) -> None:
 
 
 CALLS = {
-    "save_file": (checkpoint, "save_file"),
+    "save_file": (store, "save_file"),
     "write_bytes": (Path, "write_bytes"),
     "write_text": (Path, "write_text"),
     "chmod": (Path, "chmod"),
@@ -106,20 +106,20 @@ def test_disk_full_at_any_write_leaves_earlier_checkpoints_alone(
             patch.setattr(owner, name, failing)
             # step 2 is saved again, so that putting a replacement in its place is among the calls that fail
             try:
-                checkpoint.save(tmp_path, 2, TENSORS, {"step": 2, "again": True}, 5)
+                store.save(tmp_path, 2, TENSORS, {"step": 2, "again": True}, 5)
             except UserError as error:
                 message = str(error)
             else:
                 break
         assert "No space left on device" in message and "step-000002" in message
         assert not list(tmp_path.glob(".tmp-step-*"))
-        newest = checkpoint.load(tmp_path / "step-000002").state
+        newest = store.load(tmp_path / "step-000002").state
         in_place = call in ("rename", "fsync") and newest == {"step": 2, "again": True}
         assert in_place or (newest == {"step": 2} and "cannot write checkpoint" in message)
-        assert checkpoint.load(tmp_path / "step-000001").state == {"step": 1}
+        assert store.load(tmp_path / "step-000001").state == {"step": 1}
     assert failing_call > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
-    assert checkpoint.load(tmp_path / "step-000002").state == {"step": 2, "again": True}
+    assert store.load(tmp_path / "step-000002").state == {"step": 2, "again": True}
 
 
 def test_a_real_limit_of_the_file_system(tmp_path: Path) -> None:
@@ -127,20 +127,20 @@ def test_a_real_limit_of_the_file_system(tmp_path: Path) -> None:
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from gadcore import checkpoint
+from gadcore.checkpoint import store
 from gadcore.errors import UserError
 root = Path({str(tmp_path)!r})
-checkpoint.save(root, 1, {{"m": {{"w": torch.ones(10)}}}}, {{}}, 2)
+store.save(root, 1, {{"m": {{"w": torch.ones(10)}}}}, {{}}, 2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(root, 2, {{"m": {{"w": torch.ones(1_000_000)}}}}, {{}}, 2)
+    store.save(root, 2, {{"m": {{"w": torch.ones(1_000_000)}}}}, {{}}, 2)
 except UserError as error:
     print(error)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "step-000002: File too large" in output
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    checkpoint.load(tmp_path / "step-000001")
+    store.load(tmp_path / "step-000001")
 
 
 def test_old_checkpoints_that_cannot_be_deleted_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,10 +149,10 @@ def test_old_checkpoints_that_cannot_be_deleted_are_told(tmp_path: Path, monkeyp
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "_delete", refuse)
+    monkeypatch.setattr(store, "_delete", refuse)
     with pytest.raises(UserError, match="step-000002 is saved, but .*Permission denied"):
         _save(tmp_path, 2, keep=1)
-    checkpoint.load(tmp_path / "step-000002")
+    store.load(tmp_path / "step-000002")
 
 
 def test_leftovers_of_a_kill_are_cleaned(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_leftovers_of_a_kill_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-000003" / "student.safetensors").write_bytes(b"half")
     # killed between the two renames of a replacement
     (tmp_path / "step-000002").rename(tmp_path / "step-000002.replaced")
-    newest = checkpoint.latest(tmp_path)
+    newest = store.latest(tmp_path)
     assert newest == tmp_path / "step-000002.replaced"
-    assert checkpoint.load(newest).step == 2
+    assert store.load(newest).step == 2
     _save(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002", "step-000003"]
 
@@ -172,12 +172,12 @@ def test_leftovers_of_a_kill_are_cleaned(tmp_path: Path) -> None:
 LOOP = """
 import sys, torch
 from pathlib import Path
-from gadcore import checkpoint
+from gadcore.checkpoint import store
 root, start = Path(sys.argv[1]), int(sys.argv[2])
 for step in range(start, start + 100000):
     for again in range(2):
         tensors = {"m": {"w": torch.full((30000,), float(step))}}
-        checkpoint.save(root, step, tensors, {"step": step}, keep=2)
+        store.save(root, step, tensors, {"step": step}, keep=2)
     if step == start:
         print("saving", flush=True)
 """
@@ -196,12 +196,12 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         time.sleep(moments.uniform(0.01, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        path = checkpoint.latest(tmp_path)
+        path = store.latest(tmp_path)
         assert path is not None
-        loaded = checkpoint.load(path)
+        loaded = store.load(path)
         assert loaded.step > newest
         assert loaded.state == {"step": loaded.step}
         assert torch.equal(loaded.tensors["m"]["w"], torch.full((30000,), float(loaded.step)))
         newest = loaded.step
-    checkpoint.save(tmp_path, newest + 1, {}, {}, keep=2)
+    store.save(tmp_path, newest + 1, {}, {}, keep=2)
     assert len(list(tmp_path.iterdir())) == 2

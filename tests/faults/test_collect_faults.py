@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from collecting import answered, arguments, prompts_file, rows, start
 from gadcore.errors import UserError
 from gadcore.teacher.command import main
 from gadcore.teacher.store import ReplyStore
-from openai_server import Handler, answer_to, completion, serve
+from tests.support.collecting import answered, arguments, prompts_file, rows, start
+from tests.support.openai_server import Handler, answer_to, completion, serve
 
 SECRET = "sk-VeryMuchASecret123"
 QUICK = ("--endpoint.timeout", "0.5", "--endpoint.max_retries", "2")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import bt_problem
 from gadcore.kernels import _cuda
 from gadcore.kernels.cast_copy import CastCopy, cast_copy
+from tests.support import bt_problem
 
 pytestmark = [
     pytest.mark.gpu,

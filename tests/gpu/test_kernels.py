@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-import grid_checks
-from kernel_grid import GROUP_CASES, GRPO_CASES, HEAD_CASES, KERNEL_DTYPES, RATIO_CASES, RATIO_TOKENS, WIDTHS
+from tests.support import grid_checks
+from tests.support.kernel_grid import (
+    GROUP_CASES,
+    GRPO_CASES,
+    HEAD_CASES,
+    KERNEL_DTYPES,
+    RATIO_CASES,
+    RATIO_TOKENS,
+    WIDTHS,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,9 +27,9 @@ pytestmark = [
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_grid(impl, dtype) -> None:
     for case in HEAD_CASES:
-        grid_checks.check_grouped_logprob(case, impl, dtype, "cuda")
+        grid_checks.check_linear_logprob(case, impl, dtype, "cuda")
     for case, ratio in GRPO_CASES:
-        grid_checks.check_grouped_grpo_loss(case, ratio, impl, dtype, "cuda")
+        grid_checks.check_linear_grpo_loss(case, ratio, impl, dtype, "cuda")
     for tokens in RATIO_TOKENS if dtype == torch.float32 else []:
         for ratio in RATIO_CASES:
             grid_checks.check_grpo_ratio_loss(tokens, ratio, impl, dtype, "cuda")

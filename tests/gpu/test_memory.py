@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import TEMPLATE
-from gadcore.config import Config, MemorySettings
+from gadcore.config.settings import Config, MemorySettings
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.meter import CudaMeter
 from gadcore.memory.tiers import PinnedTier
-from runs import assert_same_run, run, tiny_arguments
-from tiny import save_tiny
+from tests.support.builders import TEMPLATE
+from tests.support.runs import assert_same_run, run, tiny_arguments
+from tests.support.tiny import save_tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,7 +83,7 @@ def test_a_limit_is_told_before_the_device_runs_out() -> None:
 
 def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path) -> None:
     pytest.importorskip("vllm")
-    from gadcore.models import load_causal_lm
+    from gadcore.models.loading import load_causal_lm
     from gadcore.rollout import SampleRequest, make_engine, wake_with
 
     path = str(save_tiny(tmp_path))

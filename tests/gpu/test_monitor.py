@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gadcore.monitor import GPU_ENERGY, MachineMonitor
+from gadcore.record.monitor import GPU_ENERGY, MachineMonitor
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from importable import make_bench_importable
-from kernel_grid import RECORD
+from tests.support.importable import make_bench_importable
+from tests.support.kernel_grid import RECORD
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Before any kernel is defined: it mends what the interpreter computes wrongly.

@@ -91,7 +91,7 @@ def matrices(M, N, BK, warps, stages):
     product[(1,)](meta(M, 512), meta(N, 512), meta(M, N), 512, M=M, N=N, BK=BK, num_warps=warps, num_stages=stages)
 
 read("bt_score", 90, bt)
-read("grouped_logprob", 90, logprob)
+read("linear_logprob", 90, logprob)
 read("good", 90, lambda: matrices(128, 128, 64, 4, 3))
 read("good on sm_80", 80, lambda: matrices(128, 128, 32, 8, 3))
 many = meta(16384, dtype=torch.float32)
@@ -116,7 +116,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["bt_score", "grouped_logprob"])
+@pytest.mark.parametrize("name", ["bt_score", "linear_logprob"])
 def test_our_kernels_pass_for_sm_90(found: dict[str, Any], name: str) -> None:
     assert found[name]
     for code in found[name]:
@@ -126,7 +126,7 @@ def test_our_kernels_pass_for_sm_90(found: dict[str, Any], name: str) -> None:
 def test_the_head_is_compiled_in_every_configuration_with_tensor_cores_and_tma(
     found: dict[str, Any],
 ) -> None:
-    with_products = [code for code in found["grouped_logprob"] if code["products"]]
+    with_products = [code for code in found["linear_logprob"] if code["products"]]
     assert len(with_products) > 1
     for code in with_products:
         assert code["instructions"]["HGMMA"] and code["instructions"]["UTMALDG"]

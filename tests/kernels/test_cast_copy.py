@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import cuda_emulation
 from gadcore.kernels import _cuda
 from gadcore.kernels.cast_copy import CastCopy, cast_copy, check, copy_table
+from tests.support import cuda_emulation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 emulated = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))

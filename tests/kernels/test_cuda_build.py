@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import cuda_emulation
+from tests.support import cuda_emulation
 
 build = cuda_emulation.build_module()
 

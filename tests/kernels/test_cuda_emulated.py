@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bt_problem
-import cuda_emulation
 from gadcore.kernels import _cuda
 from gadcore.kernels.cast_copy import copy_table
+from tests.support import bt_problem, cuda_emulation
 
 if reason := cuda_emulation.why_not():
     pytest.skip(reason, allow_module_level=True)

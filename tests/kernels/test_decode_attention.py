@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gadcore.kernels import _native
-from kernel_grid import F64
+from tests.support.kernel_grid import F64
 
 pytestmark = pytest.mark.skipif(
     _native.why_missing("cpu_decode_attention") is not None, reason="the native library was not built"

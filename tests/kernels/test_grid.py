@@ -12,8 +12,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import grid_checks
-from kernel_grid import F64, GROUP_CASES, GRPO_CASES, HEAD_CASES, KERNEL_DTYPES, RATIO_CASES, RATIO_TOKENS, WIDTHS
+from tests.support import grid_checks
+from tests.support.kernel_grid import (
+    F64,
+    GROUP_CASES,
+    GRPO_CASES,
+    HEAD_CASES,
+    KERNEL_DTYPES,
+    RATIO_CASES,
+    RATIO_TOKENS,
+    WIDTHS,
+)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     IMPLS = [("triton", dtype) for dtype in KERNEL_DTYPES]
@@ -42,14 +51,14 @@ def poisoned_memory() -> Iterator[None]:
 
 @implementations
 @pytest.mark.parametrize("case", HEAD_CASES, ids=str)
-def test_grouped_logprob(case, impl, dtype) -> None:
-    grid_checks.check_grouped_logprob(case, impl, dtype)
+def test_linear_logprob(case, impl, dtype) -> None:
+    grid_checks.check_linear_logprob(case, impl, dtype)
 
 
 @implementations
 @pytest.mark.parametrize(("case", "ratio"), GRPO_CASES, ids=str)
-def test_grouped_grpo_loss(case, ratio, impl, dtype) -> None:
-    grid_checks.check_grouped_grpo_loss(case, ratio, impl, dtype)
+def test_linear_grpo_loss(case, ratio, impl, dtype) -> None:
+    grid_checks.check_linear_grpo_loss(case, ratio, impl, dtype)
 
 
 @of_logprobs

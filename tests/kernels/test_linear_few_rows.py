@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gadcore.kernels.linear_few_rows import MAX_ROWS, decoding_linear, linear_few_rows
-from kernel_grid import F64, RECORD
+from tests.support.kernel_grid import F64, RECORD
 
 
 @pytest.mark.parametrize(("impl", "dtype"), [("reference", F64), ("reference", torch.float32), ("cpu", torch.float32)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from gadcore.kernels.dispatch import Impl
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.prefix_layout import PrefixLayout
-from kernel_grid import F64, RECORD, gradients, pairs, weighted
+from tests.support.kernel_grid import F64, RECORD, gradients, pairs, weighted
 
 F32 = torch.float32
 IMPLS: list[tuple[Impl, torch.dtype]] = [("reference", F64), ("reference", F32), ("cpu", F32)]

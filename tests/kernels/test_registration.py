@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gadcore.kernels import _native, dispatch
 from gadcore.kernels.bt_score import bt_score
-from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
-from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_few_rows import linear_few_rows
+from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
+from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.prefix_layout import PrefixLayout
 
@@ -35,7 +35,7 @@ def targets(device: str = "cpu") -> Tensor:
 
 
 def grpo(hidden: Tensor, weight: Tensor, device: str = "cpu", layout: GroupLayout = LAYOUT) -> Tensor:
-    return grouped_grpo_loss(
+    return linear_grpo_loss(
         hidden,
         weight,
         targets(device),
@@ -49,8 +49,8 @@ def grpo(hidden: Tensor, weight: Tensor, device: str = "cpu", layout: GroupLayou
 
 
 OPS: dict[str, Callable[[], tuple]] = {
-    "grouped_logprob": lambda: (leaf(T, H), leaf(V, H), leaf(V), targets(), 0.8, True, "cpu"),
-    "grouped_grpo": lambda: (
+    "linear_logprob": lambda: (leaf(T, H), leaf(V, H), leaf(V), targets(), 0.8, True, "cpu"),
+    "linear_grpo": lambda: (
         *(leaf(T, H), leaf(V, H), leaf(V), targets(), torch.ones(T), torch.full((T,), -2.0), None),
         *(0.8, 0.2, 0.2, 0.1, 6.0, True, True, True, True, "cpu"),
     ),
@@ -77,7 +77,7 @@ def test_opcheck(name: str) -> None:
 def test_meta_tensors() -> None:
     device = "meta"
     hidden, weight = leaf(T, H, device=device), leaf(V, H, device=device)
-    logprob, entropy = grouped_logprob(hidden, weight, targets(device), return_entropy=True)
+    logprob, entropy = linear_logprob(hidden, weight, targets(device), return_entropy=True)
     assert logprob.shape == entropy.shape == (T,) and logprob.dtype == torch.float32
     logprob.sum().backward()
     assert weight.grad is not None and weight.grad.shape == (V, H)
@@ -106,7 +106,7 @@ def test_compiled_without_a_graph_break_gives_the_same_loss_and_gradients() -> N
         query, key, value = hidden.view(T, 4, 2).split([2, 1, 1], 1)
         hidden = hidden + prefix_attention(query, key, value, PACKED, window=3).flatten(1).repeat(1, 2)
         scored = bt_score(hidden, torch.tensor([1, 3, 5]), head, None, PAIRS, denominator=2)
-        return grpo(hidden, weight) + scored.loss + grouped_logprob(hidden, weight, targets()).mean()
+        return grpo(hidden, weight) + scored.loss + linear_logprob(hidden, weight, targets()).mean()
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     inputs = leaf(T, H), leaf(V, H), leaf(H)
@@ -137,8 +137,8 @@ def test_an_unused_gradient_is_not_computed() -> None:
 def test_autocast_does_not_round_what_is_computed_in_float32() -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = grouped_logprob(hidden, weight, targets())
-    expected = grouped_logprob(hidden.bfloat16(), weight.bfloat16(), targets())
+        actual = linear_logprob(hidden, weight, targets())
+    expected = linear_logprob(hidden.bfloat16(), weight.bfloat16(), targets())
     assert torch.equal(actual, expected)
     assert not torch.equal(actual, actual.bfloat16().float())
 
@@ -147,16 +147,16 @@ def test_autocast_does_not_round_what_is_computed_in_float32() -> None:
 def test_what_does_not_fit_is_refused_by_name(impl: dispatch.Impl) -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
     for message, call in {
-        "hidden must be": lambda: grouped_logprob(hidden[0], weight, targets(), impl=impl),
-        r"weight must be \[V, 8\]": lambda: grouped_logprob(hidden, weight.T, targets(), impl=impl),
-        "targets must be int64": lambda: grouped_logprob(hidden, weight, targets().int(), impl=impl),
-        r"bias must be \[11\]": lambda: grouped_logprob(hidden, weight, targets(), bias=leaf(3), impl=impl),
-        "temperature must be above 0": lambda: grouped_logprob(hidden, weight, targets(), temperature=0.0, impl=impl),
-        "of one dtype": lambda: grouped_logprob(hidden, weight.bfloat16(), targets(), impl=impl),
-        "either rewards or advantages": lambda: grouped_grpo_loss(
+        "hidden must be": lambda: linear_logprob(hidden[0], weight, targets(), impl=impl),
+        r"weight must be \[V, 8\]": lambda: linear_logprob(hidden, weight.T, targets(), impl=impl),
+        "targets must be int64": lambda: linear_logprob(hidden, weight, targets().int(), impl=impl),
+        r"bias must be \[11\]": lambda: linear_logprob(hidden, weight, targets(), bias=leaf(3), impl=impl),
+        "temperature must be above 0": lambda: linear_logprob(hidden, weight, targets(), temperature=0.0, impl=impl),
+        "of one dtype": lambda: linear_logprob(hidden, weight.bfloat16(), targets(), impl=impl),
+        "either rewards or advantages": lambda: linear_grpo_loss(
             hidden, weight, targets(), LAYOUT, ref_logprob=None, kl_coef=0, denominator=1, impl=impl, **CLIP
         ),
-        "groups must own 6 tokens, own 3": lambda: grouped_grpo_loss(
+        "groups must own 6 tokens, own 3": lambda: linear_grpo_loss(
             hidden,
             weight,
             targets(),
@@ -178,28 +178,28 @@ def test_what_does_not_fit_is_refused_by_name(impl: dispatch.Impl) -> None:
 def test_a_target_outside_the_vocabulary_is_an_error(impl: dispatch.Impl) -> None:
     wrong = torch.tensor([0, V, 1, 2, 3, 4])
     with pytest.raises((RuntimeError, IndexError)):
-        grouped_logprob(leaf(T, H), leaf(V, H), wrong, impl=impl)
+        linear_logprob(leaf(T, H), leaf(V, H), wrong, impl=impl)
 
 
 def test_an_implementation_asked_for_by_name_and_not_there_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
     with pytest.raises(ValueError, match="impl must be one of auto, reference, cpu, triton, is 'fast'"):
-        grouped_logprob(hidden, weight, targets(), impl="fast")  # type: ignore[call-overload]
+        linear_logprob(hidden, weight, targets(), impl="fast")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu"):
-        grouped_logprob(hidden, weight, targets(), impl="triton")
+        linear_logprob(hidden, weight, targets(), impl="triton")
     with pytest.raises(ValueError, match="computes in torch.float32, torch.bfloat16, torch.float16, got torch.float64"):
-        grouped_logprob(hidden.double(), weight.double(), targets(), impl="cpu")
+        linear_logprob(hidden.double(), weight.double(), targets(), impl="cpu")
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "the package triton is not installed")
     with pytest.raises(RuntimeError, match="not available: the package triton is not installed"):
-        grouped_logprob(hidden, weight, targets(), impl="triton")
+        linear_logprob(hidden, weight, targets(), impl="triton")
     monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
-    with pytest.raises(RuntimeError, match="cpu_grouped_logprob is not available: it was not built"):
-        grouped_logprob(hidden, weight, targets(), impl="cpu")
+    with pytest.raises(RuntimeError, match="cpu_linear_logprob is not available: it was not built"):
+        linear_logprob(hidden, weight, targets(), impl="cpu")
 
 
 @pytest.mark.filterwarnings("ignore:native CPU ops are not in use")
 def test_auto_falls_back_to_the_reference_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
-    expected = grouped_logprob(hidden, weight, targets(), impl="reference")
+    expected = linear_logprob(hidden, weight, targets(), impl="reference")
     monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
-    assert torch.equal(grouped_logprob(hidden, weight, targets()), expected)
+    assert torch.equal(linear_logprob(hidden, weight, targets()), expected)

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from runs import records, run, tiny_arguments
-from tiny import save_tiny
+from tests.support.runs import records, run, tiny_arguments
+from tests.support.tiny import save_tiny
 
 STUDENT, DISCRIMINATOR = "student/model.safetensors", "discriminator/model.safetensors"
 
@@ -62,7 +62,7 @@ def test_a_frozen_discriminator_still_scores(base, tmp_path) -> None:
     finished(start(base, tmp_path / "run", "algorithm.freeze_discriminator=true"))
     rows, plain = records(tmp_path / "run"), records(base / "plain")
     assert rows[:3] == plain[:3]
-    # The first GAD step is judged by the same D in both runs.
+    # The first GAD step is scored by the same D in both runs.
     assert rows[3]["reward/mean"] == plain[3]["reward/mean"] and rows[4]["reward/mean"] != plain[4]["reward/mean"]
     for row in rows[3:]:
         assert "discriminator/grad_norm" not in row and row["tokens/trained"] == row["tokens/student"]
@@ -221,8 +221,8 @@ def of_steps(base: Path, tmp_path: Path, gad_steps: int) -> Path:
 SCRIPT = """
 import sys
 from pathlib import Path
-from gadcore import trainer
-from gadcore.evaluate.fresh import FreshResult
+from gadcore.train import trainer
+from gadcore.measure.fresh import FreshResult
 from gadcore.run import main
 
 # One accuracy for every global step: what decides is the rule, not a tiny model's noise.
@@ -291,5 +291,5 @@ def test_a_health_warning_is_in_the_log_the_report_and_the_summary_once(base, tm
     assert "<strong>Many responses are cut.</strong>" in (tmp_path / "run/report.html").read_text()
     health = json.loads((tmp_path / "run/summary.json").read_text())["health"]
     (episode,) = [e for e in health if e["warning"]["title"] == "Many responses are cut"]
-    # Told at the third step of the GAD stage, the first ones are too few to judge by.
+    # Told at the third step of the GAD stage, the first ones are too few to score by.
     assert episode["first"] == 6 and episode["last"] is None

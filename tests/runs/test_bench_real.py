@@ -12,10 +12,10 @@ import pytest
 from bench import __main__ as command
 from bench.paper import real, real_text
 from gadcore.errors import UserError
-from gadcore.evaluate.intervals import difference
-from gadcore.evaluate.likeness import words
 from gadcore.evaluate.responses import read_responses
-from runs import records, run, tiny_arguments
+from gadcore.measure.intervals import difference
+from gadcore.measure.likeness import words
+from tests.support.runs import records, run, tiny_arguments
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from builders import TEMPLATE
 from gadcore.errors import UserError
 from gadcore.evaluate import sampling
 from gadcore.evaluate.command import main
 from gadcore.evaluate.responses import read_responses
-from runs import ANSWERS, PROMPTS, write_rows
-from tiny import save_tiny
+from tests.support.builders import TEMPLATE
+from tests.support.runs import ANSWERS, PROMPTS, write_rows
+from tests.support.tiny import save_tiny
 
 SETTINGS = {
     "sampling.engine": "hf",

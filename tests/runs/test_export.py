@@ -10,11 +10,11 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from gadcore import checkpoint
 from gadcore import run as command
+from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
 from gadcore.evaluate.responses import read_json
-from runs import run, tiny_arguments
+from tests.support.runs import run, tiny_arguments
 
 # Of 3 + 4 steps: every second one, and the ends of the stages.
 STEPS = "2, 3, 4, 6, 7"
@@ -80,9 +80,9 @@ def test_bad_arguments_are_named(trained, tmp_path, capsys) -> None:
 def test_what_a_run_does_not_have_is_named(copied, tmp_path, capsys) -> None:
     for path in (copied / "checkpoints").glob("step-*"):
         (path / "discriminator.safetensors").unlink()
-        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        manifest = json.loads((path / store.MANIFEST).read_text())
         del manifest["files"]["discriminator.safetensors"]
-        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        (path / store.MANIFEST).write_text(json.dumps(manifest))
     told = refused(capsys, copied, "--out", tmp_path / "x", "--model", "discriminator")
     assert "has no discriminator: a run of seqkd" in told
     shutil.rmtree(copied / "checkpoints")
@@ -106,9 +106,9 @@ def test_a_damaged_checkpoint_is_not_exported(copied, tmp_path, capsys) -> None:
     ],
 )
 def test_weights_of_another_model_are_refused(copied, tmp_path, capsys, change, message) -> None:
-    saved = checkpoint.load(copied / "checkpoints/step-000007")
+    saved = store.load(copied / "checkpoints/step-000007")
     change(saved.tensors)
-    checkpoint.save(copied / "checkpoints", 8, saved.tensors, saved.state, keep=9)
+    store.save(copied / "checkpoints", 8, saved.tensors, saved.state, keep=9)
     told = refused(capsys, copied, "--out", tmp_path / "x")
     assert message in told and "keep the student.model of the run" in told
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import judging
-from browser import Browser, find_browser
 from gadcore.evaluate.human import Sheet, make_sheet
 from gadcore.evaluate.human_tally import tally
+from tests.support import judging
+from tests.support.browser import Browser, find_browser
 
 pytestmark = [
     pytest.mark.skipif(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import ROOT, assert_same_run, run, tiny_arguments
+from tests.support.runs import ROOT, assert_same_run, run, tiny_arguments
 
 OFFLOAD = ["--memory.offload", "file"]
 

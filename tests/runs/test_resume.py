@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import ROOT, assert_same_run, records, run, tiny_arguments
+from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
 
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
 MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("checkpoint", 3), ("checkpoint", 8)]

@@ -7,12 +7,12 @@ import random
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from gadcore.config import AlgorithmSettings, DiscriminatorSettings, StudentSettings
-from gadcore.discriminator import Discriminator
-from gadcore.groups import Group, Prompt, Response
-from gadcore.student import Student
-from gadcore.template import ChatTemplate
-from tiny import save_tiny, tiny_model, tiny_tokenizer
+from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, StudentSettings
+from gadcore.data.groups import Group, Prompt, Response
+from gadcore.data.template import ChatTemplate
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.student import Student
+from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 TEMPLATE = ChatTemplate(tiny_tokenizer())
 TEXTS = ["Paris.", "It is a city on the Seine.", "Zero", "one hundred degrees", "Stop; then write a short answer."]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gadcore.kernels.bt_score import bt_score
-from gadcore.kernels.grouped_grpo_loss import grouped_grpo_loss
-from gadcore.kernels.grouped_logprob import grouped_logprob
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_ratio_loss
-from kernel_grid import (
+from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
+from gadcore.kernels.linear_logprob import linear_logprob
+from tests.support.kernel_grid import (
     F64,
     GROUP_CASES,
     RECORD,
@@ -36,18 +36,18 @@ def to(device: str, tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.to(device)
 
 
-def check_grouped_logprob(case: HeadCase, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_linear_logprob(case: HeadCase, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
     hidden, weight, bias, targets = case.inputs(dtype)
     leaves = leaves64(hidden, weight, bias)
     truth, true_entropy = logprob64(*leaves, targets, case.temperature)
     of = weighted(truth)
     head = [to(device, tensor) for tensor in (hidden, weight, targets)]
     options: Any = dict(bias=to(device, bias), temperature=case.temperature, impl=impl)
-    logprob, entropy = grouped_logprob(*head, return_entropy=True, **options)
-    plain = grouped_logprob(*head, **options)
+    logprob, entropy = linear_logprob(*head, return_entropy=True, **options)
+    plain = linear_logprob(*head, **options)
     assert not entropy.requires_grad and torch.equal(plain, logprob)
     RECORD.check(
-        "grouped_logprob",
+        "linear_logprob",
         impl,
         dtype,
         pairs((logprob, entropy), (truth.detach(), true_entropy.detach())),
@@ -55,7 +55,7 @@ def check_grouped_logprob(case: HeadCase, impl: Any, dtype: torch.dtype, device:
     )
 
 
-def check_grouped_grpo_loss(
+def check_linear_grpo_loss(
     case: HeadCase, ratio: RatioCase, impl: Any, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
     hidden, weight, bias, targets = case.inputs(dtype)
@@ -72,7 +72,7 @@ def check_grouped_grpo_loss(
     counted = targets != -100
     total, kl, clipped, ratio_max = grpo64(truth, per_token, old, ref, counted, kl_coef=ratio.kl_coef, **CLIP)
     denominator = case.tokens + 3
-    result = grouped_grpo_loss(
+    result = linear_grpo_loss(
         to(device, hidden),
         to(device, weight),
         to(device, targets),
@@ -92,7 +92,7 @@ def check_grouped_grpo_loss(
     assert metrics.clipped_sum.item() == clipped.item() and metrics.tokens.item() == counted.sum().item()
     count = max(1, int(counted.sum()))
     RECORD.check(
-        "grouped_grpo_loss",
+        "linear_grpo_loss",
         impl,
         dtype,
         pairs(
@@ -199,7 +199,7 @@ def check_tied_weights(impl: Any, dtype: torch.dtype, device: str = "cpu") -> No
 
     def loss(w: Tensor) -> Tensor:
         hidden, y = w[tokens.to(device)], targets.to(device)
-        result = grouped_grpo_loss(
+        result = linear_grpo_loss(
             hidden,
             w,
             y,
@@ -211,7 +211,7 @@ def check_tied_weights(impl: Any, dtype: torch.dtype, device: str = "cpu") -> No
             impl=impl,
             **CLIP,
         )
-        return result.loss + grouped_logprob(hidden, w, y, impl=impl).mean()
+        return result.loss + linear_logprob(hidden, w, y, impl=impl).mean()
 
     truth, _ = logprob64(leaf[tokens], leaf, None, targets, 1.0)
     per_token = advantages.to(F64)[groups.sequence_of]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gadcore.evaluate.responses import ResponseRow, write_responses
-from openai_server import Handler, completion
+from tests.support.openai_server import Handler, completion
 
 
 def rows(responses: list[str], references: list[str] | None = None) -> list[ResponseRow]:

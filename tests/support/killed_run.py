@@ -6,9 +6,10 @@ import os
 import signal
 import sys
 
-from gadcore import checkpoint, trainer
-from gadcore.discriminator import Discriminator
+from gadcore.checkpoint import store
+from gadcore.models.discriminator import Discriminator
 from gadcore.run import main
+from gadcore.train import trainer
 
 
 def kill_at(owner, name: str, count: int, *, after: bool) -> None:
@@ -52,7 +53,7 @@ def install(moment: str, count: int) -> None:
         kill_at(Discriminator, "step", count, after=False)
     elif moment == "checkpoint":
         # Some files of the checkpoint are written, others are not.
-        kill_at(checkpoint, "save_file", count, after=True)
+        kill_at(store, "save_file", count, after=True)
     else:
         raise ValueError(moment)
 

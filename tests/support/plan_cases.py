@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gadcore import settings
-from gadcore.config import Config
+from gadcore.config import loading
+from gadcore.config.settings import Config
 from gadcore.plan.assumptions import Assumption, Assumptions
 from gadcore.plan.command import build_case
 from gadcore.plan.dimensions import Dimensions
@@ -15,7 +15,7 @@ from gadcore.plan.workload import Workload
 
 def preset_case(preset: str, machine: str, *arguments: str) -> Case:
     """A preset on a machine; arguments: as on the command line of training."""
-    config = settings.load(["--preset", preset, *arguments])
+    config = loading.load(["--preset", preset, *arguments])
     return build_case(config, PlanSettings(machine=machine), 1)[0]
 
 

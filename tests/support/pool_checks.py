@@ -1,4 +1,4 @@
-"""Checks of the memory pool of CPU tensors; tests/unit/test_pool.py runs them in a process of their own."""
+"""Checks of the memory pool of CPU tensors; tests/unit/cpu/test_pool.py runs them in a process of their own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
+from gadcore.cpu import pool
 from gadcore.kernels import _native
-from gadcore.memory import pool, resident
+from gadcore.memory import resident
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 # Figures that no two runs share: times, and what the machine did meanwhile.
@@ -64,7 +64,7 @@ def run(
     """python -m gadcore.run (or another command line) in `cwd`; never raises."""
     start = command or [sys.executable, "-m", "gadcore.run"]
     # Threads by the environment: a wrapper around gadcore.run has imported torch before it reads run.threads.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([*start, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from importable import make_bench_importable
+from tests.support.importable import make_bench_importable
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import bench.offline.interpreter as interpreter
-import bt_problem
 from bench.offline.guard import Guard
-from bt_problem import DTYPES, Arguments, problem
 from gadcore.kernels import bt_triton
+from tests.support import bt_problem
+from tests.support.bt_problem import DTYPES, Arguments, problem
 
 Shuffled = Callable[[int], AbstractContextManager[None]]
 

@@ -1,4 +1,4 @@
-"""The kernels of grouped_grpo_loss and grpo_ratio_loss: chunks, d logits in place, memory, program order."""
+"""The kernels of linear_grpo_loss and grpo_ratio_loss: chunks, d logits in place, memory, program order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.offline.interpreter import Observer, observe
 from gadcore.kernels import _triton, grpo_triton
-from kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
+from tests.support.kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOSS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.3}
@@ -21,7 +21,7 @@ TEMPERATURE, DENOMINATOR = 0.8, 1000.0
 
 
 class Case:
-    """Inputs of grouped_grpo, and what it must give in float64."""
+    """Inputs of linear_grpo, and what it must give in float64."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Case:
     def run(self, *, entropy: bool = True, needs: tuple[bool, bool, bool] | None = None) -> tuple[Tensor, ...]:
         needs = needs or (True, True, self.bias is not None)
         given = (self.hidden, self.weight, self.bias, self.targets, self.advantages, self.ref, self.old)
-        return grpo_triton.grouped_grpo(*given, TEMPERATURE, *LOSS.values(), DENOMINATOR, entropy, *needs)
+        return grpo_triton.linear_grpo(*given, TEMPERATURE, *LOSS.values(), DENOMINATOR, entropy, *needs)
 
     def check(self) -> None:
         stats, *gradients = self.run()
@@ -231,7 +231,7 @@ def test_half_precision_keeps_small_probabilities() -> None:
     weight = (8 + torch.randn(V, H, generator=generator)).half()
     targets, advantages = torch.arange(T), torch.ones(T)
     given = (hidden, weight, None, targets, advantages, None, None)
-    _, d_hidden, *_ = grpo_triton.grouped_grpo(*given, 1.0, 0.2, 0.2, 0.0, denominator, False, True, False, False)
+    _, d_hidden, *_ = grpo_triton.linear_grpo(*given, 1.0, 0.2, 0.2, 0.0, denominator, False, True, False, False)
     leaves = leaves64(hidden, weight)
     logprob, _ = logprob64(*leaves, None, targets, 1.0)
     (expected,) = torch.autograd.grad(-logprob.sum() / denominator, leaves[:1])

@@ -1,4 +1,4 @@
-"""The kernels of grouped_logprob: block shapes, shares of the vocabulary, chunks of backward, memory, program order."""
+"""The kernels of linear_logprob: block shapes, shares of the vocabulary, chunks of backward, memory, program order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gadcore.kernels import _triton, logprob_triton
-from kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
+from tests.support.kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURE = 0.8

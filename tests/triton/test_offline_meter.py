@@ -174,8 +174,8 @@ def test_the_suite_on_small_shapes() -> None:
     ours = {row["op"]: row for row in whole if row["impl"] == "triton"}
     assert all(row["gate"] == "pass" for row in ours.values()), ours
     assert {row["op"] for row in ours.values() if row["limit"]} == {
-        "grouped_logprob forward",
-        "grouped_logprob forward on production's grid",
+        "linear_logprob forward",
+        "linear_logprob forward on production's grid",
         "prefix_attention forward",
         "bt_score forward",
         "bt_score backward",

@@ -17,7 +17,7 @@ from bench.offline.interpreter import Observer, observe
 from gadcore.kernels import _prefix_walk, prefix_triton
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.prefix_layout import PrefixLayout
-from kernel_grid import F64, relative_error
+from tests.support.kernel_grid import F64, relative_error
 
 BF16 = torch.bfloat16
 DTYPES = [torch.float32, BF16, torch.float16]

@@ -79,8 +79,7 @@ def test_wheel_holds_kernels_presets_and_assets(unpacked_wheel: Path) -> None:
     for folder, patterns in {
         "kernels": ["*.py"],
         "configs": ["*.toml"],
-        "gadcore/assets": ["*"],
-        "gadcore": ["*.py"],
+        "gadcore": ["*.py", "*.css", "*.html", "*.js", "*.json", "*.jsonl", "*.md"],
     }.items():
         for pattern in patterns:
             files = [
@@ -93,6 +92,6 @@ def test_wheel_holds_kernels_presets_and_assets(unpacked_wheel: Path) -> None:
 
 
 def test_wheel_imports_from_where_it_lies(unpacked_wheel: Path, tmp_path: Path) -> None:
-    code = "import gadcore.kernels.layout as k, gadcore.config as c; print(k.__file__); print(c.__file__)"
+    code = "import gadcore.kernels.layout as k, gadcore.config.settings as c; print(k.__file__); print(c.__file__)"
     for line in _run("-c", code, cwd=tmp_path, PYTHONPATH=str(unpacked_wheel)).splitlines():
         assert Path(line).is_relative_to(unpacked_wheel / "gadcore")

@@ -1,0 +1,131 @@
+// cpu_linear_logprob and its backward; kernels/linear_logprob.py states the mathematics.
+//
+// Both walk over blocks of the vocabulary and, inside, over blocks of tokens. The weight is read once from memory, the
+// logits of a block never leave the cache, and the backward pass, which computes them again, finishes one block of
+// d weight before it begins the next.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "head.h"
+
+namespace gadcore {
+namespace {
+
+using at::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
+                                                   const std::optional<Tensor>& bias_in, const Tensor& targets_in,
+                                                   double temperature, bool entropy) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  check_head("cpu_linear_logprob", hidden, weight, bias_in, targets_in, temperature);
+  const Tensor targets = targets_in.contiguous();
+  const int64_t tokens = hidden.size(0), *target = targets.const_data_ptr<int64_t>();
+  const double inv_t = 1.0 / temperature;
+  std::vector<int64_t> index;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (target[t] != kIgnored) index.push_back(t);
+  }
+  const TokenList counted(std::move(index), tokens);
+  const TokenSums sums =
+      head_sums(counted.gather(hidden), weight, Bias(bias_in).data(), counted.gather(target), inv_t, entropy);
+  const auto zeros = [](int64_t n) { return at::zeros({n}, at::kFloat); };
+  Tensor logprob = zeros(tokens), row_max = zeros(tokens), log_sum = zeros(tokens), h = zeros(entropy ? tokens : 0);
+  float *logprob_p = logprob.data_ptr<float>(), *row_max_p = row_max.data_ptr<float>();
+  float *log_sum_p = log_sum.data_ptr<float>(), *h_p = h.data_ptr<float>();
+  for (int64_t i = 0; i < counted.size(); ++i) {
+    const int64_t t = counted[i];
+    logprob_p[t] = static_cast<float>(sums.logprob(i, inv_t));
+    row_max_p[t] = sums.max[i];
+    log_sum_p[t] = static_cast<float>(std::log(sums.sum[i]));
+    if (entropy) h_p[t] = static_cast<float>(sums.entropy(i));
+  }
+  return {logprob, row_max, log_sum, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& hidden, const Tensor& weight,
+                                            const std::optional<Tensor>& bias_in, const Tensor& targets_in,
+                                            const Tensor& row_max_in, const Tensor& log_sum_in, double temperature,
+                                            bool need_hidden, bool need_weight, bool need_bias) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const char* op = "cpu_linear_logprob_backward";
+  check_head(op, hidden, weight, bias_in, targets_in, temperature);
+  const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = weight.size(1);
+  check_vector(op, "grad_logprob", grad_in, tokens);
+  check_vector(op, "row_max", row_max_in, tokens);
+  check_vector(op, "log_sum", log_sum_in, tokens);
+  const Tensor targets = targets_in.contiguous(), grad = grad_in.contiguous();
+  const Tensor row_max = row_max_in.contiguous(), log_sum = log_sum_in.contiguous();
+  std::vector<int64_t> index;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (targets.const_data_ptr<int64_t>()[t] != kIgnored && grad.const_data_ptr<float>()[t] != 0) index.push_back(t);
+  }
+  const TokenList counted(std::move(index), tokens);
+  const int64_t n = counted.size();
+  const double inv_t = 1.0 / temperature;
+  const Bias bias(bias_in);
+  const std::vector<int64_t> target = counted.gather(targets.const_data_ptr<int64_t>());
+  const std::vector<float> g = counted.gather(grad.const_data_ptr<float>());
+  const std::vector<float> shift = counted.gather(row_max.const_data_ptr<float>());
+  const std::vector<float> log_of_sum = counted.gather(log_sum.const_data_ptr<float>());
+  std::vector<float> scale(g.size());
+  for (size_t t = 0; t < g.size(); ++t) scale[t] = static_cast<float>(-g[t] * inv_t);
+
+  const int64_t token_block = std::min(n, kTokenBlock), block = vocabulary_block(vocabulary, token_block, width);
+  const LogitBuffer buffer(block, token_block);
+  HeadGradients gradients(hidden, weight, n, block, need_hidden, need_weight, need_bias);
+  RowBlocks weights(weight, block), states(counted.gather(hidden), token_block);
+  const VectorKernels& k = vector_kernels();
+  for (int64_t v0 = 0; n > 0 && v0 < vocabulary; v0 += block) {
+    const int64_t rows = std::min(block, vocabulary - v0);
+    const Tensor w = weights.rows(v0, rows);
+    for (int64_t t0 = 0; t0 < n; t0 += token_block) {
+      const int64_t count = std::min(token_block, n - t0);
+      const Tensor h = states.rows(t0, count);
+      Tensor z = buffer.block(0, rows, count);
+      multiply(z, w, h.t(), false);
+      for_segments(buffer, {0, v0, rows, count}, [&](int64_t, int64_t row, const LaneBlock& lanes) {
+        std::vector<std::pair<float*, float>> at_target;
+        for (int64_t t = t0; t < t0 + count; ++t) {
+          const int64_t r = target[t] - v0 - row;
+          if (r < 0 || r >= lanes.rows) continue;
+          float* p = lanes.z + r * lanes.stride + t - t0;
+          const float logit = *p + (bias.data() ? bias.data()[target[t]] : 0.0f);
+          // 1 - p without the cancellation where the model is sure
+          at_target.emplace_back(
+              p, static_cast<float>(-g[t] * inv_t * std::expm1((static_cast<double>(logit) - shift[t]) * inv_t - log_of_sum[t])));
+        }
+        k.segment_softmax(lanes, bias.data() ? bias.data() + v0 + row : nullptr, static_cast<float>(inv_t),
+                          shift.data() + t0, log_of_sum.data() + t0, scale.data() + t0);
+        for (const auto& [p, value] : at_target) *p = value;
+        if (need_bias) k.segment_row_sums(lanes, gradients.bias_sums() + v0 + row);
+      });
+      gradients.add(z, w, h, v0, t0);
+    }
+    gradients.finish_weight(v0, rows);
+  }
+  return gradients.finish(counted);
+}
+
+}  // namespace
+}  // namespace gadcore
+
+TORCH_LIBRARY_FRAGMENT(gadcore, m) {
+  m.def(
+      "cpu_linear_logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, "
+      "bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpu_linear_logprob_backward(Tensor grad_logprob, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+      "Tensor row_max, Tensor log_sum, float temperature, bool need_hidden, bool need_weight, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(gadcore, CPU, m) {
+  m.impl("cpu_linear_logprob", &gadcore::forward);
+  m.impl("cpu_linear_logprob_backward", &gadcore::backward);
+}

@@ -1,0 +1,1 @@
+"""Checkpoints: the store, what a model's state is, and export."""

@@ -1,0 +1,287 @@
+"""Checkpoints: whole or absent, checked before use, never pickled.
+
+What goes into one is said in gadcore/checkpoint/state.py.
+
+    checkpoints/step-000012/<name>.safetensors    tensors, one file a name
+    checkpoints/step-000012/state.json            everything that is not a tensor
+    checkpoints/step-000012/manifest.json         size and xxh3_128 checksum of every file
+
+A checkpoint is written into a folder whose name starts with ".tmp-", flushed to the disk and then renamed, so a kill
+at any moment leaves the whole checkpoint or none. One process writes to a checkpoints folder at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gadcore.errors import UserError
+
+JSON = Any
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+REPLACED = ".replaced"
+
+_NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What load() read.
+
+    step: of the run.
+    tensors: file name without suffix -> tensor name -> CPU tensor, mapped from the file and read when touched.
+    state: what save() was given.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, JSON]
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+    keep: int,
+    *,
+    pinned: int | None = None,
+) -> Path:
+    """Writes root/step-<step>, then deletes all but the `keep` newest checkpoints; returns the new folder.
+
+    pinned: step of one more checkpoint that is not deleted, wherever it stands.
+
+    tensors: file name -> tensor name -> dense tensor of any device. Tensors that overlap in memory, or are not
+    contiguous, are written as copies of their own; a tied weight is written once for every name it is given under.
+    A checkpoint of the same step is replaced. One of a later step (the run went on from an older checkpoint) is
+    renamed to abandoned-step-<step>, so that latest() finds the new one, and is never deleted.
+    Raises UserError where the folder cannot be written, a full disk for example; nothing half-written is left and
+    earlier checkpoints are as they were.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: at least the new checkpoint must be kept")
+    for name in tensors:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+            raise ValueError(f"{name!r} cannot be a file name")
+    state_bytes = json.dumps(dict(state)).encode()
+    target = at(root, step)
+    temporary = root / f"{TEMPORARY}{target.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clean(root)
+        temporary.mkdir()
+        _write(temporary, step, tensors, state_bytes)
+        _put_in_place(root, temporary, target, step)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write checkpoint {target}: {_reason(error)}; earlier checkpoints are untouched: free some space "
+            "or make the folder writable, then resume"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        replaced = root / (target.name + REPLACED)
+        if replaced.exists():
+            _delete(replaced)
+        for found_step, path in _checkpoints(root)[keep:]:
+            if found_step != pinned:
+                _delete(path)
+    except OSError as error:
+        raise UserError(f"{target} is saved, but older checkpoints cannot be deleted: {_reason(error)}") from error
+    return target
+
+
+def at(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
+    return root / f"step-{step:06d}"
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint of a checkpoints folder, None where there is none. load() says whether it is sound."""
+    found = _checkpoints(root)
+    return found[0][1] if found else None
+
+
+def available(root: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint in a checkpoints folder, by rising step."""
+    # Of one step the replacement comes after the replaced, and stays.
+    return {step: path for step, path in reversed(_checkpoints(root))}
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking the size and checksum of every file.
+
+    Raises UserError that names the missing or damaged file and the newest sound older checkpoint, if there is one.
+    """
+    try:
+        manifest = _verify(path)
+    except UserError as error:
+        older = _newest_sound_before(path)
+        advice = f"resume from {older} instead" if older else "there is no sound older checkpoint to resume from"
+        raise UserError(f"{error}: {advice}") from error
+    tensors = {
+        name.removesuffix(".safetensors"): load_file(path / name)
+        for name in manifest["files"]
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(manifest["step"], tensors, json.loads((path / STATE).read_bytes()))
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes) -> None:
+    (folder / STATE).write_bytes(state)
+    # safetensors creates files that only their owner can read
+    mode = (folder / STATE).stat().st_mode
+    for name, group in tensors.items():
+        file = folder / f"{name}.safetensors"
+        save_file(_separate(group), file)
+        file.chmod(mode)
+    files = {file.name: {"size": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _put_in_place(root: Path, temporary: Path, target: Path, step: int) -> None:
+    for found_step, path in _checkpoints(root):
+        if found_step > step:
+            kept = _free_name(root / f"abandoned-{path.name}")
+            path.rename(kept)
+            _log.warning("checkpoint %s is of a later step than the %d now saved: kept as %s", path, step, kept)
+    replaced = target.with_name(target.name + REPLACED)
+    if target.exists():
+        # Under its second name the old one still counts, should a kill come between the two renames.
+        target.rename(replaced)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    _sync(root)
+
+
+def _clean(root: Path) -> None:
+    for path in root.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path)
+    for path in root.glob(f"step-*{REPLACED}"):
+        original = path.with_name(path.name.removesuffix(REPLACED))
+        if original.exists():
+            _delete(path)
+        else:
+            path.rename(original)
+
+
+def _delete(path: Path) -> None:
+    # Renamed first: a kill while files are being removed must not leave something that looks like a checkpoint.
+    doomed = path.with_name(f"{TEMPORARY}delete-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder), the newest first; of one step, the replacement before the replaced."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), match[2] is None, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _newest_sound_before(path: Path) -> Path | None:
+    match = _NAME.fullmatch(path.name)
+    for step, other in _checkpoints(path.parent):
+        if other == path or (match and step > int(match[1])):
+            continue
+        try:
+            _verify(other)
+        except UserError:
+            continue
+        return other
+    return None
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it."""
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint folder {path}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{path / MANIFEST} has format {manifest['format']}, this version reads format {FORMAT}")
+        expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
+        if STATE not in expected or not isinstance(manifest["step"], int):
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"{path / MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path / MANIFEST} is damaged") from None
+    for name, (size, checksum) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {size}")
+        if _checksum(file) != checksum:
+            raise UserError(f"{file} is damaged (its checksum is not the one in {MANIFEST})")
+    return manifest
+
+
+def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, contiguous and without common memory; copies only where it must."""
+    result = {name: tensor.detach().contiguous() for name, tensor in group.items()}
+    end: dict[tuple[torch.device, int], int] = {}
+    for name, tensor in sorted(result.items(), key=lambda item: item[1].data_ptr()):
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        if tensor.data_ptr() < end.get(storage, 0):
+            result[name] = tensor.clone()
+        else:
+            end[storage] = tensor.data_ptr() + tensor.nbytes
+    return result
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_name(path: Path) -> Path:
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(code[1])) if code else str(error)

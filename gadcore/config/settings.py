@@ -1,0 +1,307 @@
+"""Every setting of a run, validated. Imports no torch, so that a wrong setting is told in a second.
+
+Order of precedence: the defaults below (the paper's settings), then the TOML file or preset, then `--dotted.key value`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSettings(Section):
+    """Where the run lives and how it starts."""
+
+    name: str = "gad"
+    dir: str | None = Field(None, description="Run folder; default runs/<name>-<date>-<time>.")
+    seed: NonNegative = 0
+    resume: Literal["auto"] | None = Field(
+        None, description='"auto": go on from the newest checkpoint of the run folder.'
+    )
+    device: str = Field("auto", description='"auto": cuda where there is one, else cpu; or a torch device.')
+    threads: NonNegative = Field(0, description="CPU threads; 0: what the environment says.")
+
+
+class DataSettings(Section):
+    """Rows, templates and limits."""
+
+    train: str = Field("builtin", description="File (.jsonl, .jsonl.gz, .parquet), directory, hub id, or 'builtin'.")
+    eval: str | None = Field("builtin", description='Held-out rows, in the same forms; "none": no evaluation.')
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
+    )
+    system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
+    max_prompt_tokens: Positive = 2048
+    max_response_tokens: Positive = 1536
+    long_prompt: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
+    )
+    long_response: Literal["cut", "drop", "error"] = Field(
+        "cut",
+        description="A longer teacher response is cut, as a student's sample would be, dropped, or refused.",
+    )
+    train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
+    eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
+
+
+class StudentSettings(Section):
+    """The model that learns."""
+
+    model: str = "smollm2-135m-instruct"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the parameters and the optimizer.")
+    autocast: Literal["none", "bfloat16"] = Field("none", description="Of the products inside forward and backward.")
+    lr: Rate = Field(1e-6, description="Of the GAD stage.")
+    warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
+    seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Rate = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 0.2
+
+
+class DiscriminatorSettings(Section):
+    """The model that scores; "student" means initialised from the student's own weights."""
+
+    model: str = Field(
+        "student", description="Of any size, family and vocabulary: text is all that it gets of the student's samples."
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: Literal["none", "bfloat16"] = "none"
+    lr: Rate = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Rate = 0.01
+    grad_clip: Annotated[float, Field(gt=0)] = 0.2
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="e: the BT loss believes that the teacher's text is the better one with probability 1 - e."
+    )
+    margin_cap: Above | None = Field(
+        None, description="A pair whose margin is above this gives no gradient; none: every pair does."
+    )
+
+
+class RolloutSettings(Section):
+    """Sampling."""
+
+    engine: Literal["vllm", "hf"] = "vllm"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    group_size: Positive = Field(8, description="N, samples per prompt.")
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
+    block_size: Positive = 32
+    max_num_seqs: Positive = 256
+    prefix_caching: bool = True
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    enforce_eager: bool = True
+
+
+class AlgorithmSettings(Section):
+    """What is optimised (DESIGN, section 1)."""
+
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    kl_coef: Rate = 0.001
+    normalise_advantage: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+    sft_temperature: Annotated[float, Field(gt=0)] = 1.0
+    critic_warmup: NonNegative = Field(0, description="First steps of the warmup that update only the discriminator.")
+    student_warmup: bool = Field(True, description="false: the warmup leaves the student as it is.")
+    discriminator_warmup: bool = Field(True, description="false: the warmup leaves the discriminator as it is.")
+    freeze_discriminator: bool = Field(
+        False, description="true: the GAD stage scores with the discriminator of the warmup and never updates it."
+    )
+    discriminator_steps: Positive = Field(
+        1, description="Updates of the discriminator on every batch, of both stages; the reward is from before them."
+    )
+    discriminator_every: Positive = Field(
+        1, description="Update the discriminator only in every k-th step, of both stages."
+    )
+    advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+
+
+class ScheduleSettings(Section):
+    """How long each stage lasts."""
+
+    batch_size: Positive = Field(256, description="Prompts per step.")
+    warmup_epochs: NonNegative = 1
+    gad_epochs: NonNegative = 2
+    seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
+    gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
+    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
+    micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
+    activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
+        "auto", description="What backward computes again to save memory; auto: the least that fits."
+    )
+
+
+class GateSettings(Section):
+    """The GAD stage begins only where the discriminator's held-out accuracy is of use; else the warmup goes on."""
+
+    enabled: bool = False
+    low: Share = Field(0.55, description="Below this accuracy rewards are noise; 0: no limit.")
+    high: Share = Field(0.98, description="Above it the student is too far off for rewards to guide it; 1: no limit.")
+    rows: Positive = Field(64, description="Held-out prompts of a measurement, one sample each.")
+    every: Positive = Field(5, description="Further warmup steps between two measurements.")
+    extra_steps: Positive = Field(50, description="Further warmup steps at most.")
+    when_closed: Literal["error", "go_on"] = Field(
+        "error", description="What to do where the gate is still closed after the extra steps."
+    )
+
+
+class ConvergenceSettings(Section):
+    """When the GAD stage ends: a fresh discriminator, trained on some held-out pairs, is asked about the others."""
+
+    enabled: bool = False
+    every: Positive = Field(25, description="GAD steps between two measurements.")
+    rows: Annotated[int, Field(ge=4)] = Field(128, description="Held-out prompts of a measurement, one sample each.")
+    steps: Positive = Field(100, description="Updates of the fresh discriminator.")
+    step_rows: Positive = Field(16, description="Prompts per update of the fresh discriminator.")
+    cross_fit: bool = Field(
+        True, description="Both halves of the prompts are trained on and scored, each by a fresh discriminator."
+    )
+    lr: Above = Field(1e-5, description="Of the fresh discriminator.")
+    patience: Positive = Field(3, description="Measurements without a new minimum that are a plateau.")
+    tolerance: Rate = Field(0.01, description="What a new minimum must be lower by.")
+    rise: Above = Field(0.1, description="An accuracy this much above the minimum ends the stage at once.")
+
+
+class FreshSettings(Section):
+    """How long a fresh discriminator learns, and from what (gadcore.measure.fresh)."""
+
+    steps: Positive = Field(40, description="Optimizer steps.")
+    batch_size: Positive = Field(16, description="Prompts per step.")
+    seed: NonNegative = Field(0, description="Of the halves, the order and the new head.")
+    cross_fit: bool = Field(True, description="Both halves are trained on and scored, each by a discriminator anew.")
+
+
+class MemorySettings(Section):
+    """Who holds the device when (gadcore/memory/holdings.py)."""
+
+    offload: Literal["auto", "none", "pinned", "file"] = Field(
+        "auto",
+        description="Where parameters and optimizer states wait while others compute: none: they stay; pinned: in "
+        "page-locked memory of the host (CUDA); file: in files of memory.dir; auto: pinned on CUDA, else none.",
+    )
+    dir: str | None = Field(None, description='Folder for offload = "file"; default: offload/ of the run folder.')
+    shared_weights: bool = Field(
+        True, description="One copy of the student's weights for trainer and vLLM, where both are on the CPU."
+    )
+    limit_gib: Above | None = Field(
+        None, description="Ends the run with a list of the holders before more than this is held; none: the device's."
+    )
+    prefetch: bool = Field(True, description="Bring in what comes next while the present state computes, if it fits.")
+
+
+class CheckpointSettings(Section):
+    """Saving and going on."""
+
+    every: NonNegative = Field(
+        50,
+        description="Steps between checkpoints; 0: only when interrupted, and at a minimum of convergence.*",
+    )
+    keep: Positive = 2
+
+
+class TrackingSettings(Section):
+    """metrics.jsonl is always written; a tracker comes on top."""
+
+    tracker: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = "none"
+    project: str = "gadcore"
+    view: Literal["auto", "live", "plain"] = Field("auto", description="auto: live in a terminal, else plain lines.")
+    sample_every: NonNegative = Field(5, description="Steps between printed sample triplets; 0: never.")
+    monitor_interval: Rate = Field(
+        1.0, description="Seconds between looks at CPU, GPU and memory (machine/* of metrics.jsonl); 0: none."
+    )
+    trace: bool = Field(False, description="Write trace.json, for ui.perfetto.dev.")
+
+
+class Config(Section):
+    """All settings of `python -m gadcore.run`."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    student: StudentSettings = StudentSettings()
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    gate: GateSettings = GateSettings()
+    convergence: ConvergenceSettings = ConvergenceSettings()
+    memory: MemorySettings = MemorySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the sampler's context holds."""
+        return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
+
+    @property
+    def discriminator_model(self) -> str:
+        """The model that the discriminator starts from."""
+        name = self.discriminator.model
+        return self.student.model if name == "student" else name
+
+    def started_new(self) -> Config:
+        """These settings as a run folder keeps them: to start a run with, not to resume this one."""
+        return self.model_copy(update={"run": self.run.model_copy(update={"resume": None, "dir": None})})
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.rollout.group_size == 1:
+            raise ValueError(
+                "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
+                "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
+            )
+        self._ablations()
+        for section in (self.gate, self.convergence):
+            if section.enabled and self.data.eval is None:
+                name = "gate" if section is self.gate else "convergence"
+                raise ValueError(
+                    f"{name}.enabled needs held-out prompts, data.eval has none: give some, or switch it off"
+                )
+        if self.gate.low >= self.gate.high:
+            raise ValueError(
+                f"gate.low = {self.gate.low} and gate.high = {self.gate.high} leave no accuracy between them: "
+                "lower the first or raise the second"
+            )
+        if self.data.max_prompt_tokens + self.data.max_response_tokens > self.context_tokens:
+            raise ValueError(
+                f"data.max_prompt_tokens = {self.data.max_prompt_tokens} and data.max_response_tokens = "
+                f"{self.data.max_response_tokens} do not fit into rollout.context_tokens = {self.context_tokens}: "
+                "lower the limits or raise the context"
+            )
+        return self
+
+    def _ablations(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.discriminator_steps > 1 and algorithm.discriminator_every > 1:
+            raise ValueError(
+                f"algorithm.discriminator_steps = {algorithm.discriminator_steps} makes the discriminator faster and "
+                f"algorithm.discriminator_every = {algorithm.discriminator_every} slower: leave one of them at 1"
+            )
+        if algorithm.critic_warmup and not algorithm.student_warmup:
+            raise ValueError(
+                f"algorithm.critic_warmup = {algorithm.critic_warmup} says when the student joins the warmup, and "
+                "algorithm.student_warmup = false that it never does: set one of them back"
+            )
+        if algorithm.critic_warmup and not algorithm.discriminator_warmup:
+            raise ValueError(
+                f"the {algorithm.critic_warmup} steps of algorithm.critic_warmup would update nothing with "
+                "algorithm.discriminator_warmup = false: set one of them back"
+            )
+        if self.gate.enabled and not algorithm.discriminator_warmup:
+            raise ValueError(
+                "gate.enabled asks for more warmup until the discriminator can tell, which "
+                "algorithm.discriminator_warmup = false keeps from learning: set one of them back"
+            )

@@ -1,0 +1,78 @@
+"""The figures that people are shown: which ones an evaluation has, when they are better, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of an evaluation: its path in summary.json, its name for people, and when it is better.
+
+    better: "higher", "lower", "near 1", or "discriminator": a figure of the discriminator's, which moves with the
+    discriminator as much as with the student, so that no change of it is better or worse by itself.
+    """
+
+    path: tuple[str, ...]
+    label: str
+    better: str
+    share: bool = False
+
+    def of(self, evaluation: dict[str, Any]) -> float | None:
+        """The value, None where the evaluation has none."""
+        value: Any = evaluation
+        for key in self.path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return None if value is None else float(value)
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        """The value as text, – for None; signed: a difference, which for a share is in percentage points (pp)."""
+        if value is None:
+            return "–"
+        if signed:
+            # Adding 0.0 turns a rounded -0.0 into 0.0.
+            return f"{round(100 * value, 1) + 0.0:+.1f} pp" if self.share else f"{round(value, 3) + 0.0:+.3f}"
+        return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
+
+    def change(self, first: float | None, last: float | None) -> str | None:
+        """ "better", "worse", or "same" where no difference shows; None where that cannot be told."""
+        if first is None or last is None or self.better == "discriminator":
+            return None
+        if self.show(first) == self.show(last):
+            return "same"
+        if self.better == "near 1":
+            first, last = -abs(first - 1), -abs(last - 1)
+        elif self.better == "lower":
+            first, last = -first, -last
+        return "same" if first == last else "better" if last > first else "worse"
+
+
+MEASURES = (
+    Measure(("rouge_l",), "ROUGE-L", "higher"),
+    *(Measure(("ngram_f1", str(n)), f"{n}-gram F1", "higher") for n in range(1, 5)),
+    Measure(("length_ratio",), "length ratio", "near 1"),
+    Measure(("cut_share",), "responses cut", "lower", share=True),
+    Measure(("accuracy",), "D tells apart", "discriminator", share=True),
+    Measure(("margin",), "D margin", "discriminator"),
+)
+
+
+def number(value: float | None) -> str:
+    """Three or so significant digits; – for None."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.0f}"
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.3f}" if size >= 0.01 else f"{value:.1e}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,1 @@
+"""The two models: student and discriminator, over any Hugging Face decoder."""

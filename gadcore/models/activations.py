@@ -1,0 +1,127 @@
+"""What the backward pass keeps of a forward pass: everything, matrix products, or the inputs of layers alone.
+
+off        nothing is computed twice but what costs next to nothing: on the CPU, norms and gated activations.
+selective  results of matrix products and attention are kept; norms, activations and rotations are computed again.
+           On the CPU, where "off" computes norms and activations again as well, it may keep more than that.
+full       only the input of every layer is kept; the whole layer is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.models.backbone import decoder_layers, hidden_states
+from gadcore.models.fused import Recomputables, recomputing
+
+Mode = Literal["off", "selective", "full"]
+MODES: tuple[Mode, ...] = ("off", "selective", "full")
+
+# Of what is free when a model has been loaded: the rest is for gradients, the optimizer, the head and the sampler.
+SHARE = 0.4
+_PROBE_TOKENS = 64
+
+
+def choose_mode(model: PreTrainedModel, tokens: int, available: int | None = None) -> Mode:
+    """The mode that computes the least again while activations of `tokens` packed tokens fit into the memory.
+
+    available: bytes; default what is free on the model's device.
+    """
+    budget = SHARE * (free_bytes(model.device) if available is None else available)
+    needed = bytes_per_token(model)
+    return next((mode for mode in MODES if needed[mode] * tokens <= budget), "full")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def bytes_per_token(model: PreTrainedModel) -> dict[Mode, int]:
+    """Bytes that each mode keeps per packed token: "off" is measured, the others follow from the layers' sizes."""
+    layers = decoder_layers(model)
+    config = model.config.get_text_config()
+    size = next(model.parameters()).element_size()
+    products = sum(m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = len(layers) * config.num_attention_heads * head_dim
+    inputs = len(layers) * config.hidden_size
+    return {
+        "off": _measured(model),
+        "selective": size * (products + attention + inputs),
+        "full": size * inputs,
+    }
+
+
+def _measured(model: PreTrainedModel) -> int:
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    again = Recomputables()
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and again.of(tensor) is None:
+            kept[storage.data_ptr()] = storage.nbytes()
+        # The tensor itself may be the result of the node that keeps it: a cycle that would never be freed, and with
+        # it the graph and all weights as they were loaded.
+        return tensor.detach()
+
+    ids = tuple(1 + i % 7 for i in range(_PROBE_TOKENS // 2))
+    batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.enable_grad(), again.collected(), hooks:
+        out = hidden_states(model, batch)
+    assert out.grad_fn is not None, "the model has no parameter that is trained"
+    return sum(kept.values()) // _PROBE_TOKENS
+
+
+def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) -> Mode:
+    """Lets every layer keep what `mode` says, and returns it; "auto": what choose_mode() chooses for `tokens`.
+
+    Takes the place of a mode that was set before.
+    """
+    for layer in decoder_layers(model):
+        before = vars(layer).get("forward")
+        if isinstance(before, partial) and before.func is _forward:
+            # What lies behind it is the forward() of the layer's class.
+            del layer.forward
+    chosen = choose_mode(model, tokens) if mode == "auto" else mode
+    for layer in decoder_layers(model):
+        layer.forward = partial(_forward, chosen, layer.forward)
+    return chosen
+
+
+def _forward(mode: Mode, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _AGAIN[mode](forward, *args, **kwargs)
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _products() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_checkpoint = partial(checkpoint, use_reentrant=False)
+_AGAIN: dict[Mode, Callable[..., Any]] = {
+    "off": recomputing,
+    "selective": partial(_checkpoint, context_fn=partial(create_selective_checkpoint_contexts, _keep_products)),
+    "full": _checkpoint,
+}
+
+
+def _products() -> set[Any]:
+    aten = torch.ops.aten
+    return {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        # What kernels/linear.py multiplies by.
+        torch.ops.mkldnn._linear_pointwise.default,
+        torch.ops.gadcore.prefix_attention.default,
+    }

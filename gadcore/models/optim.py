@@ -1,0 +1,63 @@
+"""AdamW with clipping, and autocast, as both models use them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from gadcore.config.settings import DiscriminatorSettings, StudentSettings
+from gadcore.errors import UserError
+
+
+class Optimizer:
+    """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm.
+
+    owner: what the model is called in errors.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float, owner: str
+    ) -> None:
+        self.owner = owner
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.grad_clip = settings.grad_clip
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def allocate(self) -> None:
+        """Makes the moments of all parameters that have none yet: zero, as the first step would."""
+        for p in self.parameters:
+            if not self.adamw.state[p]:
+                self.adamw.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+    def moments(self) -> list[torch.Tensor]:
+        """The moments that are there."""
+        return [state[key] for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> float:
+        """Clips, steps, clears; returns the gradient norm before clipping. UserError where it is not finite."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient of the {self.owner} is not finite, its weights are as they were before this step: "
+                "lower its learning rate, or go on from the last checkpoint with other settings"
+            )
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Products in `dtype` inside the block; "none" leaves everything as it is."""
+    return nullcontext() if dtype == "none" else torch.autocast(device.type, dtype=getattr(torch, dtype))

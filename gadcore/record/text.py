@@ -1,0 +1,67 @@
+"""What every view of a run shows alike: the plan, lines and tables of evaluations, and text made safe for a screen."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gadcore.measure.figures import MEASURES
+from gadcore.record.tracking import Row
+
+BETTER = {"higher": "higher", "lower": "lower", "near 1": "nearer 1", "discriminator": "–"}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run is about to do. stages: (name, steps) in order."""
+
+    run: str
+    folder: Path
+    student: str
+    discriminator: str
+    device: str
+    stages: tuple[tuple[str, int], ...]
+
+
+def evaluation_line(name: str, result: Row) -> str:
+    """One line for an evaluation, without the n-gram measures, which summary.json and the report have."""
+    shown = [m for m in MEASURES if m.path[0] != "ngram_f1" and m.of(result) is not None]
+    figures = " · ".join(f"{m.label} {m.show(m.of(result))}" for m in shown)
+    return f"evaluation {name}: {result.get('rows', '?')} rows · {figures}"
+
+
+def summary_table(summary: Row) -> Table:
+    """The evaluations of summary.json side by side, with the change from first to last and when it is better."""
+    evaluations: dict[str, Row] = summary.get("evaluations") or {}
+    names = list(evaluations)
+    rows = ", ".join(sorted({str(e.get("rows", "?")) for e in evaluations.values()}))
+    table = Table(title=Text(f"Held-out prompts ({rows or 'no'} rows)"), box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name.replace("_", " ")), justify="right")
+    if len(names) > 1:
+        table.add_column("change", justify="right")
+    table.add_column("better when")
+    for measure in MEASURES:
+        values = [measure.of(evaluations[name]) for name in names]
+        if all(value is None for value in values):
+            continue
+        cells = [Text(measure.label), *(Text(measure.show(value)) for value in values)]
+        if len(values) > 1:
+            first, last = values[0], values[-1]
+            difference = None if first is None or last is None else last - first
+            style = {"better": "green", "worse": "red"}.get(measure.change(first, last) or "", "")
+            cells.append(Text(measure.show(difference, signed=True), style=style))
+        table.add_row(*cells, Text(BETTER[measure.better], style="dim"))
+    return table
+
+
+def clean(text: str) -> str:
+    """One line without anything that a terminal would obey: white space is joined, control characters become ·."""
+    joined = " ".join(text.split())
+    return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\u200d" else c for c in joined)

@@ -1,0 +1,244 @@
+"""vLLM inside the trainer's process.
+
+Where trainer and engine hold the weights in the same dtype on the same device, there is one copy of them: every
+trainer parameter becomes a view into vLLM's (q, k, v are rows of qkv_proj, gate and up of gate_up_proj), and an
+optimizer step *is* the weight update. Elsewhere update_weights() copies into vLLM's storage, cast on the way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gadcore import cpu
+from gadcore.config.settings import Config
+from gadcore.data.groups import Response
+from gadcore.data.template import ChatTemplate
+from gadcore.memory.colocation import Part
+from gadcore.memory.holdings import Holding
+from gadcore.memory.placement import shares_weights
+from gadcore.memory.resident import drop_pages, resident_bytes
+from gadcore.rollout.engine import SampleRequest, fingerprint
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A trainer parameter is rows start .. end - 1 of one of vLLM's parameters."""
+
+    name: str
+    vllm_name: str
+    start: int
+    end: int
+
+
+def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-def]
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if on_cpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+        # The trainer's threads are not vLLM's to bind.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        import vllm.model_executor.layers.utils as layer_utils
+
+        layer_utils.dispatch_cpu_unquantized_gemm = _plain_cpu_linear
+    import vllm
+
+    return vllm
+
+
+def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
+    """Takes the place of vllm's dispatch_cpu_unquantized_gemm, before a model is loaded."""
+    # vLLM's own CPU layers repack their weights and empty the originals; later updates then fail, one of them
+    # (the tied output head) without an error.
+    layer.cpu_linear = cpu.decoding_linear()
+
+
+class VLLMEngine:
+    """vLLM as an Engine, sampling from the weights of `model`, which was loaded from the directory `model_path`."""
+
+    def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
+        rollout = config.rollout
+        self.template = template
+        self.on_cpu = model.device.type == "cpu"
+        self.vllm = _import_vllm(self.on_cpu, rollout.kv_cache_gib)
+        self.llm = self.vllm.LLM(
+            model=model_path,
+            dtype=rollout.dtype,
+            max_model_len=config.context_tokens,
+            block_size=rollout.block_size,
+            max_num_seqs=rollout.max_num_seqs,
+            enable_prefix_caching=rollout.prefix_caching,
+            enforce_eager=rollout.enforce_eager,
+            # Log-probs after the temperature, as the trainer computes them.
+            logprobs_mode="processed_logprobs",
+            enable_sleep_mode=not self.on_cpu,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **(
+                # Where only a part of a seeded prompt fits into a batch, vLLM turns back its generator, which a CPU's
+                # cannot: whole prompts then.
+                {"enable_chunked_prefill": False}
+                if self.on_cpu
+                else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+            ),
+        )
+        (self.engine_model,) = self.llm.apply_model(lambda m: m)
+        if self.on_cpu and rollout.enforce_eager:
+            cpu.adapt_vllm(self.llm)
+        self.slices = map_weights(model, self.engine_model)
+        self._kv_cache = self._find_kv_cache()
+        self.shared = shares_weights(config, model.device.type)
+        if self.shared:
+            self._share(model)
+        self._awake: set[Part] = {"weights", "kv_cache"}
+        self._current = False
+        self.update_weights(model)
+        self.sleep()
+
+    def _share(self, model: PreTrainedModel) -> None:
+        views = self.weights()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                views[name].copy_(p)
+                p.data = views[name]
+
+    def weights(self) -> dict[str, Tensor]:
+        engine = dict(self.engine_model.named_parameters())
+        return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self.slices}
+
+    def _find_kv_cache(self) -> list[Tensor]:
+        (caches,) = self.llm.collective_rpc(lambda worker: worker.model_runner.kv_caches)
+        return list({cache.data_ptr(): cache for cache in caches}.values())
+
+    def generate(
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+    ) -> list[list[Response]]:
+        if not self._current or "kv_cache" not in self._awake:
+            raise RuntimeError("the engine has slept: wake its weights, update them, then wake its key-value cache")
+        prompts = [{"prompt_token_ids": list(r.prompt_ids)} for r in requests]
+        params = [
+            self.vllm.SamplingParams(
+                n=r.n if temperature > 0 else 1,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=r.seed,
+                logprobs=0,
+                # The template's end marker ends a response and nothing else does, as for the teacher's text.
+                stop_token_ids=[self.template.end_id],
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for r in requests
+        ]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        groups = []
+        for request, output in zip(requests, outputs, strict=True):
+            samples = [self._response(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
+            groups.append(samples if temperature > 0 else samples * request.n)
+        return groups
+
+    def _response(self, sample) -> Response:  # type: ignore[no-untyped-def]
+        ids = tuple(sample.token_ids)
+        logprobs = tuple(step[token].logprob for token, step in zip(ids, sample.logprobs, strict=True))
+        text, finished = self.template.text_of(ids)
+        return Response(text, ids, finished, logprobs)
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        if "weights" not in self._awake:
+            raise RuntimeError("the engine sleeps: wake its weights before they are updated")
+        weights, trainer = self.weights(), dict(model.named_parameters())
+        if self.shared:
+            if moved := [n for n, p in trainer.items() if p.data_ptr() != weights[n].data_ptr()]:
+                raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
+        else:
+            with torch.no_grad():
+                for name, p in trainer.items():
+                    weights[name].copy_(p)
+            expected = ((name, p.detach().to(weights[name].dtype)) for name, p in trainer.items())
+            if fingerprint(weights.items()) != fingerprint(expected):
+                raise RuntimeError("vLLM's weights differ from the trainer's after an update")
+        # Cached keys and values belong to the old weights.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+        self._current = True
+
+    def sleep(self) -> None:
+        if not self._awake:
+            return
+        if self.on_cpu:
+            # vLLM itself has no sleep there. All that is lost is what update_weights() and a reset prefix cache make
+            # anew.
+            for tensor in [*self._kv_cache, *([] if self.shared else self._own_weights())]:
+                drop_pages(tensor)
+        else:
+            # Level 2 keeps no copy of the weights: the trainer's are newer.
+            self.llm.sleep(level=2)
+        self._awake = set()
+        self._current = self.shared
+
+    def wake(self, part: Part) -> None:
+        if part in self._awake:
+            return
+        if not self.on_cpu:
+            self.llm.wake_up(tags=[part])
+        self._awake.add(part)
+
+    def held(self) -> dict[Holding, int]:
+        weights = 0 if self.shared or "weights" not in self._awake else sum(w.nbytes for w in self._own_weights())
+        cache = 0
+        if "kv_cache" in self._awake:
+            # On the CPU the blocks that were never used take no memory.
+            cache = sum(resident_bytes(c) if self.on_cpu else c.nbytes for c in self._kv_cache)
+        return {"engine.weights": weights, "engine.kv_cache": cache}
+
+    def aliases(self) -> list[Tensor]:
+        return self._own_weights() if self.shared else []
+
+    def _own_weights(self) -> list[Tensor]:
+        """vLLM's parameters that the trainer's lie in."""
+        engine = dict(self.engine_model.named_parameters())
+        return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self.slices)]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def map_weights(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
+    """Where each trainer parameter lies inside vLLM's, in the trainer's order.
+
+    Both sides must hold the same values when this is called (they were loaded from the same directory): every
+    slice is compared, to the precision of the engine's dtype. Raises RuntimeError where they do not match.
+    """
+    parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
+    members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
+    engine = dict(engine_model.named_parameters())
+    trainer = dict(model.named_parameters())
+    slices = []
+    for name, p in trainer.items():
+        vllm_name, start = name, 0
+        if name not in engine:
+            prefix, module, kind = _split(name)
+            if module not in parts:
+                raise RuntimeError(f"vLLM's model has no parameter for the trainer's {name}")
+            fused = parts[module]
+            vllm_name = ".".join(filter(None, (prefix, fused, kind)))
+            before = members[fused][: members[fused].index(module)]
+            start = sum(len(trainer[".".join(filter(None, (prefix, m, kind)))]) for m in before)
+        slices.append(Slice(name, vllm_name, start, start + len(p)))
+        view = engine[vllm_name].data[start : start + len(p)]
+        if not torch.equal(view, p.detach().to(view)):
+            raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
+    return slices
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """'a.b.q_proj.weight' -> ('a.b', 'q_proj', 'weight')."""
+    prefix, _, kind = name.rpartition(".")
+    prefix, _, module = prefix.rpartition(".")
+    return prefix, module, kind

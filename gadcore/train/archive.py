@@ -1,0 +1,122 @@
+"""The checkpoints of one run: everything that the rest of it depends on, and the reference policy beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gadcore.checkpoint import store
+from gadcore.checkpoint.state import (
+    RngState,
+    optimizer_tensors,
+    restore_optimizer,
+    restore_parameters,
+    restore_rng,
+    rng_state,
+)
+from gadcore.checkpoint.store import Checkpoint
+from gadcore.data.batches import Loader
+from gadcore.errors import UserError
+from gadcore.memory.colocation import Colocation
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.student import Student
+from gadcore.record.run_folder import RunFolder
+from gadcore.train.progress import Progress
+
+
+class Archive:
+    """Writes and reads the checkpoints of a run. Models may wait off the device while they are written."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        memory: Colocation,
+        loader: Loader,
+        stages: Sequence[str],
+        student: Student,
+        discriminator: Discriminator | None,
+    ) -> None:
+        """stages: of the run, by name; a checkpoint of other stages is another run's."""
+        self._folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
+        self._student = student
+        self._models: dict[Literal["student", "discriminator"], Student | Discriminator] = {"student": student}
+        if discriminator is not None:
+            self._models["discriminator"] = discriminator
+        self._reference_saved = False
+
+    def save(self, progress: Progress, keep: int) -> Path:
+        """Writes the checkpoint of progress.step, and keeps the `keep` newest and that of the convergence rule's best.
+
+        Raises UserError where the folder cannot be written; earlier checkpoints are as they were.
+        """
+        self._save_reference(progress.step)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, model in self._models.items():
+            parameters = dict(model.model.named_parameters())
+            tensors[name] = self._memory.readable(parameters)
+            moments = optimizer_tensors(model.optimizer.adamw, parameters)
+            tensors[f"{name}-optimizer"] = self._memory.readable(moments)
+        rng = rng_state()
+        tensors["rng"] = rng.tensors
+        state = {
+            "stages": self._stages,
+            "progress": asdict(progress),
+            "loader": self._loader.state(),
+            "rng": rng.state,
+        }
+        best = progress.convergence.best
+        return store.save(
+            self._folder.checkpoints, progress.step, tensors, state, keep, pinned=best[0] if best else None
+        )
+
+    def restore(self, saved: Checkpoint) -> Progress:
+        """Models, loader and random generators as they were; returns where the run stood.
+
+        Raises UserError where the checkpoint is of other stages or models.
+        """
+        if saved.state["stages"] != self._stages:
+            raise UserError(
+                f"{self._folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
+                f"{' and '.join(self._stages)}: resume it with the command that it was started with"
+            )
+        self._loader.restore(saved.state["loader"])
+        self.restore_models(saved)
+        restore_rng(RngState(saved.state["rng"], saved.tensors["rng"]))
+        return Progress.of(saved.state["progress"])
+
+    def restore_models(self, saved: Checkpoint) -> None:
+        """The parameters and optimizers alone."""
+        for name, model in self._models.items():
+            self._memory.enter(name)
+            parameters = dict(model.model.named_parameters())
+            restore_parameters(parameters, saved.tensors[name], name)
+            moments = saved.tensors[f"{name}-optimizer"]
+            restore_optimizer(model.optimizer.adamw, moments, parameters)
+
+    def restore_reference(self, reference: PreTrainedModel) -> None:
+        """Gives the reference policy the weights that were saved for it. UserError where they are missing."""
+        path = store.latest(self._folder.reference)
+        if path is None:
+            raise UserError(
+                f"the reference policy is missing from {self._folder.reference}: resume from a checkpoint "
+                "of the warmup, or start a new run"
+            )
+        saved = store.load(path).tensors["reference"]
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                p.copy_(saved[name])
+        self._reference_saved = True
+
+    def _save_reference(self, step: int) -> None:
+        """Once: it never changes."""
+        reference = self._student.reference
+        if reference is not None and not self._reference_saved:
+            tensors = self._memory.readable(dict(reference.named_parameters()))
+            store.save(self._folder.reference, step, {"reference": tensors}, {}, keep=1)
+            self._reference_saved = True

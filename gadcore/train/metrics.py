@@ -1,0 +1,99 @@
+"""What a step's results say, as flat figures for metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+
+from gadcore.data.groups import Group
+from gadcore.measure.diversity import repetition
+from gadcore.models.discriminator import Scores
+from gadcore.models.student import PolicyStats, SeqKDStats
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    stats: PolicyStats | SeqKDStats | None,
+    student_norm: float | None,
+    scores: Scores | None,
+    discriminator_norm: float | None,
+) -> dict[str, float]:
+    """Figures of one step, without times. Lengths are in tokens of the student's vocabulary.
+
+    A scores without a discriminator_norm is of a discriminator that was not updated: nothing was trained on it.
+    """
+    values: dict[str, float] = {}
+    trained = 0
+    if isinstance(stats, PolicyStats):
+        values |= {
+            "student/loss": stats.loss,
+            "student/kl": stats.kl,
+            "student/entropy": stats.entropy,
+            "student/clip_fraction": stats.clip_fraction,
+            "student/ratio_max": stats.ratio_max,
+            "sampler/logprob_diff_mean": stats.logprob_diff_mean,
+            "sampler/logprob_diff_max": stats.logprob_diff_max,
+        }
+    elif isinstance(stats, SeqKDStats):
+        values["student/ce"] = stats.ce
+    if stats is not None and student_norm is not None:
+        values |= {"student/grad_norm": student_norm, "tokens/student": stats.tokens}
+        trained += stats.tokens
+    if scores is not None:
+        values |= {
+            "discriminator/loss": scores.loss,
+            "discriminator/accuracy": scores.accuracy,
+            "discriminator/margin": scores.margin,
+            "tokens/discriminator": scores.tokens,
+        }
+        values |= _sample_metrics(groups, scores)
+        if discriminator_norm is not None:
+            values["discriminator/grad_norm"] = discriminator_norm
+            trained += scores.tokens
+    values["tokens/trained"] = trained
+    return values
+
+
+def _sample_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+    lengths = [len(s.token_ids) for g in groups for s in g.samples]
+    rewards = [r for group in scores.rewards for r in group]
+    student, teacher = fmean(lengths), fmean(len(g.teacher.token_ids) for g in groups)
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": fmean(stdev(group) for group in scores.rewards),
+        "reward/length_corr": correlation(rewards, lengths),
+        "length/student": student,
+        "length/teacher": teacher,
+        "length/ratio": student / teacher,
+        "length/cut_share": fmean(not s.finished for g in groups for s in g.samples),
+        "tokens/sampled": sum(lengths),
+    }
+
+
+def sample_traits(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+    """What a reward might go with instead of quality, for gadcore.record.health.
+
+    reward/finished_gap: mean reward of finished minus that of cut samples; reward/finished_corr: correlation of reward
+    and "finished", each with its group's mean reward taken off. Both are absent where a step has only one kind.
+    samples/repetition: share of the 4-grams of words of a sample that it has had before, mean over samples.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    values = {"samples/repetition": fmean(repetition(sample.text) for sample in samples)}
+    finished = [sample.finished for sample in samples]
+    if any(finished) and not all(finished):
+        # Prompts differ in level and in how often their responses are cut, which would count as a gap.
+        centred = [r - fmean(group) for group in scores.rewards for r in group]
+        ended = [r for r, f in zip(centred, finished, strict=True) if f]
+        cut = [r for r, f in zip(centred, finished, strict=True) if not f]
+        values["reward/finished_gap"] = fmean(ended) - fmean(cut)
+        values["reward/finished_corr"] = correlation(centred, [float(f) for f in finished])
+    return values
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's correlation; 0 where one side does not vary."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])

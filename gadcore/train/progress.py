@@ -1,0 +1,89 @@
+"""How long the stages of a run last, where it stands, and the seeds of its samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gadcore.config.settings import Config
+from gadcore.errors import UserError
+from gadcore.train.convergence import Convergence
+from gadcore.train.gate import Gate
+
+TIME_FORMAT = "%Y-%m-%d %H:%M"
+
+
+@dataclass
+class Progress:
+    """Where the run stands; all of it is in every checkpoint.
+
+    started: local time of the run's start.
+    step: global, over stages. stage, stage_step: the last finished step. done: finished stages.
+    lasted: steps of each of them.
+    evaluations: held-out results by name. seconds: per phase. tokens: sampled and trained.
+    gate, convergence: what they measured and decided.
+    """
+
+    started: str = field(default_factory=lambda: time.strftime(TIME_FORMAT))
+    step: int = 0
+    stage: str = ""
+    stage_step: int = 0
+    done: list[str] = field(default_factory=list)
+    lasted: dict[str, int] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
+    gate: Gate = field(default_factory=Gate)
+    convergence: Convergence = field(default_factory=Convergence)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Progress:
+        """From asdict() through JSON."""
+        gate, convergence = Gate.of(state.get("gate", {})), Convergence.of(state.get("convergence", {}))
+        return cls(**{**state, "gate": gate, "convergence": convergence})
+
+
+def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:
+    """Steps of each stage, in order, under its epochs and its upper limit.
+
+    Raises UserError where settings of the algorithm and these lengths leave a model untrained, or nothing to do.
+    """
+    schedule = config.schedule
+    result = {}
+    for stage in stages:
+        steps, limit = getattr(schedule, f"{stage}_epochs") * steps_per_epoch, getattr(schedule, f"{stage}_steps")
+        result[stage] = steps if limit is None else min(steps, limit)
+    if "warmup" in result:
+        _check_warmup(config, result["warmup"], gad=result.get("gad", 0))
+    return result
+
+
+def _check_warmup(config: Config, steps: int, *, gad: int) -> None:
+    algorithm = config.algorithm
+    if steps and not algorithm.student_warmup and not algorithm.discriminator_warmup:
+        raise UserError(
+            "algorithm.student_warmup = false and algorithm.discriminator_warmup = false leave the warmup nothing to "
+            "do: set schedule.warmup_epochs = 0, or one of them back"
+        )
+    if steps and algorithm.student_warmup and algorithm.critic_warmup >= steps:
+        raise UserError(
+            f"algorithm.critic_warmup = {algorithm.critic_warmup} covers all {steps} steps of the warmup, so that the "
+            "student would never be trained in it: lower it, or say so by algorithm.student_warmup = false"
+        )
+    if gad and algorithm.freeze_discriminator and not (steps and algorithm.discriminator_warmup):
+        raise UserError(
+            "algorithm.freeze_discriminator = true without a warmup of the discriminator leaves it untrained: give it "
+            "one (schedule.warmup_epochs, algorithm.discriminator_warmup)"
+        )
+    if gad and config.gate.enabled and not steps:
+        raise UserError("gate.enabled makes the warmup longer, and there is none: raise schedule.warmup_epochs")
+
+
+def derived_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed that depends on its arguments alone, so that a resumed run draws the same samples."""
+    digest = hashlib.blake2b(json.dumps([seed, purpose, index]).encode(), digest_size=6)
+    return int.from_bytes(digest.digest(), "big")

@@ -1,0 +1,248 @@
+"""Log-probabilities of given tokens out of hidden states, without ever holding [T, V].
+
+    z_t = W h_t + bias                                    logits, [V]
+    logprob_t = z_t[y_t] / temperature - log sum_v exp(z_t[v] / temperature)
+    entropy_t = log sum_v exp(z_t[v] / temperature) - sum_v p_t[v] z_t[v] / temperature,    p_t = softmax(z_t /
+    temperature)
+
+Gradient, with g that of logprob and g_t = 0 where y_t = -100:
+
+    d z_t[v] = g_t (1[v = y_t] - p_t[v]) / temperature        d h_t = d z_t W        d W = sum_t d z_t h_t^T
+
+Forward is one matrix product, backward three: the logits are computed again, block by block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, without_autocast
+from gadcore.kernels.selected_logprob import IGNORED, selected_logprob_reference
+
+# Tokens whose logits the reference holds at a time.
+CHUNK_TOKENS = 1024
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[False] = False,
+    impl: Impl = "auto",
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: Literal[True],
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of every target token, and on request the entropy of its distribution.
+
+    hidden: [T, H]; weight: [V, H]; bias: [V] or None; all of one dtype (float32, bfloat16, float16; float64 by the
+    reference alone) and any strides; under autocast float32 ones are cast to its dtype. targets: [T] int64 in [0, V),
+    or -100: log-probability and entropy 0, no gradient. temperature: above 0. Returns logprob [T], or (logprob,
+    entropy [T]); float32 (float64 for float64), accumulated in float32 whatever comes in. Gradients go to hidden,
+    weight and bias; entropy carries none. impl: "cpu" (native code), "triton" (NVIDIA GPUs), "reference" (PyTorch,
+    everywhere), or "auto". Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that is not
+    there.
+    """
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    check_head(hidden, weight, targets, bias, temperature)
+    chosen = choose("linear_logprob", impl, hidden, native="cpu_linear_logprob")
+    if chosen == "reference":
+        logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature, return_entropy)
+    else:
+        logprob, _, _, entropy = _op(hidden, weight, bias, targets, float(temperature), return_entropy, chosen)
+    return (logprob, entropy) if return_entropy else logprob
+
+
+def linear_logprob_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """The mathematics in PyTorch, CHUNK_TOKENS tokens at a time whose logits are computed again in backward."""
+    parts = [
+        checkpoint(_chunk, h, weight, bias, y, temperature, return_entropy, use_reentrant=False)
+        for h, y in zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with without_autocast(hidden):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logprob, _ = selected_logprob_reference(logits, targets, temperature)
+    if not return_entropy:
+        return logprob, logprob.new_empty(0)
+    with torch.no_grad():
+        # Shifted by the largest logit, as everything that subtracts nearly equal numbers here.
+        z = (logits - logits.amax(1, keepdim=True)) / temperature
+        p = z.softmax(-1)
+        # A logit of -inf has probability 0 and adds 0, not 0 * inf.
+        entropy = z.logsumexp(-1) - (p * z.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
+        return logprob, entropy.masked_fill(targets == IGNORED, 0.0)
+
+
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> None:
+    """Raises ValueError where the operands of a language-model head do not fit together."""
+    if hidden.dim() != 2 or not hidden.is_floating_point() or hidden.shape[0] == 0:
+        raise ValueError(f"hidden must be floating point [T, H] with T >= 1, got {hidden.dtype} {list(hidden.shape)}")
+    tokens, width = hidden.shape
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(f"weight must be [V, {width}] with V >= 1, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if targets.shape != (tokens,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 [{tokens}], got {targets.dtype} {list(targets.shape)}")
+    others = [t for t in (weight, bias) if t is not None]
+    if any(t.dtype != hidden.dtype for t in others):
+        raise ValueError(f"hidden, weight and bias must be of one dtype, are {[t.dtype for t in (hidden, *others)]}")
+    if any(t.device != hidden.device for t in (*others, targets)):
+        raise ValueError(f"all tensors must be on hidden's device {hidden.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, is {temperature}")
+
+
+@torch.library.custom_op("gadcore::linear_logprob", mutates_args=())
+def _op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, row_max, log_sum, entropy), the middle two for the backward pass.
+
+    row_max is the largest logit of a row, log_sum is log sum exp((z - row_max) / temperature). Kept apart, they let
+    softmax be computed without losing the digits that a large log-sum-exp would cost.
+    """
+    forward = implementation(impl, "cpu_linear_logprob", "logprob_triton", "forward")
+    with without_autocast(hidden):
+        return forward(hidden, weight, bias, targets, temperature, entropy)
+
+
+@_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def rows(n: int) -> Tensor:
+        return hidden.new_empty(n, dtype=torch.float32)
+
+    tokens = hidden.shape[0]
+    return rows(tokens), rows(tokens), rows(tokens), rows(tokens if entropy else 0)
+
+
+@torch.library.custom_op("gadcore::linear_logprob_backward", mutates_args=())
+def _op_backward(
+    grad_logprob: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d hidden, d weight, d bias), empty where not needed."""
+    backward = implementation(impl, "cpu_linear_logprob_backward", "logprob_triton", "backward")
+    return backward(
+        grad_logprob,
+        hidden,
+        weight,
+        bias,
+        targets,
+        row_max,
+        log_sum,
+        temperature,
+        need_hidden,
+        need_weight,
+        need_bias,
+    )
+
+
+@_op_backward.register_fake
+def _(
+    grad_logprob: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return head_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+def head_gradients(
+    hidden: Tensor, weight: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients of a head, empty where none is needed."""
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, ctx.temperature, _, ctx.impl = inputs
+    _, row_max, log_sum, entropy = output
+    ctx.mark_non_differentiable(row_max, log_sum, entropy)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_max, log_sum)
+
+
+def _backward(ctx: Any, grad_logprob: Tensor, *_: Any) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:3]
+    gradients = _op_backward(grad_logprob, *ctx.saved_tensors, ctx.temperature, *needs, ctx.impl)
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return d_hidden, d_weight, d_bias, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)

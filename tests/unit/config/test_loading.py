@@ -1,0 +1,325 @@
+"""Settings: precedence, typed values from the command line, one-sentence errors, dump and load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gadcore.config.loading import dump, load, presets
+from gadcore.config.settings import Config
+from gadcore.errors import UserError
+
+PAPER_STUDENTS = {
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+}
+
+
+@pytest.fixture
+def toml(tmp_path: Path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_nothing_given_means_the_cpu_preset() -> None:
+    assert load([]) == load(["--preset", "smollm2-cpu"])
+    assert load([]).student.model == "smollm2-135m-instruct"
+
+
+def test_the_command_line_beats_the_file_and_the_file_beats_the_defaults(toml) -> None:
+    path = toml("[schedule]\nbatch_size = 7\ngad_epochs = 3\n")
+    config = load(["--config", path, "--schedule.batch_size", "9"])
+    assert (config.schedule.batch_size, config.schedule.gad_epochs) == (9, 3)
+    assert config.schedule.warmup_epochs == Config().schedule.warmup_epochs
+    assert config.data == Config().data  # a file does not build on the default preset
+
+
+def test_of_two_values_on_the_command_line_the_later_counts() -> None:
+    assert load(["--run.seed", "1", "--run.seed=2"]).run.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("schedule.batch_size", "8", 8),
+        ("schedule.batch-size", "8", 8),
+        ("run.seed", "1_000", 1000),
+        ("student.lr", "1e-5", 1e-5),
+        ("student.lr", ".5", 0.5),
+        ("student.lr", "1", 1.0),
+        ("rollout.prefix_caching", "false", False),
+        ("rollout.prefix_caching", "True", True),
+        ("run.name", "5", "5"),
+        ("run.name", "--x", "--x"),
+        ("data.train", "a b.jsonl", "a b.jsonl"),
+        ("data.train_rows", "12", 12),
+        ("data.train_rows", "none", None),
+        ("data.eval", "None", None),
+        ("data.columns", '{prompt = "question"}', {"prompt": "question"}),
+        ("student.betas", "[0.8, 0.95]", (0.8, 0.95)),
+        ("tracking.tracker", "none", "none"),
+        ("student.autocast", "none", "none"),
+    ],
+)
+def test_values_on_the_command_line_take_the_type_of_their_setting(key: str, text: str, value: object) -> None:
+    section, name = key.replace("-", "_").split(".")
+    found = getattr(getattr(load([f"--{key}={text}"]), section), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "table", "text"),
+    [
+        (["--data.trian", "x"], 'data.trian = "x"', "unknown setting data.trian ({}); did you mean data.train?"),
+        (["--batch_size", "3"], "batch_size = 3", "unknown setting batch_size ({}); did you mean schedule.batch_size?"),
+        (
+            ["--shedule.batch_size", "3"],
+            "shedule.batch_size = 3",
+            "unknown setting shedule.batch_size ({}); did you mean schedule.batch_size?",
+        ),
+        (["--xqz", "3"], "xqz = 3", "unknown setting xqz ({})"),
+        (
+            ["--schedule.batch_size", "0"],
+            "schedule.batch_size = 0",
+            "schedule.batch_size = 0 ({}) must be greater than 0",
+        ),
+        (
+            ["--schedule.batch_size", "x"],
+            'schedule.batch_size = "x"',
+            'schedule.batch_size = "x" ({}) must be a whole number',
+        ),
+        (
+            ["--schedule.batch_size", "8.0"],
+            "schedule.batch_size = 8.0",
+            "schedule.batch_size = 8.0 ({}) must be a whole number",
+        ),
+        (
+            ["--schedule.batch_size", "true"],
+            "schedule.batch_size = true",
+            "schedule.batch_size = true ({}) must be a whole number",
+        ),
+        (["--student.lr", "fast"], 'student.lr = "fast"', 'student.lr = "fast" ({}) must be a number'),
+        (["--student.lr", "nan"], "student.lr = nan", "student.lr = nan ({}) must be a finite number"),
+        (
+            ["--rollout.prefix_caching", "0"],
+            "rollout.prefix_caching = 0",
+            "rollout.prefix_caching = 0 ({}) must be true or false",
+        ),
+        (["--rollout.engine", "vlm"], 'rollout.engine = "vlm"', "rollout.engine = \"vlm\" ({}) must be 'vllm' or 'hf'"),
+        (
+            ["--student.betas", "0.9"],
+            "student.betas = 0.9",
+            "student.betas = 0.9 ({}) must be a list, for example [0.9, 0.999]",
+        ),
+        (["--student.betas", "[0.9]"], "student.betas = [0.9]", "student.betas = [0.9] ({}) has too few items"),
+        (
+            ["--student.betas", "[0.9, 0.9, 0.9]"],
+            "student.betas = [0.9, 0.9, 0.9]",
+            "student.betas = [0.9, 0.9, 0.9] ({}) has too many items",
+        ),
+        (
+            ["--student.betas", "[0.9, true]"],
+            "student.betas = [0.9, true]",
+            "student.betas = [0.9, true] ({}): item [1] must be a number",
+        ),
+        (
+            ["--data.columns", "question"],
+            'data.columns = "question"',
+            'data.columns = "question" ({}) must be a table, for example {{prompt = "question"}}',
+        ),
+        (
+            ["--data.columns", "{prompt = 3}"],
+            "data.columns = {prompt = 3}",
+            'data.columns = {{"prompt" = 3}} ({}): item ["prompt"] must be text',
+        ),
+        (
+            ["--rollout.group_size", "1"],
+            "rollout.group_size = 1",
+            "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
+            "algorithm.normalise_advantage is set): use 2 or more samples per prompt (rollout.group_size: {})",
+        ),
+    ],
+)
+def test_an_error_reads_the_same_from_the_command_line_and_from_a_file(
+    toml, argv: list[str], table: str, text: str
+) -> None:
+    assert error_of(*argv) == text.format("command line")
+    path = toml(table)
+    assert error_of("--config", path) == text.format(path)
+
+
+def test_text_in_quotes_is_no_number_in_a_file(toml) -> None:
+    path = toml('[schedule]\nbatch_size = "8"')
+    assert error_of("--config", path) == f'schedule.batch_size = "8" ({path}) must be a whole number'
+
+
+def test_a_date_is_no_text(toml) -> None:
+    path = toml("[run]\nname = 2024-01-01")
+    assert error_of("--config", path) == f"run.name = 2024-01-01 ({path}) must be text"
+
+
+def test_an_impossible_combination_says_where_each_value_came_from(toml) -> None:
+    path = toml("[data]\nmax_response_tokens = 1000\ntrain_rows = 5\ntrain = 'builtin'")
+    message = error_of("--config", path, "--data.max_prompt_tokens", "2000", "--rollout.context_tokens=2500")
+    assert "data.max_prompt_tokens = 2000 and data.max_response_tokens = 1000 do not fit" in message
+    assert message.endswith(
+        f"(data.max_response_tokens: {path}, data.max_prompt_tokens: command line, "
+        "rollout.context_tokens: command line)"
+    )
+
+
+def test_the_command_line_may_mend_a_combination_of_the_file(toml) -> None:
+    path = toml("[rollout]\ngroup_size = 1")
+    assert load(["--config", path, "--rollout.group_size", "2"]).rollout.group_size == 2
+
+
+def test_a_group_of_settings_is_no_setting(toml) -> None:
+    assert error_of("--data", "x") == "data (command line) is a group of settings: write --data.NAME VALUE"
+    path = toml("data = 3")
+    assert error_of("--config", path) == f"data ({path}) is a group of settings: write it as a table [data]"
+
+
+def test_an_unknown_empty_table_is_refused(toml) -> None:
+    path = toml("[shedule]\n")
+    assert error_of("--config", path).startswith(f"unknown setting shedule ({path})")
+
+
+def test_broken_toml_names_file_and_line(toml) -> None:
+    path = toml("[data]\ntrain = \n")
+    assert error_of("--config", path) == f"{path} is not valid TOML: Invalid value (at line 2, column 9)"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert error_of("--config", "absent.toml") == "the config file absent.toml does not exist"
+    assert error_of("--config", "qwen2.5-3b").endswith("does not exist; for the preset of this name write "
+                                                        "--preset qwen2.5-3b")  # fmt: skip
+    assert error_of("--config", str(tmp_path)) == f"the config file {tmp_path} cannot be read: Is a directory"
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b'[run]\nname = "caf\xe9"\n')
+    assert error_of("--config", str(latin)) == f"{latin} is not UTF-8 (byte 17): save it as UTF-8"
+
+
+def test_presets_by_a_wrong_name() -> None:
+    assert error_of("--preset", "qwen-3b") == "there is no preset qwen-3b; did you mean qwen2.5-3b?"
+    assert error_of("--preset", "zzz") == f"there is no preset zzz: choose one of {', '.join(presets())}"
+
+
+def test_file_and_preset_exclude_each_other() -> None:
+    assert error_of("--config", "a", "--preset", "b") == (
+        "--config a and --preset b are given together: start from one file or one preset"
+    )
+
+
+def test_a_command_line_that_is_none() -> None:
+    assert error_of("train.jsonl") == ("unexpected argument 'train.jsonl': settings are written --section.key VALUE")
+    assert error_of("--data.train") == "--data.train needs a value: --data.train VALUE"
+    assert error_of("--data.train", "--run.seed", "3") == "--data.train needs a value: --data.train VALUE"
+    assert error_of("--run.name", "\udcff") == "the value of --run.name is not UTF-8: b'\\xff'"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_dump_of_every_preset_loads_to_the_same_settings(name: str, toml) -> None:
+    config = load(["--preset", name])
+    assert load(["--config", toml(dump(config))]) == config
+
+
+def test_a_dump_keeps_unset_settings_unset_and_any_text(toml) -> None:
+    config = load(
+        ["--data.eval", "none", "--run.name", 'a"\\\x7f\x01é\n', "--data.columns", '{prompt = "a b", content = ""}']
+    )
+    assert config.data.eval is None
+    assert load(["--config", toml(dump(config))]) == config
+
+
+def test_a_dump_names_every_setting() -> None:
+    text = dump(load([]))
+    for section, field in Config.model_fields.items():
+        assert f"[{section}]" in text
+        for name in field.annotation.model_fields:
+            assert f"\n{name} = " in text
+
+
+@pytest.mark.parametrize("name", PAPER_STUDENTS)
+def test_presets_of_the_paper(name: str) -> None:
+    config = load(["--preset", name])
+    assert config.student.model == PAPER_STUDENTS[name]
+    assert (config.schedule.batch_size, config.rollout.group_size, config.rollout.temperature) == (256, 8, 0.8)
+    assert (config.data.max_prompt_tokens, config.data.max_response_tokens) == (2048, 1536)
+    assert (config.student.lr, config.student.seqkd_lr, config.discriminator.lr) == (1e-6, 5e-6, 1e-6)
+    for model in (config.student, config.discriminator):
+        assert (model.betas, model.weight_decay, model.grad_clip) == ((0.9, 0.999), 0.01, 0.2)
+    algorithm = config.algorithm
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.kl_coef) == (0.2, 0.2, 0.001)
+    assert algorithm.sft_temperature == 1.0
+    assert (config.schedule.warmup_epochs, config.schedule.gad_epochs) == (1, 2)
+    assert config.discriminator.model == "student"
+    assert config.data.train == "ytz20/LMSYS-Chat-GPT-5-Chat-Response"
+
+
+def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--schedule.batch_size", "77", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "--schedule.batch_size" in out
+    assert "(default: 77)" in out
+    assert "--preset" in out
+
+
+def test_loading_settings_imports_no_torch() -> None:
+    code = "import sys; from gadcore.config.loading import load; load([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["algorithm.discriminator_steps=2", "algorithm.discriminator_every=2"], "leave one of them at 1"),
+        (["algorithm.critic_warmup=2", "algorithm.student_warmup=false"], "never does: set one of them back"),
+        (["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false"], "would update nothing"),
+        (["gate.enabled=true", "algorithm.discriminator_warmup=false"], "keeps from learning"),
+        (["gate.enabled=true", "data.eval=none"], "gate.enabled needs held-out prompts"),
+        (["convergence.enabled=true", "data.eval=none"], "convergence.enabled needs held-out prompts"),
+        (["gate.low=0.9", "gate.high=0.9"], "leave no accuracy between them"),
+        (["discriminator.label_smoothing=0.5"], "discriminator.label_smoothing = 0.5"),
+        (["discriminator.margin_cap=0"], "discriminator.margin_cap = 0"),
+        (["algorithm.discriminator_steps=0"], "algorithm.discriminator_steps = 0"),
+        (["algorithm.discriminator_every=0"], "algorithm.discriminator_every = 0"),
+        (["algorithm.advantage_std_floor=0"], "algorithm.advantage_std_floor = 0"),
+        (["gate.high=1.5"], "gate.high = 1.5"),
+        (["convergence.rows=3"], "convergence.rows = 3"),
+    ],
+)
+def test_ablations_that_cannot_work_are_refused(settings: list[str], message: str) -> None:
+    assert message in error_of(*(f"--{setting}" for setting in settings))
+
+
+def test_the_papers_settings_stay_the_defaults() -> None:
+    """No ablation, no remedy, no gate and no early stop in any preset, and the same updates as in Algorithm 1."""
+    for name in presets():
+        config = load(["--preset", name])
+        algorithm, judge = config.algorithm, config.discriminator
+        assert algorithm.student_warmup and algorithm.discriminator_warmup and not algorithm.freeze_discriminator
+        assert (algorithm.discriminator_steps, algorithm.discriminator_every) == (1, 1)
+        assert algorithm.advantage_std_floor == 1e-6
+        assert (judge.label_smoothing, judge.margin_cap) == (0, None)
+        assert not config.gate.enabled and not config.convergence.enabled

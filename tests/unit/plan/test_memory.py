@@ -1,0 +1,163 @@
+"""Bytes of states: by hand for round numbers, and what offload, ranks and settings change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RolloutSettings, ScheduleSettings
+from gadcore.memory.holdings import NEEDS
+from gadcore.plan.memory import Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
+from gadcore.plan.planning import advise, as_given, make_plan, utilisation
+from tests.support.plan_cases import preset_case, round_case
+
+CHOICE = Choice("off", 1 << 20, 640.0)
+
+
+def config(offload="auto", **sections) -> Config:
+    return Config(memory=MemorySettings(offload=offload), **sections)
+
+
+def test_holdings_are_what_the_settings_say() -> None:
+    case = round_case(kind="cuda", ranks=4, config=config(rollout=RolloutSettings(dtype="bfloat16")))
+    assert holdings(case, CHOICE) == {
+        "student.parameters": 3200.0,
+        "student.gradients": 3200.0,
+        "student.optimizer": 6400.0,
+        "reference.parameters": 3200.0,
+        "discriminator.parameters": 3210.0,
+        "discriminator.gradients": 3210.0,
+        "discriminator.optimizer": 6420.0,
+        "engine.weights": 6400.0,  # Whole on every rank.
+        "engine.kv_cache": 640.0,
+    }
+    assert holdings(case, replace(CHOICE, tensor_parallel=2))["engine.weights"] == 3200.0
+    without = replace(case, config=config(algorithm=AlgorithmSettings(kl_coef=0.0)))
+    assert holdings(without, CHOICE)["reference.parameters"] == 0
+
+
+def test_with_offload_a_state_holds_what_it_needs() -> None:
+    case = round_case(kind="cuda", config=config("pinned"))
+    for state, needed in NEEDS.items():
+        assert set(held(case, CHOICE, state)) == needed
+
+
+def test_without_offload_everything_stays_but_gradients_and_a_sleeping_sampler() -> None:
+    gpu = round_case(kind="cuda", config=config("none"))
+    stays = {n for names in NEEDS.values() for n in names if not n.endswith("gradients") and "engine" not in n}
+    assert set(held(gpu, CHOICE, "rest")) == stays
+    assert set(held(gpu, CHOICE, "student")) == stays | {"student.gradients"}
+    assert set(held(gpu, CHOICE, "rollout")) == stays | {"engine.weights", "engine.kv_cache"}
+    cpu = round_case(config=config("none", rollout=RolloutSettings(dtype="bfloat16")))
+    assert set(held(cpu, CHOICE, "rest")) == stays
+    assert set(held(cpu, CHOICE, "rollout")) == stays | {"engine.weights", "engine.kv_cache"}
+
+
+def test_shared_weights_are_counted_once() -> None:
+    shared = round_case(config=config("file"))
+    assert shared.shared and set(held(shared, CHOICE, "rollout")) == {"student.parameters", "engine.kv_cache"}
+    apart = replace(shared, config=Config(memory=MemorySettings(offload="file", shared_weights=False)))
+    assert set(held(apart, CHOICE, "rollout")) == {"engine.weights", "engine.kv_cache"}
+
+
+def test_auto_is_pinned_on_cuda_and_takes_host_memory() -> None:
+    gpu, cpu = round_case(kind="cuda", ranks=2, config=config()), round_case(config=config())
+    assert (gpu.offload, cpu.offload) == ("pinned", "none")
+    # Of each rank: half of the student four times, of the discriminator three times; a sleeping sampler keeps nothing.
+    assert host_bytes(gpu, CHOICE) == 2 * (4 * 12800 + 3 * 12840) / 2
+    assert host_bytes(cpu, CHOICE) == 0
+    none = replace(gpu, config=config("none"))
+    assert host_bytes(none, CHOICE) == 0
+
+
+def test_activations_follow_the_mode_and_the_micro_batch() -> None:
+    case = preset_case("qwen2.5-7b", "h100-80gb-x8")
+    small, large = (peak(case, Choice("off", tokens, 0.0))["student"] for tokens in (8192, 16384))
+    assert large.working["activations and head"] > 1.7 * small.working["activations and head"]
+    modes = [peak(case, Choice(mode, 16384, 0.0))["student"].total for mode in ("off", "selective", "full")]
+    assert modes == sorted(modes, reverse=True)
+    # A response of full length is not cut: a smaller budget takes no less.
+    assert part_tokens(case, 1024, True) == 2048 + 1536 and part_tokens(case, 1024, False) == 2048 + 2 * 1536
+
+
+def test_gradients_come_as_activations_go_in_a_single_micro_batch() -> None:
+    case = preset_case("smollm2-cpu", "here")
+    tokens, gradients = case.work.discriminator_tokens, 4 * case.discriminator.scalar_parameters
+    last = tokens * (4 * (576 + 128) + 12)
+    malloc = peak(case, Choice("off", 4096, 0.0))["discriminator"]
+    # What activations leave is not given back while the pass goes on. Norms and gated activations are not among them.
+    again = 4 * (2 * 576 + 1536)
+    assert malloc.working["activations and head"] == pytest.approx((33836 - again) * 30 * tokens + last, rel=1e-6)
+    kept = 33836 * 30 * tokens + last
+    gpu = replace(case, machine=preset_case("smollm2-cpu", "h100-80gb-x1").machine)
+    one, many = (peak(gpu, Choice("off", cut, 0.0))["discriminator"] for cut in (4096, 256))
+    assert one.held == many.held
+    assert one.working["activations and head"] == pytest.approx(kept - gradients, rel=1e-6)
+    assert many.working["activations and head"] > 0
+
+
+def test_a_cpus_cache_takes_what_was_written() -> None:
+    case, choice = preset_case("smollm2-cpu", "here"), Choice("off", 2048, 1e9)
+    assert held(case, choice, "rollout")["engine.kv_cache"] == needed_kv(case, 1) < 1e9
+    gpu = replace(case, machine=preset_case("smollm2-cpu", "h100-80gb-x1").machine)
+    assert held(gpu, choice, "rollout")["engine.kv_cache"] == 1e9
+
+
+def test_more_ranks_take_less_each() -> None:
+    totals = [
+        peak(preset_case("qwen2.5-14b", machine), Choice("full", 8192, 0.0))["student"].total
+        for machine in ("h100-80gb-x2", "h100-80gb-x8", "2x8-h100-80gb")
+    ]
+    assert totals[0] > totals[1] > totals[2]
+
+
+def test_the_papers_case_fits_on_16_and_not_on_1() -> None:
+    plan = make_plan(preset_case("qwen2.5-14b", "2x8-h100-80gb"))
+    assert plan.fits and plan.room >= 0 and 0 < utilisation(plan) < 1
+    assert all(memory.total <= plan.case.machine.usable_bytes for memory in plan.memory.values())
+    alone = make_plan(preset_case("qwen2.5-14b", "h100-80gb-x1"))
+    assert not alone.fits and "student" in alone.problems[0]
+    assert f"{-alone.room / 1e9:.1f} GB" in alone.problems[0]
+
+
+def test_advice_makes_it_fit() -> None:
+    plan = make_plan(preset_case("qwen2.5-7b", "h100-80gb-x1"))
+    advice = advise(plan)
+    alone = {item.change: item for item in advice}
+    assert not alone["algorithm.kl_coef = 0"].fits and alone["algorithm.kl_coef = 0"].room > plan.room
+    ranks = next(item for item in advice if "ranks" in item.change)
+    count = int(ranks.change.split()[0])
+    assert ranks.fits and make_plan(preset_case("qwen2.5-7b", f"h100-80gb-x{count}")).fits
+    assert not make_plan(preset_case("qwen2.5-7b", f"h100-80gb-x{count // 2}")).fits
+    together = next(item for item in advice if " and " in item.change)
+    arguments = [f"--{part.replace(' = ', '=')}" for part in together.change.split(" and ")]
+    arguments += ["--student.autocast=none", "--discriminator.autocast=none"]
+    changed = make_plan(preset_case("qwen2.5-7b", "h100-80gb-x1", *arguments))
+    assert changed.fits and changed.room == together.room
+    assert advise(changed) == []
+
+
+def test_offload_is_advised_where_it_is_off() -> None:
+    plan = make_plan(preset_case("qwen2.5-3b", "h100-80gb-x1", "--memory.offload", "none"))
+    offload = advise(plan)[0]
+    assert not plan.fits and offload.change == "memory.offload = pinned" and offload.fits
+
+
+def test_the_cache_takes_what_is_left_and_no_more_than_is_needed() -> None:
+    roomy, tight = (make_plan(preset_case(name, "h100-80gb-x8")) for name in ("qwen2.5-3b", "qwen2.5-14b"))
+    assert roomy.choice.kv_bytes == needed_kv(roomy.case, 1) and roomy.memory["rollout"].total < 76e9
+    assert tight.choice.kv_bytes < needed_kv(tight.case, 1)
+    assert tight.memory["rollout"].total == pytest.approx(tight.case.machine.usable_bytes)
+    # On 7 GB of memory each, weights of 29.5 GB are cut over all 8.
+    small = tight.case.machine.figures.replaced({"memory_bytes": 10e9, "engine_bytes": 0.5e9}, "test")
+    cut = make_plan(replace(tight.case, machine=replace(tight.case.machine, figures=small)))
+    assert cut.choice.tensor_parallel == 8
+
+
+def test_a_mode_that_was_asked_for_is_kept() -> None:
+    schedule = ScheduleSettings(activation_checkpointing="full")
+    case = preset_case("qwen2.5-3b", "h100-80gb-x8")
+    case = replace(case, config=case.config.model_copy(update={"schedule": schedule}))
+    assert make_plan(case).choice.mode == as_given(case).choice.mode == "full"
+    assert as_given(case).choice.micro_batch_tokens == schedule.micro_batch_tokens

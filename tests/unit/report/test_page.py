@@ -1,0 +1,367 @@
+"""report.html: what it says, that it is safe to open, and that it stands alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gadcore.errors import UserError
+from gadcore.report import findings
+from gadcore.report.charts import Band, Chart, Series, describe, draw, nice_ticks, smooth, thin
+from gadcore.report.curves import STATES, groups_of
+from gadcore.report.page import write_report
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> \' & {{ 7 * 7 }}'
+
+
+def metrics(warmup: int = 4, gad: int = 8, **more: Any) -> list[dict[str, Any]]:
+    rows = []
+    for step in range(1, warmup + gad + 1):
+        stage, stage_step, steps = ("warmup", step, warmup) if step <= warmup else ("gad", step - warmup, gad)
+        row = {"stage": stage, "step": step, "stage_step": stage_step, "stage_steps": steps,
+               "discriminator/accuracy": 0.6 + 0.01 * step, "time/student": 2.0, "time/total": 2.5}  # fmt: skip
+        if stage == "gad":
+            row |= {"reward/mean": -1.0 + 0.1 * step, "reward/std": 0.5, "reward/length_corr": 0.1,
+                    "length/cut_share": 0.05, "sampler/logprob_diff_mean": 1e-4}  # fmt: skip
+        else:
+            row["student/ce"] = 2.0 - 0.1 * step
+        rows.append(row | more)
+    return rows
+
+
+def answers(quality: float, count: int = 40, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"Question {i}", "teacher": f"Teacher {i}", "student": f"Student {i} {quality}",
+         "rouge_l": quality + 0.01 * math.sin(i), "length_ratio": 1.1, "teacher_score": 1.0,
+         "student_score": 0.2} | more
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def folder(
+    path: Path, rows: list[dict[str, Any]], evaluations: dict[str, list[dict[str, Any]]], finished: bool = True
+) -> Path:
+    (path / "evaluations").mkdir(parents=True)
+    (path / "config.toml").write_text('[run]\nname = "try-out"\n[student]\nmodel = "org/student"\n')
+    (path / "metrics.jsonl").write_text(lines(rows))
+    for name, answer_rows in evaluations.items():
+        (path / "evaluations" / f"{name}.jsonl").write_text(lines(answer_rows))
+    if finished:
+        summary = {
+            "run": "try-out",
+            "seconds": {"setup": 10.0, "student": 80.0, "total": 100.0},
+            "models": {"student": "org/student", "discriminator": "org/judge", "parameters": 134_500_000},
+            "data": {"train_rows": 413, "eval_rows": 40, "notes": ["12 prompts were truncated."]},
+            "evaluations": {
+                name: {"rows": len(r), "rouge_l": sum(x["rouge_l"] for x in r) / len(r), "length_ratio": 1.1,
+                       "cut_share": 0.1, "accuracy": 0.75, "margin": 0.8}
+                for name, r in evaluations.items()
+            },
+        }  # fmt: skip
+        (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+class Page(HTMLParser):
+    """The page as a browser's parser sees it: tags with attributes, and the text outside script and style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.tags, self.parts, self._raw = html, [], [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._raw = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._raw = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._raw:
+            self.parts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.parts))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def page_of(path: Path) -> Page:
+    return Page(write_report(path).read_text(encoding="utf-8"))
+
+
+THREE = {"before": answers(0.2), "after_warmup": answers(0.3), "after_gad": answers(0.3)}
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    page = page_of(folder(tmp_path / "run", metrics(), THREE))
+    for part in (
+        "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down).",
+        "GAD +0.000 ± 0.000, within the noise.",
+        "tells 75 % of the held-out pairs apart",
+        "No warnings.",
+        "134.5 M parameters",
+        "413 training rows, 40 held out",
+        "12 prompts were truncated.",
+        "Student 39 0.3",
+        "everything else",
+        'name = "try-out"',
+        "Not recorded in this run: Discriminator margin, Fresh discriminator, KL to the reference.",
+    ):
+        assert part in page.text, part
+    assert page.text.count("Question 7 ") == 1
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    rows = metrics(**{f"other/{HOSTILE}": 1.0})
+    rows = [row | {"stage": row["stage"] + HOSTILE} for row in rows]
+    hostile = [row | {"prompt": HOSTILE, "teacher": HOSTILE, "student": HOSTILE} for row in answers(0.2, 3)]
+    run = folder(tmp_path / "run", rows, {f"before {HOSTILE[:1]}": hostile, "after_gad": hostile})
+    (run / "samples.jsonl").write_text(
+        lines([{"stage": "gad", "step": 5, "prompt": HOSTILE, "teacher": HOSTILE, "student": HOSTILE, "reward": 0.1}])
+    )
+    (run / "config.toml").write_text('[run]\nname = "<script>alert(3)</script>"\n')
+    (run / "summary.json").unlink()
+    page = page_of(run)
+    assert len(page.all("script")) == 1
+    assert page.all("img") == []
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert page.text.count(re.sub(r"\s+", " ", HOSTILE)) >= 9
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    page = page_of(folder(tmp_path / "run", metrics(), THREE))
+    assert page.all("link") == []
+    assert [attrs.get("src") for attrs in page.all("script")] == [None]
+    assert all((attrs["href"] or "").startswith("#") for attrs in page.all("a"))
+    assert not re.findall(r"https?://|url\(|@import", page.html)
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    assert {(attrs["href"] or "")[1:] for attrs in page.all("a")} <= set(ids)
+
+
+def test_only_the_script_of_the_page_may_run(tmp_path: Path) -> None:
+    import base64
+    import hashlib
+
+    page = page_of(folder(tmp_path / "run", metrics(), THREE))
+    script = page.html.split("<script>")[-1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{digest}'" in (policy or "")
+    assert "default-src 'none'" in (policy or "")
+
+
+def test_an_unfinished_run(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics()[:7], {"before": answers(0.2), "after_warmup": answers(0.15)}, False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "gad", "st')
+    page = page_of(run)
+    for part in ("not finished: GAD step 3 of 8", "ROUGE-L fell from", "The last line of metrics.jsonl is torn",
+                 "summary.json is not written yet", "0:00:18 in steps so far"):  # fmt: skip
+        assert part in page.text, part
+    assert "100.0 %" in page.text  # the accuracy, counted from the scores of the rows
+
+
+def test_a_run_without_any_step(tmp_path: Path) -> None:
+    page = page_of(folder(tmp_path / "run", [], {}, False))
+    assert "not finished, no step made yet" in page.text
+    assert "nothing can be said about whether the student improved" in page.text
+    assert page.all("figure") == []
+
+
+def test_a_seqkd_run(tmp_path: Path) -> None:
+    rows = [{"stage": "seqkd", "step": i, "stage_step": i, "stage_steps": 3, "student/ce": 2.0 / i} for i in (1, 2, 3)]
+    bare = [{k: v for k, v in row.items() if not k.endswith("score")} for row in answers(0.2)]
+    run = folder(tmp_path / "run", rows, {"before": bare, "after_seqkd": bare})
+    page = page_of(run)
+    assert "did not change measurably" in page.text
+    assert "before → after SeqKD" in page.text
+    assert "Student cross-entropy" in page.text
+    assert "score" not in page.text.split("Responses to held-out prompts")[1].split("Prompt 1")[1]
+
+
+def test_evaluations_of_different_prompts_are_refused(tmp_path: Path) -> None:
+    other = answers(0.3)
+    other[4]["prompt"] = "another"
+    run = folder(tmp_path / "run", metrics(), {"before": answers(0.2), "after_gad": other})
+    with pytest.raises(UserError, match=r"after_gad\.jsonl, line 5 has another prompt"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.toml", "[run", "config.toml is not valid TOML"),
+        ("summary.json", "{", "summary.json is not valid JSON"),
+        ("metrics.jsonl", '{"stage": "gad"}\n', 'metrics.jsonl, line 1 has no "step"'),
+        ("metrics.jsonl", "{}\nx\n{}\n", "metrics.jsonl, line 2 is not a JSON object"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    run = folder(tmp_path / "run", metrics(), THREE)
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_report(run)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "title"),
+    [
+        ({"discriminator/accuracy": 1.0}, "The discriminator is never fooled"),
+        ({"discriminator/accuracy": 0.51}, "The discriminator only guesses"),
+        ({"reward/length_corr": -0.7}, "Reward goes with length"),
+        ({"reward/std": 1e-5}, "Rewards do not differ within a group"),
+        ({"length/cut_share": 0.4}, "Many responses are cut"),
+        ({"sampler/logprob_diff_mean": 0.02}, "Sampler and trainer disagree"),
+        ({"student/loss": math.nan}, "Numbers that are not finite"),
+        ({}, None),
+    ],
+)
+def test_warnings(more: dict[str, float], title: str | None) -> None:
+    assert [w.title for w in findings.warnings(metrics(**more))] == ([title] if title else [])
+
+
+def test_a_rising_cut_share_is_told_with_its_ends() -> None:
+    rows = metrics(0, 10)
+    for i, row in enumerate(rows):
+        row["length/cut_share"] = 0.02 * i
+    (warning,) = findings.warnings(rows)
+    assert "rose from 1.0 % to 17 %" in warning.text
+
+
+def test_the_difference_is_paired() -> None:
+    found = findings.difference([{"rouge_l": 0.1}, {"rouge_l": 0.5}], [{"rouge_l": 0.2}, {"rouge_l": 0.8}])
+    assert found.mean == pytest.approx(0.2)
+    # The changes are 0.1 and 0.3: standard deviation sqrt(0.02), standard error 0.1.
+    assert found.margin == pytest.approx(0.196)
+    assert (found.up, found.down, found.clear) == (2, 0, True)
+
+
+def test_every_number_of_the_metrics_has_a_curve() -> None:
+    rows = metrics(**{"memory/new_gib": 3.0, "student/loss": 0.1, "new/figure": 1})
+    names = {s.name for group in groups_of(rows) for chart in group.charts for s in chart.series}
+    assert {"memory/new_gib", "new/figure", "accuracy", "loss"} <= names
+
+
+def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them() -> None:
+    keys = ["convergence/accuracy", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
+            "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
+            "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
+            "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token", "memory/moving_s",
+            *(f"memory/{state}_{kind}" for state in STATES for kind in ("held", "peak"))]  # fmt: skip
+    groups = groups_of(metrics(**dict.fromkeys(keys, 1.0)))
+    assert "other" not in {group.key for group in groups}
+    (hardware,) = [group for group in groups if group.key == "hardware"]
+    assert hardware.absent == []
+
+
+def test_bytes_are_drawn_as_gib() -> None:
+    rows = metrics(**{"memory/rollout_held": 3 * 2**30})
+    (chart,) = [chart for group in groups_of(rows) for chart in group.charts if chart.title == "Memory held"]
+    assert [(s.name, {v for _, v in s.points}) for s in chart.series] == [("rollout", {3.0})]
+    assert "rollout: 3.000 GiB at step 1" in describe(chart)
+
+
+def test_the_tables_of_an_evaluation_stand_on_the_page(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics(), THREE)
+    assert "#evaluation" not in {attrs["href"] for attrs in page_of(run).all("a")}
+    figure = {"rouge_l": {"mean": 0.25, "interval": [0.2, 0.3]}}
+    found = {"domain": "in", "prompts": 8, "source": f"test.jsonl {HOSTILE}", "differences": {},
+             "results": {"teacher": {}, "gad": figure}}  # fmt: skip
+    (run / "eval").mkdir()
+    (run / "eval/evaluation.json").write_text(
+        json.dumps({"models": {"gad": "runs/gad"}, "sets": {"test": found}, "notes": ["2 responses were cut."]})
+    )
+    page = page_of(run)
+    assert "#evaluation" in {attrs["href"] for attrs in page.all("a")}
+    assert "0.250 [0.200, 0.300]" in page.text and "2 responses were cut." in page.text
+    headings = [attrs.get("id") for attrs in page.all("h2")]
+    assert headings[:4] == ["verdict", "before-and-after", "evaluation", "learning"]
+    assert page.all("img") == []
+
+
+BANDS = [Band("warmup", 1, 2), Band("GAD", 3, 5)]
+
+
+def test_a_chart_is_drawn_to_scale() -> None:
+    chart = Chart("c", "Title", "", [Series("loss", [(1, 0.0), (3, 1.0), (5, 2.0)])])
+    html = draw(chart, BANDS)
+    # Steps 0.5 .. 5.5 and values 0 .. 2 fill a square of 1000 units, with y downwards.
+    assert 'd="M100 1000l.01 0L500 500L900 0"' in html
+    assert 'x="40.00%" width="60.00%"' in html
+    assert "loss: 0 at step 1, 2.000 at step 5; lowest 0 at step 1, highest 2.000 at step 5." in html
+
+
+def test_a_gap_where_a_value_is_not_finite() -> None:
+    chart = Chart("c", "Title", "", [Series("loss", [(1, 0.0), (2, math.nan), (3, 1.0), (4, math.inf), (5, 0.5)])])
+    (path,) = re.findall(r'<path d="([^"]*)"', draw(chart, BANDS))
+    assert path.count("M") == 3
+    assert "nan" not in path
+    assert "step 2 (warmup 2) · loss nan" in json.loads(Page(draw(chart, BANDS)).all("div")[0]["data-chart"] or "")[1]
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-9, 1e9, math.nan])
+@pytest.mark.parametrize("options", [{}, {"zero": True}, {"log": True}, {"unit": "%"}, {"stacked": True}])
+def test_a_single_value_can_be_drawn(value: float, options: dict[str, Any]) -> None:
+    html = draw(Chart("c", "Title", "", [Series("x", [(1, value)])], **options), [Band("gad", 1, 1)])
+    coordinates = re.findall(r'[xy][12]?="(-?[\d.]+|nan|inf)%"', html)
+    assert coordinates
+    assert all(-0.01 <= float(c) <= 100.01 for c in coordinates)
+
+
+def test_stacked_parts_lie_on_each_other() -> None:
+    parts = [Series("a", [(1, 1.0), (2, 1.0)]), Series("b", [(2, 3.0)])]
+    first, second = re.findall(r' d="([^"]*)"', draw(Chart("c", "T", "", parts, stacked=True), [Band("gad", 1, 2)]))
+    assert first == "M0 1000V750H500V1000ZM500 1000V750H1000V1000Z"
+    assert second == "M500 750V0H1000V750Z"
+
+
+def test_thin_keeps_peaks_and_order() -> None:
+    points = [(float(i), 0.0) for i in range(5000)]
+    points[1234], points[4321] = (1234.0, 9.0), (4321.0, -9.0)
+    kept = thin(points, 100)
+    assert len(kept) <= 100
+    assert {(1234.0, 9.0), (4321.0, -9.0)} <= set(kept)
+    assert kept == sorted(kept)
+    assert smooth([(float(i), float(i)) for i in range(400)])[200] == (200.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.0, 1.0, [0, 0.5, 1.0]), (0.0, 2.0, [0, 0.5, 1, 1.5, 2]), (-0.3, 0.6, [-0.5, 0, 0.5, 1.0]), (7e-5, 9e-5, None)],
+)
+def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float] | None) -> None:
+    ticks = nice_ticks(low, high, 4)
+    assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12
+    assert 3 <= len(ticks) <= 7
+    if expected is not None:
+        assert ticks == pytest.approx(expected)
+
+
+def test_a_chart_in_words_leaves_out_what_is_not_finite() -> None:
+    assert describe(Chart("c", "T", "", [Series("x", [(1, math.nan)])])) == ""
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics(1000, 3000), {}, False)
+    assert write_report(run).stat().st_size < 2_500_000

@@ -1,0 +1,104 @@
+"""Metrics: which figures a step has, and their values by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gadcore.data.groups import Group, Prompt, Response
+from gadcore.models.discriminator import Scores
+from gadcore.models.student import PolicyStats, SeqKDStats
+from gadcore.train.metrics import correlation, step_metrics
+
+POLICY = PolicyStats(
+    loss=0.1,
+    kl=0.2,
+    entropy=0.3,
+    clip_fraction=0.4,
+    ratio_max=1.5,
+    logprob_diff_mean=0.6,
+    logprob_diff_max=0.7,
+    tokens=100,
+)
+JUDGEMENT = Scores(
+    rewards=[[1.0, 3.0], [0.0, 0.0]], teacher_scores=[2.0, 5.0], loss=0.5, accuracy=0.75, margin=2.5, tokens=40
+)
+
+POLICY_VALUES = {
+    "student/loss": 0.1,
+    "student/kl": 0.2,
+    "student/entropy": 0.3,
+    "student/clip_fraction": 0.4,
+    "student/ratio_max": 1.5,
+    "sampler/logprob_diff_mean": 0.6,
+    "sampler/logprob_diff_max": 0.7,
+    "student/grad_norm": 0.9,
+    "tokens/student": 100,
+}
+JUDGEMENT_VALUES = {
+    "discriminator/loss": 0.5,
+    "discriminator/accuracy": 0.75,
+    "discriminator/margin": 2.5,
+    "discriminator/grad_norm": 0.8,
+    "tokens/discriminator": 40,
+    "reward/mean": 1.0,
+    # Unbiased, within the group, then over the groups: (sqrt(2) + 0) / 2.
+    "reward/std": 2**0.5 / 2,
+    # Rewards 1 3 0 0 and lengths 2 4 3 3: covariance sum 2, square sums 6 and 2.
+    "reward/length_corr": 2 / 12**0.5,
+    "length/student": 3.0,
+    "length/teacher": 4.0,
+    "length/ratio": 0.75,
+    "length/cut_share": 0.25,
+    "tokens/sampled": 12,
+}
+
+
+def response(length: int, finished: bool = True) -> Response:
+    return Response("text", tuple(range(length)), finished)
+
+
+def two_groups() -> list[Group]:
+    prompt = Prompt(0, ({"role": "user", "content": "x"},), (1, 2, 3))
+    return [
+        Group(prompt, response(6), [response(2), response(4, finished=False)]),
+        Group(prompt, response(2, finished=False), [response(3), response(3)]),
+    ]
+
+
+def test_a_gad_step() -> None:
+    values = step_metrics(two_groups(), POLICY, 0.9, JUDGEMENT, 0.8)
+    assert values == pytest.approx({**POLICY_VALUES, **JUDGEMENT_VALUES, "tokens/trained": 140})
+
+
+def test_a_warmup_step() -> None:
+    values = step_metrics(two_groups(), SeqKDStats(ce=1.25, tokens=30), 0.9, JUDGEMENT, 0.8)
+    student = {"student/ce": 1.25, "student/grad_norm": 0.9, "tokens/student": 30}
+    assert values == pytest.approx({**student, **JUDGEMENT_VALUES, "tokens/trained": 70})
+
+
+def test_a_step_of_the_discriminator_alone() -> None:
+    values = step_metrics(two_groups(), None, None, JUDGEMENT, 0.8)
+    assert values == pytest.approx({**JUDGEMENT_VALUES, "tokens/trained": 40})
+
+
+def test_a_seqkd_step_needs_no_samples() -> None:
+    groups = [Group(group.prompt, group.teacher) for group in two_groups()]
+    values = step_metrics(groups, SeqKDStats(ce=1.25, tokens=30), 0.9, None, None)
+    assert values == {"student/ce": 1.25, "student/grad_norm": 0.9, "tokens/student": 30, "tokens/trained": 30}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1.0, 2.0, 3.0], [10, 20, 30], 1.0),
+        ([1.0, 2.0, 3.0], [3, 2, 1], -1.0),
+        ([1.0, -1.0, 1.0, -1.0], [1, 1, 2, 2], 0.0),
+        ([2.0, 2.0, 2.0], [1, 2, 3], 0.0),
+        ([1.0, 2.0, 3.0], [7, 7, 7], 0.0),
+        ([1.5], [4], 0.0),
+        ([1e6, 1e6 + 1e-3], [5, 9], 1.0),
+    ],
+)
+def test_correlation(a: list[float], b: list[float], expected: float) -> None:
+    value = correlation(a, b)
+    assert type(value) is float and value == pytest.approx(expected, abs=1e-12)
