@@ -9,20 +9,25 @@ What differs from the paper's code, with the same mathematics: D looks at each r
 sample is its score inside the BT loss), the teacher is scored once per group, and no old log-probs are computed
 because a batch gets one optimizer step.
 
-Baselines and ablations are settings of the same stages (config.AlgorithmSettings); the defaults are the paper's.
+Who holds the device: run.sample() brings the student's parameters and the engine's weights (phase "synchronise"), then
+the engine's key-value cache (phase "rollout"); phase "discriminator" brings D's parameters and optimizer, phase
+"student" the student's and the reference policy; what a phase does not need waits in the host's memory meanwhile, where
+memory.offload says so (gadcore/memory/holdings.py).
+
+Baselines and ablations are settings of the same stages (AlgorithmSettings); the defaults are the paper's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Protocol
 
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
 from gadcore.models.discriminator import Discriminator, Scores
-from gadcore.models.student import PolicyStats, SeqKDStats, Student
+from gadcore.models.student import Student
+from gadcore.train.step import StepResult
 from gadcore.train.trainer import Trainer
 
 
@@ -38,67 +43,79 @@ class Run(Protocol):
     def phases(self, name: str) -> AbstractContextManager[None]:
         """Marks what the time inside the block is spent on, and lets the device hold what it needs."""
 
-    def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
-        """(step within the stage, from 1; its batch), for as long as the stage lasts.
+    def begin(self, stage: str) -> None:
+        """The stage begins, or goes on where a resumed run stands."""
 
-        The gate can make the warmup longer, the convergence rule can make the GAD stage shorter.
-        """
+    def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
+        """(step within the stage, from 1; its batch), until its length, or until the convergence rule ends it."""
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
         """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
-    def record(
-        self,
-        stage: str,
-        step: int,
-        groups: Sequence[Group],
-        stats: PolicyStats | SeqKDStats | None,
-        student_norm: float | None,
-        scores: Scores | None = None,
-        discriminator_norm: float | None = None,
-    ) -> None:
-        """Ends a step, given what it found; None for a model that was not updated."""
+    def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
+        """What algorithm.reward makes of D's scores; None: they are the rewards."""
+
+    def record(self, result: StepResult) -> None:
+        """Ends a step: figures, a checkpoint when due, a measurement of the convergence rule when due."""
+
+    def gate_opens(self) -> bool:
+        """Measures D at the gate, where there is one. False: the warmup has become longer."""
 
     def ensure_reference(self) -> None:
         """Makes the student as it was when the GAD stage began the reference policy."""
+
+    def measure_before_gad(self) -> None:
+        """The convergence rule's first measurement, where it is in use."""
+
+    def restore_best(self) -> None:
+        """Gives both models the weights that they had at the convergence rule's minimum, where it is in use."""
 
 
 def warmup(run: Run) -> None:
     """Stage 1: SeqKD for the student, Bradley-Terry for the discriminator.
 
-    The first algorithm.critic_warmup steps update D only. Without D's warmup nothing is sampled.
+    The first algorithm.critic_warmup steps update D only. Without D's warmup nothing is sampled. The gate, where it is
+    in use, lets the stage end only where D's held-out accuracy is of use to the student.
     """
     student, algorithm, phase = run.student, run.config.algorithm, run.phases
-    for step, groups in run.steps("warmup"):
-        stats = student_norm = scores = discriminator_norm = None
-        if algorithm.discriminator_warmup:
-            run.sample(groups, "warmup", step)
-            with phase("discriminator"):
-                scores, discriminator_norm = score_and_update(run, groups, step)
-        if algorithm.student_warmup and step > algorithm.critic_warmup:
-            with phase("student"):
-                stats = student.seqkd_backward(groups)
-                student_norm = student.step(student.settings.warmup_lr)
-        run.record("warmup", step, groups, stats, student_norm, scores, discriminator_norm)
+    run.begin("warmup")
+    while True:
+        for step, groups in run.steps("warmup"):
+            result = StepResult("warmup", step, groups)
+            if algorithm.discriminator_warmup:
+                run.sample(groups, "warmup", step)
+                with phase("discriminator"):
+                    result.scores, result.discriminator_norm = score_and_update(run, groups, step)
+            if algorithm.student_warmup and step > algorithm.critic_warmup:
+                with phase("student"):
+                    result.stats = student.seqkd_backward(groups)
+                    result.student_norm = student.step(student.settings.warmup_lr)
+            run.record(result)
+        if run.gate_opens():
+            return
 
 
 def gad(run: Run) -> None:
     """Stage 2: the student learns by GRPO from the discriminator that learns beside it.
 
-    The reference policy is the student as it is when this stage begins. A frozen D still gives the rewards.
+    The reference policy is the student as it is when this stage begins. A frozen D still gives the rewards. Where the
+    convergence rule is in use, the result is the student of its minimum.
     """
-    student, phase = run.student, run.phases
+    student, frozen, phase = run.student, run.config.algorithm.freeze_discriminator, run.phases
+    run.begin("gad")
     run.ensure_reference()
+    run.measure_before_gad()
     for step, groups in run.steps("gad"):
+        result = StepResult("gad", step, groups)
         run.sample(groups, "gad", step)
         with phase("discriminator"):
-            scores, discriminator_norm = score_and_update(
-                run, groups, step, frozen=run.config.algorithm.freeze_discriminator
-            )
+            result.scores, result.discriminator_norm = score_and_update(run, groups, step, frozen=frozen)
+            result.rewards = run.rewards(groups, result.scores)
         with phase("student"):
-            stats = student.grpo_backward(groups, scores.rewards)
-            student_norm = student.step(student.settings.lr)
-        run.record("gad", step, groups, stats, student_norm, scores, discriminator_norm)
+            result.stats = student.grpo_backward(groups, result.for_grpo())
+            result.student_norm = student.step(student.settings.lr)
+        run.record(result)
+    run.restore_best()
 
 
 def score_and_update(
@@ -115,20 +132,21 @@ def score_and_update(
     scores = discriminator.score(groups, backward=True)
     norm = discriminator.step()
     for _ in range(algorithm.discriminator_steps - 1):
-        again = discriminator.score(groups, backward=True)
+        scores.tokens += discriminator.score(groups, backward=True).tokens
         discriminator.step()
-        scores = replace(scores, tokens=scores.tokens + again.tokens)
     return scores, norm
 
 
 def seqkd(run: Run) -> None:
     """The baseline: cross-entropy on the teacher's text, nothing else."""
     student, phase = run.student, run.phases
+    run.begin("seqkd")
     for step, groups in run.steps("seqkd"):
+        result = StepResult("seqkd", step, groups)
         with phase("student"):
-            stats = student.seqkd_backward(groups)
-            student_norm = student.step(student.settings.seqkd_lr)
-        run.record("seqkd", step, groups, stats, student_norm)
+            result.stats = student.seqkd_backward(groups)
+            result.student_norm = student.step(student.settings.seqkd_lr)
+        run.record(result)
 
 
 STAGES = {"warmup": warmup, "gad": gad, "seqkd": seqkd}

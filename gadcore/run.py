@@ -133,7 +133,8 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.algorithm import train
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
-    from gadcore.train.build import build, describe_plan, has_discriminator, read_inputs
+    from gadcore.train.build import build
+    from gadcore.train.inputs import describe_plan, has_discriminator, read_inputs
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
@@ -141,17 +142,17 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     if dry_run:
         print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
         if has_discriminator(stages):
-            print("\n".join(ledger_lines(config, inputs.student_path, inputs.train)))
+            print("\n".join(ledger_lines(config, inputs.student.path, inputs.train)))
         return 0
     folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
     with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
         if has_discriminator(stages):
             limit = trainer.memory.ledger.limit
-            if warning := memory_warning(config, inputs.student_path, inputs.train, limit):
-                trainer.view.message(warning)
+            if warning := memory_warning(config, inputs.student.path, inputs.train, limit):
+                trainer.records.message(warning)
         summary = train(trainer)
         write_report(folder.path)
-        trainer.view.summary(summary)
+        trainer.records.finished(summary)
     return 0
 
 

@@ -18,7 +18,7 @@ from gadcore.measure.fresh import fresh_discriminator
 from gadcore.measure.likeness import ngram_f1
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.student import Student
-from gadcore.rollout import SampleRequest
+from gadcore.rollout.engine import SampleRequest
 
 DATA, TESTED, WATCHED = 2000, 1000, 200
 SEEN, UNSEEN = LETTERS[:6], LETTERS[6:]  # x1 in the training prompts, and in those out of domain

@@ -6,10 +6,8 @@ is here stands at their borders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -18,18 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gadcore.algorithm import STAGES
-from gadcore.config.settings import Config, DiscriminatorSettings, MemorySettings
+from gadcore.config.settings import Config, DiscriminatorSettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.template import ChatTemplate
 from gadcore.kernels.prefix_layout import PrefixLayout
-from gadcore.memory.colocation import Colocation, Part
-from gadcore.memory.holdings import Holding
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.student import Student
-from gadcore.record.run_folder import RunFolder
-from gadcore.rollout import SampleRequest
-from gadcore.train.phases import Phases
+from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.sampler import Sampler
+from gadcore.rollout.weights import PlainWeights, WeightSource
+from gadcore.train.records import Records
 from gadcore.train.trainer import Trainer
 
 SPECIAL = ("<unk>", "<sep>", "<end>")
@@ -66,7 +63,7 @@ class WordTemplate(ChatTemplate):
         return Group(Prompt(index, messages, self.prompt_ids(messages)), teacher)
 
 
-class ToyEngine:
+class ToyEngine(Engine):
     """gadcore.rollout's Engine for policies whose next token depends on the prompt, the last token and its position.
 
     So no cache of keys is needed, and all samples of a batch take a token in one pass.
@@ -74,7 +71,6 @@ class ToyEngine:
 
     def __init__(self, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model, self.template = model, template
-        self.shared = True
 
     @torch.no_grad()
     def generate(
@@ -141,27 +137,11 @@ class ToyEngine:
         text, finished = self.template.text_of(ids[:length])
         return Response(text, tuple(ids[:length]), finished, tuple(logprobs[:length]))
 
-    def update_weights(self, model: PreTrainedModel) -> None:
-        if model is not self.model:
-            raise RuntimeError("the toy engine samples from the model it was built with")
+    def update_weights(self, source: WeightSource) -> None:
+        """Nothing to do: the weights are the trainer's own."""
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
-
-    def sleep(self) -> None:
-        """Nothing to give back."""
-
-    def wake(self, part: Part) -> None:
-        """Nothing to take."""
-
-    def held(self) -> dict[Holding, int]:
-        return {}
-
-    def aliases(self) -> list[Tensor]:
-        return []
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 class Oracle:
@@ -184,46 +164,22 @@ class Oracle:
 
     def score(self, groups: Sequence[Group], *, backward: bool) -> Scores:
         rewards = [[self._teacher(g.prompt, s) - sum(s.logprobs) for s in g.samples] for g in groups]
-        teachers = [self._teacher(g.prompt, g.teacher) - self._student(g.prompt, g.teacher) for g in groups]
-        margins = torch.tensor([t - r for t, row in zip(teachers, rewards, strict=True) for r in row])
-        loss = torch.nn.functional.softplus(-margins).mean().item()
-        return Scores(rewards, teachers, loss, (margins > 0).float().mean().item(), margins.mean().item(), 0)
+        return Scores.of(
+            rewards, [self._teacher(g.prompt, g.teacher) - self._student(g.prompt, g.teacher) for g in groups]
+        )
 
     def step(self) -> float:
         return 0.0
 
 
-class _Watch:
-    """gadcore.record.view's View: calls `look` with every row of metrics."""
+class Watch(Records):
+    """Calls `look` with every row of metrics, after its step."""
 
     def __init__(self, look: Callable[[dict[str, Any]], None]) -> None:
-        self.step = look
+        self._look = look
 
-    def start(self, plan: Any) -> None: ...
-
-    def stage(self, name: str, steps: int) -> None: ...
-
-    def status(self, text: str) -> None: ...
-
-    def sample(self, triplet: dict[str, Any]) -> None: ...
-
-    def evaluation(self, name: str, result: dict[str, Any]) -> None: ...
-
-    def summary(self, summary: dict[str, Any]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _NoFile:
-    def write(self, row: dict[str, Any]) -> None: ...
-
-
-class _NoTracker:
-    def log(self, row: dict[str, Any], step: int) -> None: ...
-
-    def close(self) -> None: ...
+    def step(self, place: dict[str, Any], values: Mapping[str, float]) -> None:
+        self._look({**place, **values})
 
 
 def run(
@@ -239,24 +195,21 @@ def run(
 
     look: gets the row of metrics of every step, after the step.
     """
-    engine = ToyEngine(student.model, template)
-    memory = Colocation(torch.device("cpu"), MemorySettings(offload="none"), Path(), engine, shared=engine.shared)
+    sampler = Sampler(
+        ToyEngine(student.model, template),
+        PlainWeights(student.model),
+        temperature=config.rollout.temperature,
+        max_tokens=config.data.max_response_tokens,
+        seed=config.run.seed,
+    )
     trainer = Trainer(
         config,
         (stage,),
-        cast(RunFolder, SimpleNamespace(metrics=_NoFile(), samples=_NoFile())),
         student=student,
         discriminator=cast(Discriminator, discriminator),
-        engine=engine,
-        template=template,
+        sampler=sampler,
         loader=Loader(groups, config.schedule.batch_size, config.run.seed),
-        held_out=(),
-        phases=Phases(),
-        memory=memory,
-        view=_Watch(look),
-        tracker=_NoTracker(),
-        stop_requested=lambda: None,
-        facts={},
+        records=Watch(look),
     )
     STAGES[stage](trainer)
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from bench.step.ours import check_lengths, requests, sampler
+from bench.step.ours import check_lengths, engine_of, requests
 from bench.step.problem import Problem
 from bench.step.worker import Channel
 from gadcore.models.loading import load_causal_lm
-from gadcore.rollout import wake_with
+from gadcore.rollout.engine import Engine
 from gadcore.rollout.hf import HFEngine
+from gadcore.rollout.sampler import Sampler
+from gadcore.rollout.weights import PlainWeights
 
 CPU = torch.device("cpu")
 # Batches of each number of rows that are timed; before the first, one of the smallest that is not.
@@ -31,9 +35,7 @@ Generate = Callable[[list[Any], int], int]
 
 def ours(problem: Problem) -> Generate:
     model = load_causal_lm(problem.student, "float32", CPU)
-    engine = sampler(problem, model)
-    wake_with(engine, model)
-    return _engine(problem, engine, engine.llm.reset_prefix_cache)
+    return _engine(problem, engine_of(problem, model), model)
 
 
 def hf(problem: Problem) -> Generate:
@@ -41,15 +43,21 @@ def hf(problem: Problem) -> Generate:
     template = problem.template()
     # An end marker that no vocabulary holds: nothing is sampled to an early end.
     template.end_id = -1
-    return _engine(problem, HFEngine(model, template), lambda: None)
+    return _engine(problem, HFEngine(problem.config(), problem.student, model, template), model)
 
 
-def _engine(problem: Problem, engine: Any, forget: Callable[[], Any]) -> Generate:
+def _engine(problem: Problem, engine: Engine, model: PreTrainedModel) -> Generate:
+    # Awake between batches, as the other sides are; an update of shared weights is an empty prefix cache.
+    sampler = Sampler(
+        engine,
+        PlainWeights(model),
+        temperature=problem.temperature,
+        max_tokens=problem.max_response,
+        states=lambda state: nullcontext(),
+    )
+
     def generate(groups: list[Any], step: int) -> int:
-        forget()
-        drawn = engine.generate(
-            requests(groups, problem.samples, step), temperature=problem.temperature, max_tokens=problem.max_response
-        )
+        drawn = sampler.generate(requests(groups, problem.samples, step))
         for group, samples in zip(groups, drawn, strict=True):
             group.samples = samples
         return check_lengths(problem, groups)

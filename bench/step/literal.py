@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from bench.step.ours import check_lengths, requests, sampler
+from bench.step.ours import check_lengths, engine_of, requests, timed_sampler
 from bench.step.problem import Problem
 from bench.step.worker import EPSILON, Channel, Clock, Meter, arguments, serve, write_findings
 from gadcore.config.settings import AlgorithmSettings
-from gadcore.rollout import wake_with
 
 Tokens = Sequence[int]
 Row = tuple[Tokens, Tokens]
@@ -182,7 +181,8 @@ class Schedule:
     def __init__(self, problem: Problem, clock: Clock) -> None:
         self.problem, self.clock, config = problem, clock, problem.config()
         student, discriminator = load_student(problem, torch.float32), load_discriminator(problem, torch.float32)
-        self.engine = sampler(problem, student)
+        self.engine = engine_of(problem, student)
+        self.sampler = timed_sampler(problem, self.engine, student, clock)
         for module in self.engine.engine_model.modules():
             if hasattr(module, "cpu_linear"):
                 module.cpu_linear = F.linear  # type: ignore[assignment]
@@ -207,14 +207,8 @@ class Schedule:
     def step(self, number: int, findings: Any = None) -> dict[str, Any]:
         clock, problem, passes = self.clock, self.problem, self.passes
         groups = problem.batch(number)
-        with clock("weight update"):
-            wake_with(self.engine, passes.student)
+        drawn = self.sampler.generate(requests(groups, problem.samples, number))
         with clock("generate"):
-            drawn = self.engine.generate(
-                requests(groups, problem.samples, number),
-                temperature=problem.temperature,
-                max_tokens=problem.max_response,
-            )
             self.engine.sleep()
         for group, samples in zip(groups, drawn, strict=True):
             group.samples = samples

@@ -21,19 +21,33 @@ from gadcore.data.groups import Group
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.loading import load_causal_lm, load_discriminator, load_tokenizer
 from gadcore.models.student import Student
-from gadcore.rollout import SampleRequest, wake_with
+from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.vllm import VLLMEngine
+from gadcore.rollout.weights import PlainWeights
 
 CPU = torch.device("cpu")
 
 
-def sampler(problem: Problem, model: PreTrainedModel) -> VLLMEngine:
+def engine_of(problem: Problem, model: PreTrainedModel) -> VLLMEngine:
     """gadcore's engine; where the problem forces lengths, one that never samples an end marker."""
     engine = VLLMEngine(problem.config(), problem.student, model, problem.template())
     if problem.forced:
         parameters = engine.vllm.SamplingParams
         engine.vllm = SimpleNamespace(SamplingParams=lambda **kw: parameters(**kw, min_tokens=kw["max_tokens"]))
     return engine
+
+
+def timed_sampler(problem: Problem, engine: Engine, model: PreTrainedModel, clock: Clock) -> Sampler:
+    """A sampler whose times are taken by the names of the table; its engine is left awake."""
+    names = {"synchronise": "weight update", "rollout": "generate"}
+    return Sampler(
+        engine,
+        PlainWeights(model),
+        temperature=problem.temperature,
+        max_tokens=problem.max_response,
+        states=lambda state: clock(names[state]),
+    )
 
 
 def requests(groups: Sequence[Group], samples: int, step: int) -> list[SampleRequest]:
@@ -75,7 +89,8 @@ class Ours:
             same_vocabulary=True,
             micro_batch_tokens=micro_batch_tokens,
         )
-        self.engine = sampler(problem, self.student.model)
+        self.engine = engine_of(problem, self.student.model)
+        self.sampler = timed_sampler(problem, self.engine, self.student.model, clock)
         self.student.freeze_reference()
         clock.wrap(self.student, "logprobs", lambda model, *_: self._owner(model))
 
@@ -94,14 +109,8 @@ class Ours:
     def step(self, number: int, findings: Any = None) -> dict[str, Any]:
         clock, config, problem = self.clock, self.config, self.problem
         groups = problem.batch(number)
-        with clock("weight update"):
-            wake_with(self.engine, self.student.model)
+        drawn = self.sampler.generate(requests(groups, problem.samples, number))
         with clock("generate"):
-            drawn = self.engine.generate(
-                requests(groups, problem.samples, number),
-                temperature=problem.temperature,
-                max_tokens=problem.max_response,
-            )
             self.engine.sleep()
         for group, samples in zip(groups, drawn, strict=True):
             group.samples = samples
@@ -111,7 +120,7 @@ class Ours:
         with clock("optimizer"):
             self.discriminator.step()
         with clock("policy"):
-            stats = self.student.grpo_backward(groups, scores.rewards)
+            stats = self.student.grpo_backward(groups, scores.sample_scores)
         if gradients is not None:
             write_findings(
                 findings,
@@ -126,7 +135,7 @@ class Ours:
         return {"response_tokens": check_lengths(problem, groups), "flops": self._flops(groups)}
 
     def _tokens(self, group: Group) -> dict[str, Any]:
-        scored = self.discriminator.tokens(group)
+        (scored,) = self.discriminator.tokens([group])
         return {
             "prompt": group.prompt.token_ids,
             "samples": [sample.token_ids for sample in group.samples],

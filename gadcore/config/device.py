@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     import torch
 
 
+def best_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_of(config: Config) -> torch.device:
     """The device that run.device names. Raises UserError where it is none, or is not there."""
     import torch
 
     if config.run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         device = torch.device(config.run.device)
     except RuntimeError as error:

@@ -126,6 +126,12 @@ class AlgorithmSettings(Section):
         1, description="Update the discriminator only in every k-th step, of both stages."
     )
     advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+    loss: str | None = Field(
+        None, description='"module:function" in place of the clipped ratio loss (gadcore/models/policy_loss.py).'
+    )
+    reward: str | None = Field(
+        None, description='"module:function" that makes rewards of D\'s scores and the texts (gadcore/train/reward.py).'
+    )
 
 
 class ScheduleSettings(Section):

@@ -56,12 +56,14 @@ def build_prompts(
     truncated = dropped_prompts = cut = dropped_responses = 0
     for index, row in enumerate(rows):
         try:
-            prompt_ids, shortened = template.fit_prompt(row.messages, settings.max_prompt_tokens, settings.long_prompt)
+            fitted = template.fit_prompt(row.messages, settings.max_prompt_tokens, settings.long_prompt)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from None
-        if prompt_ids is None:
+        if fitted is None:
             dropped_prompts += 1
             continue
+        # A model with another vocabulary renders the messages anew: it must see the same, perhaps shorter prompt.
+        messages, prompt_ids = fitted
         text, finished = row.teacher_response, True
         ids = template.response_ids(text, finished=True)
         if len(ids) > limit:
@@ -76,11 +78,7 @@ def build_prompts(
             ids = ids[:limit]
             text, finished = template.text_of(ids)
             cut += 1
-        messages: Sequence[dict[str, str]] = row.messages
-        if shortened:
-            # A model with another vocabulary renders the messages anew: it must see the same, shorter prompt.
-            messages = template.truncate(row.messages, settings.max_prompt_tokens) or ()
-            truncated += 1
+        truncated += messages is not row.messages
         prompt = Prompt(index, tuple(template.conversation(messages)), prompt_ids)
         groups.append(Group(prompt, Response(text, ids, finished)))
     lengths = [len(group.teacher.token_ids) for group in groups]

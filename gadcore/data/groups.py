@@ -6,12 +6,15 @@ prompt once: [x | y_s^1 | .. | y_s^N] for the student, [x | y_t | y_s^1 | .. | y
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.prefix_layout import PrefixLayout
 
 
@@ -78,7 +81,7 @@ def _triangle(n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupPart:
     """Responses of one group that pass through a model together, behind their prompt.
 
     group: position of the group in the batch. responses: positions of the responses in their group.
@@ -106,7 +109,8 @@ class GroupedBatch:
     Equal responses to a prompt are packed once: they cost nothing twice, and get the same results to the bit.
 
     input_ids: [1, T] int64. layout: who sees whom, and every token's position in its own sequence.
-    predict_index: [R] int64 into the T tokens: the token that predicts each response token.
+    predicting: [P] int64 into the T tokens, ascending: those that predict a response token.
+    predicted_by: [R] int64 into `predicting`: the one that predicts each response token.
     targets: [R] int64, the response tokens, response after response.
     last_index: [U] int64 into the T tokens: the last token of each response that was packed; empty without last tokens.
     packed_as: [S] int64 into the U packed responses, for every response in order; empty without last tokens.
@@ -115,7 +119,8 @@ class GroupedBatch:
 
     input_ids: Tensor
     layout: PrefixLayout
-    predict_index: Tensor
+    predicting: Tensor
+    predicted_by: Tensor
     targets: Tensor
     last_index: Tensor
     packed_as: Tensor
@@ -131,7 +136,7 @@ class GroupedBatch:
         it is left out.
         """
         ids: list[int] = []
-        predict: list[Tensor] = []
+        predict: list[int] = []
         last: list[int] = []
         packed_as: list[int] = []
         kept: list[list[int]] = []
@@ -150,14 +155,16 @@ class GroupedBatch:
                     if last_tokens:
                         last.append(len(ids) - 1)
                 begin, unique = first[response]
-                predict.append(torch.arange(begin - 1, begin - 1 + len(response)))
-                predict[-1][0] = prompt_end
+                predict += [prompt_end, *range(begin, begin - 1 + len(response))]
                 if last_tokens:
                     packed_as.append(unique)
+        # Here and not on the device, which would have to say how many they are.
+        predicting, predicted_by = np.unique(np.asarray(predict, dtype=np.int64), return_inverse=True)
         return cls(
             torch.tensor([ids], device=device),
             PrefixLayout.of([len(group.prompt) for group in groups], kept, device),
-            torch.cat(predict).to(device),
+            torch.from_numpy(predicting).to(device),
+            torch.from_numpy(predicted_by).to(device),
             torch.tensor([token for group in groups for r in group.responses for token in r], device=device),
             torch.tensor(last, dtype=torch.int64, device=device),
             torch.tensor(packed_as, dtype=torch.int64, device=device),
@@ -165,7 +172,7 @@ class GroupedBatch:
         )
 
 
-def select(groups: Sequence[GroupTokens], parts: Sequence[Part]) -> list[GroupTokens]:
+def select(groups: Sequence[GroupTokens], parts: Sequence[GroupPart]) -> list[GroupTokens]:
     """The tokens of `parts`."""
     return [
         GroupTokens(groups[part.group].prompt, tuple(groups[part.group].responses[i] for i in part.responses))
@@ -175,7 +182,7 @@ def select(groups: Sequence[GroupTokens], parts: Sequence[Part]) -> list[GroupTo
 
 def micro_batches(
     groups: Sequence[GroupTokens], token_budget: int, cost: Cost, *, teacher: bool, multiple_of: int = 1
-) -> list[list[Part]]:
+) -> list[list[GroupPart]]:
     """Cuts a batch into micro-batches of at most `token_budget` packed tokens and nearly equal cost.
 
     Groups stay whole where they fit; a larger one is split by responses, its prompt repeated in every part, and where
@@ -212,10 +219,10 @@ def _round_up(n: int, multiple: int) -> int:
     return max(1, -(-n // multiple)) * multiple
 
 
-def _split(index: int, group: GroupTokens, token_budget: int, teacher: bool) -> list[Part]:
+def _split(index: int, group: GroupTokens, token_budget: int, teacher: bool) -> list[GroupPart]:
     everything = tuple(range(len(group.responses)))
     if group.tokens <= token_budget:
-        return [Part(index, everything)]
+        return [GroupPart(index, everything)]
     shared, rest = (everything[:1], everything[1:]) if teacher else ((), everything)
     fixed = len(group.prompt) + sum(len(group.responses[i]) for i in shared)
     parts: list[tuple[int, ...]] = []
@@ -229,4 +236,41 @@ def _split(index: int, group: GroupTokens, token_budget: int, teacher: bool) -> 
         else:
             parts[fits] += (i,)
             room[fits] -= length
-    return [Part(index, part) for part in parts or [everything]]
+    return [GroupPart(index, part) for part in parts or [everything]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What passes through a model at once, and where its S sequences stand among those of the whole batch.
+
+    sequences: layout of the S responses by group, with their tokens where these are predicted.
+    index: [S] int64 on the host, places in the batch's responses, group after group.
+    """
+
+    tokens: GroupedBatch
+    sequences: GroupLayout
+    index: Tensor
+
+
+def packed(
+    groups: Sequence[GroupTokens],
+    token_budget: int,
+    cost: Cost,
+    *,
+    teacher: bool,
+    device: torch.device | str = "cpu",
+) -> Iterator[MicroBatch]:
+    """A batch in micro-batches, as micro_batches() cuts it, packed on `device`.
+
+    teacher: the first response of every group is its teacher's; last tokens are inputs then, where scores are read.
+    """
+    begin = [0, *accumulate(len(group.responses) for group in groups)]
+    for parts in micro_batches(groups, token_budget, cost, teacher=teacher):
+        tokens = GroupedBatch.of(select(groups, parts), last_tokens=teacher, device=device)
+        sequences = GroupLayout.of(
+            [len(part.responses) - teacher for part in parts],
+            teacher=teacher,
+            lengths=None if teacher else tokens.lengths,
+            device=device,
+        )
+        yield MicroBatch(tokens, sequences, torch.tensor([begin[p.group] + i for p in parts for i in p.responses]))

@@ -66,42 +66,38 @@ class ChatTemplate:
 
     def fit_prompt(
         self, messages: Sequence[Message], limit: int, policy: Literal["truncate", "drop", "error"]
-    ) -> tuple[tuple[int, ...] | None, bool]:
-        """A prompt of at most `limit` tokens: (ids, truncated), or (None, False) where it must be dropped.
+    ) -> tuple[Sequence[Message], tuple[int, ...]] | None:
+        """A prompt of at most `limit` tokens: (messages, ids), the messages given where nothing is cut; None where it
+        must be dropped.
 
         "truncate" removes tokens from the end of the last user text and keeps all else: earlier turns, system prompt,
         assistant header. A prompt that is too long even without that text is dropped. "error" raises UserError.
         """
         ids = self.prompt_ids(messages)
         if len(ids) <= limit:
-            return ids, False
+            return messages, ids
         if policy == "error":
             raise UserError(
                 f"the prompt has {len(ids)} tokens, data.max_prompt_tokens allows {limit}: raise it, or set "
                 'data.long_prompt to "truncate" or "drop"'
             )
-        if policy == "drop":
-            return None, False
-        turns = self.truncate(messages, limit)
-        return (None, False) if turns is None else (self.prompt_ids(turns), True)
+        return None if policy == "drop" else self._truncated(messages, limit)
 
-    def truncate(self, messages: Sequence[Message], limit: int) -> list[dict[str, str]] | None:
-        """The conversation with so much of its last user text that its prompt has at most `limit` tokens.
-
-        None where the prompt is too long even without that text.
-        """
+    def _truncated(
+        self, messages: Sequence[Message], limit: int
+    ) -> tuple[list[dict[str, str]], tuple[int, ...]] | None:
         turns = [dict(message) for message in messages]
         last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
         text = turns[last]["content"]
         spans = self._tokenize(text, return_offsets_mapping=True)["offset_mapping"]
         kept = len(spans)
         # The end of the text may merge with what follows it, so one subtraction is not always enough.
-        while (excess := len(self.prompt_ids(turns)) - limit) > 0:
+        while (excess := len(ids := self.prompt_ids(turns)) - limit) > 0:
             if kept == 0:
                 return None
             kept = max(0, kept - excess)
             turns[last]["content"] = text[: spans[kept - 1][1]] if kept else ""
-        return turns
+        return turns, ids
 
     def response_ids(self, text: str, *, finished: bool, limit: int | None = None) -> tuple[int, ...]:
         """The ids of a response, its end marker included where it is finished; the first `limit` of them.
@@ -110,6 +106,13 @@ class ChatTemplate:
         """
         ids = self._encode(text, split_special_tokens=True)
         return (ids + (self.end_id,) if finished else ids)[:limit]
+
+    def responses_ids(self, texts: Sequence[str], finished: Sequence[bool]) -> list[tuple[int, ...]]:
+        """response_ids() of many responses by one call of the tokenizer."""
+        if not texts:
+            return []
+        encoded = self._tokenize(list(texts), split_special_tokens=True)["input_ids"]
+        return [(*ids, self.end_id) if ended else tuple(ids) for ids, ended in zip(encoded, finished, strict=True)]
 
     def text_of(self, token_ids: Sequence[int]) -> tuple[str, bool]:
         """(text, finished) of a response: the text without its end marker, other special tokens visible."""
@@ -130,7 +133,9 @@ class ChatTemplate:
     def _encode(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:
         return tuple(self._tokenize(text, split_special_tokens=split_special_tokens)["input_ids"])
 
-    def _tokenize(self, text: str, *, split_special_tokens: bool = False, return_offsets_mapping: bool = False) -> Any:
+    def _tokenize(
+        self, text: str | list[str], *, split_special_tokens: bool = False, return_offsets_mapping: bool = False
+    ) -> Any:
         # transformers keeps split_special_tokens in the shared backend between setting and using it.
         with self._lock:
             return self.tokenizer(

@@ -24,8 +24,9 @@ from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
-from gadcore.rollout import Engine, SampleRequest, make_engine, wake_with
-from gadcore.train.progress import derived_seed
+from gadcore.rollout.engine import Engine, SampleRequest, make_engine
+from gadcore.rollout.sampler import Sampler, derived_seed
+from gadcore.rollout.weights import PlainWeights
 
 Tell = Callable[[str], None]
 
@@ -157,12 +158,13 @@ class _Sampler:
         engine = self.engine
         if engine is None:
             raise RuntimeError("use() comes before generate()")
-        wake_with(engine, self.model)
-        drawn = engine.generate(
-            requests, temperature=self.config.sampling.temperature, max_tokens=self.config.data.max_response_tokens
+        sampler = Sampler(
+            engine,
+            PlainWeights(self.model),
+            temperature=self.config.sampling.temperature,
+            max_tokens=self.config.data.max_response_tokens,
         )
-        engine.sleep()
-        return [samples[0] for samples in drawn]
+        return [samples[0] for samples in sampler.generate(requests)]
 
     def close(self) -> None:
         if self.engine is not None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,22 +28,31 @@ from torch import Tensor
 from gadcore.config.settings import MemorySettings
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
-from gadcore.memory.holdings import CHANGES, FOLLOWS, HOLDINGS, NEEDS, Holding, State, needs
+from gadcore.memory.holdings import (
+    CHANGES,
+    FOLLOWS,
+    HOLDINGS,
+    NEEDS,
+    EnginePart,
+    Holding,
+    State,
+    engine_parts,
+    needs,
+)
 from gadcore.memory.ledger import ALLOCATOR, GIB, PROCESS, Ledger
 from gadcore.memory.meter import Meter, meter_of
 from gadcore.memory.placement import tier_name
 from gadcore.memory.tiers import make_tier
 
-Part = Literal["weights", "kv_cache"]
 # By then a step holds what every later one does.
 _CLOSE_VISITS = 3
 
 
 class Sleeper(Protocol):
-    """What is asked of an engine; gadcore.rollout.Engine is one."""
+    """What is asked of an engine; gadcore.rollout.engine.Engine is one."""
 
     def sleep(self) -> None: ...
-    def wake(self, part: Part) -> None: ...
+    def wake(self, part: EnginePart) -> None: ...
     def held(self) -> Mapping[Holding, int]: ...
 
 
@@ -129,7 +138,7 @@ class Colocation:
         self.observe()
         needed = needs(state, shared=self.shared)
         self._no_gradients(needed)
-        if "engine.kv_cache" not in needed and state != "synchronise":
+        if not engine_parts(state):
             self.engine.sleep()
         for holding, arena in self._arenas.items():
             if holding not in needed and arena.resident:
@@ -145,10 +154,10 @@ class Colocation:
                     arena.come()
             if holding in CHANGES[state]:
                 arena.changed()
-        if state == "synchronise":
-            self.engine.wake("weights")
-        if state == "rollout":
-            self.engine.wake("kv_cache")
+        awake = [] if self.state is None else engine_parts(self.state)
+        for part in engine_parts(state):
+            if part not in awake:
+                self.engine.wake(part)
         self._account()
         self.meter.reset_peak()
         self.state = state

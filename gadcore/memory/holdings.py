@@ -17,6 +17,8 @@ from typing import Literal
 State = Literal["synchronise", "rollout", "discriminator", "student", "rest"]
 # A name of HOLDINGS.
 Holding = str
+# What an engine wakes by itself.
+EnginePart = Literal["weights", "kv_cache"]
 HOLDINGS: tuple[Holding, ...] = (
     "student.parameters",
     "student.gradients",
@@ -53,6 +55,15 @@ FOLLOWS: Mapping[State, State] = {
     "discriminator": "student",
     "student": "synchronise",
 }
+
+
+# The engine's holdings, and what it calls them.
+ENGINE_PARTS: Mapping[Holding, EnginePart] = {"engine.weights": "weights", "engine.kv_cache": "kv_cache"}
+
+
+def engine_parts(state: State) -> list[EnginePart]:
+    """What of the engine must be awake in a state; nothing: it sleeps."""
+    return [part for holding, part in ENGINE_PARTS.items() if holding in NEEDS[state]]
 
 
 def needs(state: State, *, shared: bool) -> frozenset[Holding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
 Offload = Literal["none", "pinned", "file"]
@@ -26,15 +25,3 @@ def tier_name(offload: Literal["auto", "none", "pinned", "file"], device: str) -
     if offload == "file" and on_cuda:
         raise UserError("memory.offload = file frees host memory and this run is on a GPU: use pinned or none")
     return offload
-
-
-def shares_weights(config: Config, device: str) -> bool:
-    """Whether trainer and sampler compute with one copy of the student's weights.
-
-    Hugging Face's generate() always does. On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps
-    its own.
-    """
-    if config.rollout.engine == "hf":
-        return True
-    same = config.rollout.dtype == config.student.dtype
-    return device == "cpu" and same and config.memory.shared_weights

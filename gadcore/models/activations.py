@@ -19,8 +19,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from gadcore.data.groups import GroupedBatch, GroupTokens
-from gadcore.models.backbone import decoder_layers, hidden_states
+from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
+from gadcore.models.shallow import decoder_layers, shallow
 
 Mode = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("off", "selective", "full")
@@ -62,6 +63,16 @@ def bytes_per_token(model: PreTrainedModel) -> dict[Mode, int]:
 
 
 def _measured(model: PreTrainedModel) -> int:
+    """Bytes of mode "off", from runs of the first and of the first two layers: of the others each is one more."""
+    layers = len(decoder_layers(model))
+    if layers < 2:
+        return _kept(model, layers) // _PROBE_TOKENS
+    one, two = _kept(model, 1), _kept(model, 2)
+    return (one + (layers - 1) * (two - one)) // _PROBE_TOKENS
+
+
+def _kept(model: PreTrainedModel, layers: int) -> int:
+    """Bytes that the first so many layers keep of the probe's tokens, with what lies around them."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     again = Recomputables()
@@ -77,10 +88,10 @@ def _measured(model: PreTrainedModel) -> int:
     ids = tuple(1 + i % 7 for i in range(_PROBE_TOKENS // 2))
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with torch.enable_grad(), again.collected(), hooks:
+    with torch.enable_grad(), shallow(model, layers), again.collected(), hooks:
         out = hidden_states(model, batch)
     assert out.grad_fn is not None, "the model has no parameter that is trained"
-    return sum(kept.values()) // _PROBE_TOKENS
+    return sum(kept.values())
 
 
 def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) -> Mode:

@@ -16,11 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gadcore.data.groups import Cost, GroupedBatch, GroupTokens
-from gadcore.errors import UserError
+from gadcore.data.groups import Cost, GroupedBatch
 from gadcore.kernels.last_token_attention import last_token_attention
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.models.shallow import close, decoder_layers, probe_batch, shallow
 
 ATTENTION = "gadcore"
 
@@ -83,11 +83,6 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the backbone, in order."""
-    return model.base_model.layers  # type: ignore[return-value]
-
-
 def hidden_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
     """Hidden states [T, H] after the final norm of all tokens of a packed batch."""
     return _forward(model, batch)
@@ -106,9 +101,8 @@ def last_hidden_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
 def predicting_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
     """Hidden states [R, H] after the final norm of the tokens that predict the response tokens; pruned as above."""
     if is_pruned(model):
-        index, place = batch.predict_index.unique(return_inverse=True)
-        return _forward(model, batch, only=(index, False)).index_select(0, place)
-    return _forward(model, batch).index_select(0, batch.predict_index)
+        return _forward(model, batch, only=(batch.predicting, False)).index_select(0, batch.predicted_by)
+    return _forward(model, batch).index_select(0, batch.predicting[batch.predicted_by])
 
 
 def _forward(model: PreTrainedModel, batch: GroupedBatch, **kwargs: Any) -> Tensor:
@@ -142,12 +136,12 @@ def prune_last_layer(model: PreTrainedModel) -> bool:
     )
     if layer is None or not known:
         return False
-    batch, reads = _probe(model), (last_hidden_states, predicting_states)
-    with torch.no_grad():
+    batch, reads = probe_batch(model), (last_hidden_states, predicting_states)
+    with torch.no_grad(), shallow(model):
         expected = [read(model, batch) for read in reads]
         hook = layer.register_forward_pre_hook(_few_tokens_only, with_kwargs=True)
         try:
-            same = all(_close(read(model, batch), states) for read, states in zip(reads, expected, strict=True))
+            same = all(close(read(model, batch), states) for read, states in zip(reads, expected, strict=True))
         except ValueError:
             # The model attends by another layout than that of the batch.
             same = False
@@ -180,57 +174,6 @@ def _few_tokens_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     at = dict(position_embeddings=(cos.index_select(1, index), sin.index_select(1, index)))
     at["position_ids"] = kwargs["position_ids"].index_select(1, index)
     return (hidden.index_select(1, index), *args[1:]), {**kwargs, **at, "few": _Few(index, last, key, value)}
-
-
-def check_packing(model: PreTrainedModel, path: str) -> None:
-    """Raises UserError unless the model computes for a packed group what it computes for its rows alone."""
-    config = model.config.get_text_config()
-    what = f"the model {path} ({model.config.model_type}) does not fit packed groups"
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(f"{what}: it caps its attention scores (attn_logit_softcapping)")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UserError(f"{what}: its attention is not causal (use_bidirectional_attention)")
-    batch = _probe(model)
-    try:
-        with torch.no_grad():
-            packed = hidden_states(model, batch)
-            for row, index in _rows(batch):
-                alone = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
-                if not _close(packed[index], alone):
-                    raise UserError(
-                        f"{what}: its hidden states differ from those of the rows alone; its attention does something "
-                        "that neither a prefix layout nor position ids describe"
-                    )
-    except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def _probe(model: PreTrainedModel) -> GroupedBatch:
-    """Two small ragged groups."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [1 + 7 * i % (vocabulary - 1) for i in range(64)]
-    groups = [
-        GroupTokens(tuple(ids[:9]), (tuple(ids[9:14]), tuple(ids[20:28]))),
-        GroupTokens(tuple(ids[30:33]), (tuple(ids[33:40]), (ids[40],))),
-    ]
-    return GroupedBatch.of(groups, last_tokens=True, device=model.device)
-
-
-def _rows(batch: GroupedBatch) -> list[tuple[Tensor, Tensor]]:
-    """Every response behind its prompt: (token ids, where they lie in the packed row)."""
-    offsets, prompt_of = batch.layout.offsets.tolist(), batch.layout.prompt_of.tolist()
-    rows = []
-    for k, prompt in enumerate(prompt_of):
-        if k != prompt:
-            index = [*range(offsets[prompt], offsets[prompt + 1]), *range(offsets[k], offsets[k + 1])]
-            at = torch.tensor(index, device=batch.input_ids.device)
-            rows.append((batch.input_ids[0, at], at))
-    return rows
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(a.dtype, 0.1)
-    return a.shape == b.shape and bool(((a - b).norm() <= tolerance * b.norm()).item())
 
 
 def cost_of(model: PreTrainedModel) -> Cost:

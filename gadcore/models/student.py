@@ -1,30 +1,39 @@
-"""G: log-probs of the student, its SeqKD step and its GRPO step."""
+"""G: log-probs of the student, its SeqKD pass and its GRPO pass."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gadcore.config.device import best_device
+from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
-from gadcore.data.groups import Group, GroupedBatch, GroupTokens, micro_batches, select
-from gadcore.kernels.grpo_ratio_loss import group_advantages
+from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
+from gadcore.data.template import ChatTemplate
+from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
-from gadcore.models.activations import Mode, set_mode
-from gadcore.models.backbone import cost_of, predicting_states, prune_last_layer, use_packed_attention
-from gadcore.models.fused import embed_in_place, fuse_backbone, gradient_in_place
-from gadcore.models.optim import Optimizer, autocast
+from gadcore.models.activations import Mode
+from gadcore.models.backbone import predicting_states
+from gadcore.models.fused import gradient_in_place
+from gadcore.models.learner import Learner
+from gadcore.models.loading import load_causal_lm
+from gadcore.models.optim import autocast
+from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
+from gadcore.models.readout import Readout
+from gadcore.models.spec import ModelSpec
+
+# Of every sample its reward: [S] over all samples, group after group, or a list a group.
+Rewards = Tensor | Sequence[Sequence[float]]
 
 
-@dataclass(frozen=True)
-class PolicyStats:
+class PolicyStats(Readout):
     """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed."""
 
     loss: float
@@ -34,18 +43,15 @@ class PolicyStats:
     ratio_max: float
     logprob_diff_mean: float
     logprob_diff_max: float
-    tokens: int
 
 
-@dataclass(frozen=True)
-class SeqKDStats:
+class SeqKDStats(Readout):
     """What a SeqKD pass found: cross-entropy per token, tokens processed."""
 
     ce: float
-    tokens: int
 
 
-class Student:
+class Student(Learner):
     """The policy pi_G, and from freeze_reference() on the reference policy."""
 
     def __init__(
@@ -57,20 +63,53 @@ class Student:
         temperature: float,
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
+        template: ChatTemplate | None = None,
     ) -> None:
-        use_packed_attention(model)
-        fuse_backbone(model)
-        embed_in_place(model)
-        prune_last_layer(model)
-        self.model = model
+        """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs."""
+        super().__init__(
+            model,
+            settings,
+            owner="student",
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            template=template,
+        )
         self.reference: PreTrainedModel | None = None
         self.settings = settings
         self.algorithm = algorithm
         self.temperature = temperature
-        self.micro_batch_tokens = micro_batch_tokens
-        self.cost = cost_of(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
-        self.optimizer = Optimizer(model, settings, lr=settings.lr, owner="student")
+        self._loss: PolicyLoss | None = None
+        if algorithm.loss is not None:
+            self._loss = load_function(algorithm.loss, "algorithm.loss")
+
+    @classmethod
+    def load(
+        cls,
+        model: str | ModelSpec,
+        settings: StudentSettings | None = None,
+        algorithm: AlgorithmSettings | None = None,
+        *,
+        device: torch.device | str | None = None,
+        temperature: float = 0.8,
+        micro_batch_tokens: int = 16384,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
+    ) -> Student:
+        """The student from a model directory, a hub id or a bundled name.
+
+        settings, algorithm: default the paper's. device: default the GPU where there is one.
+        Raises UserError where there is no such model, or where it does not fit packed groups.
+        """
+        spec = ModelSpec.resolve(model) if isinstance(model, str) else model
+        settings = settings or StudentSettings()
+        return cls(
+            load_causal_lm(spec.path, settings.dtype, best_device() if device is None else torch.device(device)),
+            settings,
+            algorithm or AlgorithmSettings(),
+            temperature=temperature,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            template=spec.template,
+        )
 
     def freeze_reference(self) -> None:
         """Makes the student as it is now the reference policy; none is kept where no KL is asked for."""
@@ -92,86 +131,90 @@ class Student:
         """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
         tokens = [GroupTokens(group.prompt.token_ids, (group.teacher.token_ids,)) for group in groups]
         response_tokens = sum(len(group.teacher.token_ids) for group in groups)
-        ce = 0.0
-        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=False):
-            batch = GroupedBatch.of(select(tokens, parts), last_tokens=False, device=self.model.device)
-            logprob = self.logprobs(self.model, batch, self.algorithm.sft_temperature)
+        ce = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for micro in self.packed(tokens, teacher=False):
+            logprob = self.logprobs(self.model, micro.tokens, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
             loss.backward()
-            ce += loss.item()
-        return SeqKDStats(ce, sum(group.tokens for group in tokens))
+            ce += loss.detach()
+        return self.later(SeqKDStats({"ce": ce}, tokens=sum(group.tokens for group in tokens)))
 
-    def grpo_backward(self, groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> PolicyStats:
-        """Adds the gradient of the GRPO loss on the samples of the batch; rewards[g][i] is of groups[g].samples[i].
+    def grpo_backward(self, groups: Sequence[Group], rewards: Rewards) -> PolicyStats:
+        """Adds the gradient of the GRPO loss on the samples of the batch.
 
         The batch gets exactly one optimizer step, so the old policy is the policy itself and no pass for old
         log-probs is needed (kernels/grpo_ratio_loss.py).
         """
-        algorithm = self.algorithm
         tokens = [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
-        advantages = self.advantages(rewards)
-        response_tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
-        loss = kl = entropy = clipped = diff = ratio_max = diff_max = 0.0
-        for parts in micro_batches(tokens, self.micro_batch_tokens, self.cost, teacher=False):
-            batch = GroupedBatch.of(select(tokens, parts), last_tokens=False, device=self.model.device)
-            ref_logprob = None
-            if self.reference is not None:
-                with torch.no_grad():
-                    ref_logprob = self.logprobs(self.reference, batch, self.temperature)
-            hidden, head = self.predicting_states(self.model, batch), self.model.get_output_embeddings()
-            with autocast(self.settings.autocast, self.model.device):
-                result = linear_grpo_loss(
-                    hidden,
-                    head.weight,
-                    batch.targets,
-                    GroupLayout.of(
-                        [len(part.responses) for part in parts],
-                        teacher=False,
-                        lengths=batch.lengths,
-                        device=hidden.device,
-                    ),
-                    bias=head.bias,
-                    # Known for the whole batch, so a cut may separate the samples of a group.
-                    advantages=torch.cat([advantages[p.group][list(p.responses)] for p in parts]).to(hidden.device),
-                    ref_logprob=ref_logprob,
-                    temperature=self.temperature,
-                    clip_low=algorithm.clip_low,
-                    clip_high=algorithm.clip_high,
-                    kl_coef=algorithm.kl_coef,
-                    denominator=response_tokens,
-                    return_entropy=True,
-                    add_weight_gradient_to=gradient_in_place(head.weight, self.settings.autocast),
-                )
+        device = self.model.device
+        # Known for the whole batch, so that a cut may separate the samples of a group.
+        advantages = self.advantages(rewards, [len(group.samples) for group in groups]).to(device)
+        samples = [sample for group in groups for sample in group.samples]
+        response_tokens = sum(len(sample.token_ids) for sample in samples)
+        sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logprob_diff_mean"), torch.zeros(()).double())
+        most = dict.fromkeys(("ratio_max", "logprob_diff_max"), torch.zeros(()).double())
+        sums, most = ({name: value.to(device) for name, value in each.items()} for each in (sums, most))
+        for micro in self.packed(tokens, teacher=False):
+            sampled = torch.tensor([p for i in micro.index.tolist() for p in samples[i].logprobs], device=device)
+            result = self._policy_loss(micro, advantages[micro.index.to(device)], sampled, response_tokens)
             result.loss.backward()
-            samples = [groups[part.group].samples[i] for part in parts for i in part.responses]
-            sampled = torch.tensor([logprob for sample in samples for logprob in sample.logprobs])
             metrics = result.metrics
-            difference = (metrics.logprob.cpu() - sampled).abs()
-            loss += result.loss.item()
-            kl += metrics.kl_sum.item() / response_tokens
-            entropy += metrics.entropy_sum.item() / response_tokens
-            clipped += metrics.clipped_sum.item() / response_tokens
-            ratio_max = max(ratio_max, metrics.ratio_max.item())
-            diff += difference.sum().item() / response_tokens
-            diff_max = max(diff_max, difference.max().item())
-        return PolicyStats(loss, kl, entropy, clipped, ratio_max, diff, diff_max, sum(group.tokens for group in tokens))
+            difference = (metrics.logprob - sampled).abs()
+            found = {
+                "kl": metrics.kl_sum,
+                "entropy": metrics.entropy_sum,
+                "clip_fraction": metrics.clipped_sum,
+                "logprob_diff_mean": difference.sum(),
+            }
+            sums["loss"] = sums["loss"] + result.loss.detach()
+            for name, value in found.items():
+                sums[name] = sums[name] + value.double() / response_tokens
+            for name, value in (("ratio_max", metrics.ratio_max), ("logprob_diff_max", difference.max())):
+                most[name] = torch.maximum(most[name], value.double())
+        return self.later(PolicyStats({**sums, **most}, tokens=sum(group.tokens for group in tokens)))
 
-    def advantages(self, rewards: Sequence[Sequence[float]]) -> list[Tensor]:
+    def _policy_loss(self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, denominator: int) -> GRPOLoss:
+        """The loss of a micro-batch under algorithm.loss, default the clipped ratio with k3 KL in one fused op."""
+        algorithm, batch = self.algorithm, micro.tokens
+        ref_logprob = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logprob = self.logprobs(self.reference, batch, self.temperature)
+        if self._loss is not None:
+            logprob = self.logprobs(self.model, batch, self.temperature)
+            inputs = LossInputs(logprob, advantages, ref_logprob, sampled, micro.sequences, denominator, algorithm)
+            return by_function(self._loss, inputs)
+        hidden, head = self.predicting_states(self.model, batch), self.model.get_output_embeddings()
+        with autocast(self.settings.autocast, self.model.device):
+            return linear_grpo_loss(
+                hidden,
+                head.weight,
+                batch.targets,
+                micro.sequences,
+                bias=head.bias,
+                advantages=advantages,
+                ref_logprob=ref_logprob,
+                temperature=self.temperature,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                kl_coef=algorithm.kl_coef,
+                denominator=denominator,
+                return_entropy=True,
+                add_weight_gradient_to=gradient_in_place(head.weight, self.settings.autocast),
+            )
+
+    def advantages(self, rewards: Rewards, sizes: Sequence[int]) -> Tensor:
         """A_i = (r_i - mean r) / (std r + floor) over each group, unbiased std; undivided where that is asked for.
 
-        One float64 tensor a group. The floor is algorithm.advantage_std_floor: the paper's 1e-6 only avoids 0 / 0, one
-        of the size of a usual std keeps groups whose rewards hardly differ from being blown up to full advantages.
+        [S] float64, on the rewards' device. sizes: samples of every group. The floor is algorithm.advantage_std_floor:
+        the paper's 1e-6 only avoids 0 / 0, one of the size of a usual std keeps groups whose rewards hardly differ from
+        being blown up to full advantages.
         """
-        sizes = [len(group) for group in rewards]
-        advantages = group_advantages(
-            torch.tensor([r for group in rewards for r in group], dtype=torch.float64),
-            GroupLayout.of(sizes, teacher=False),
+        if not isinstance(rewards, Tensor):
+            rewards = torch.tensor([r for group in rewards for r in group], dtype=torch.float64)
+        return group_advantages(
+            rewards.double(),
+            GroupLayout.of(sizes, teacher=False, device=rewards.device),
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
-        return list(advantages.split(sizes))
-
-    def step(self, lr: float) -> float:
-        """One optimizer step on the gradient that is there; returns its norm before clipping."""
-        self.optimizer.set_lr(lr)
-        return self.optimizer.step()

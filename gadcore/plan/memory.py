@@ -12,12 +12,13 @@ from typing import get_args
 
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
-from gadcore.memory.placement import Offload, shares_weights, tier_name
+from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import Machine
 from gadcore.plan.workload import Workload
+from gadcore.rollout.engine import Engine, engine_class
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -41,9 +42,18 @@ class Case:
         return tier_name(self.config.memory.offload, self.machine.kind)
 
     @property
+    def engine(self) -> type[Engine]:
+        """The class of the sampler's engine."""
+        return engine_class(self.config)
+
+    @property
+    def sampling_dtype(self) -> str:
+        return self.engine.dtype(self.config)
+
+    @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
-        return shares_weights(self.config, self.machine.kind)
+        return self.engine.shares_weights(self.config, self.machine.kind)
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,7 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     config, ranks = case.config, case.machine.ranks
     student = case.student.parameters * ITEM[config.student.dtype] / ranks
     discriminator = case.discriminator.scalar_parameters * ITEM[config.discriminator.dtype] / ranks
-    engine = case.student.parameters * ITEM[config.rollout.dtype] / choice.tensor_parallel
-    sampler = config.rollout.engine == "vllm"
+    engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
     return {
         "student.parameters": student,
         "student.gradients": student,
@@ -83,8 +92,8 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
         "discriminator.parameters": discriminator,
         "discriminator.gradients": discriminator,
         "discriminator.optimizer": 2 * discriminator,
-        "engine.weights": engine if sampler and not case.shared else 0.0,
-        "engine.kv_cache": choice.kv_bytes if sampler else 0.0,
+        "engine.weights": engine if case.engine.holds_memory and not case.shared else 0.0,
+        "engine.kv_cache": choice.kv_bytes if case.engine.holds_memory else 0.0,
     }
 
 
@@ -122,13 +131,13 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
     """Everything that a state takes on one rank, at its peak."""
     lies = held(case, choice, state)
     working = {"process": case.machine.figures["process_bytes"]}
-    if state == "rollout" and case.config.rollout.engine == "vllm":
+    if state == "rollout" and case.engine.holds_memory:
         working["sampler's buffers"] = case.machine.figures["engine_bytes"]
     elif state == "synchronise" and not case.shared:
         # One tensor at a time: gathered, and cast.
         largest = max(case.student.head, case.student.matrices / 3)
         working["a tensor on its way"] = largest * (
-            ITEM[case.config.rollout.dtype] + (ITEM[case.config.student.dtype] if case.machine.ranks > 1 else 0)
+            ITEM[case.sampling_dtype] + (ITEM[case.config.student.dtype] if case.machine.ranks > 1 else 0)
         )
     elif state in ("student", "discriminator"):
         gradients = lies.get(f"{state}.gradients", 0.0)  # type: ignore[call-overload]
@@ -209,11 +218,11 @@ def needed_kv(case: Case, tensor_parallel: int) -> float:
     sequences = min(work.prompts * work.samples / samplers, rollout.max_num_seqs)
     tokens = sequences * (work.longest_prompt / work.samples + work.limit)
     tokens = max(tokens, work.longest_prompt + work.limit)
-    return tokens * case.student.kv_bytes(ITEM[rollout.dtype]) / tensor_parallel
+    return tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel
 
 
 def least_kv(case: Case, tensor_parallel: int) -> float:
     """Bytes of KV cache below which not even one group can be sampled at full length."""
     work = case.work
     tokens = work.longest_prompt + work.samples * work.limit
-    return tokens * case.student.kv_bytes(ITEM[case.config.rollout.dtype]) / tensor_parallel
+    return tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel

@@ -73,7 +73,7 @@ def plan_with(case: Case, choice: Choice) -> Plan:
     if host < 0:
         problems.append(f"what is moved off needs {-host / 1e9:.0f} GB more than a node's host has")
     least = least_kv(case, choice.tensor_parallel)
-    if case.config.rollout.engine == "vllm" and choice.kv_bytes < least:
+    if case.engine.holds_memory and choice.kv_bytes < least:
         problems.append(
             f"the KV cache of {choice.kv_bytes / 1e9:.1f} GB is less than the {least / 1e9:.1f} GB that one group at "
             "full length takes"
@@ -99,7 +99,7 @@ def as_given(case: Case) -> Plan:
     degree, _ = _sampler(case)
     kv = float(config.rollout.kv_cache_gib * _GIB)
     if machine.kind == "cuda":
-        weights = case.student.parameters * ITEM[config.rollout.dtype] / degree
+        weights = case.student.parameters * ITEM[case.sampling_dtype] / degree
         share = config.rollout.gpu_memory_utilization * machine.figures["memory_bytes"]
         kv = max(0.0, share - weights - machine.figures["engine_bytes"])
     plans = [plan_with(case, Choice(mode, config.schedule.micro_batch_tokens, kv, degree)) for mode in _modes(config)]

@@ -98,9 +98,9 @@ def _choice_table(plan: Plan, given: Plan) -> Table:
         plan.choice.mode,
         f"auto: {given.choice.mode}" if asked == "auto" else asked,
     )
-    if config.rollout.engine == "vllm" and case.machine.kind == "cpu":
+    if case.engine.holds_memory and case.machine.kind == "cpu":
         table.add_row("rollout.kv_cache_gib", f"{plan.choice.kv_bytes / _GIB:.0f}", str(config.rollout.kv_cache_gib))
-    elif config.rollout.engine == "vllm":
+    elif case.engine.holds_memory:
         table.add_row(
             "rollout.gpu_memory_utilization",
             f"{utilisation(plan):.2f} (KV cache {plan.choice.kv_bytes / 1e9:.1f} GB)",

@@ -99,12 +99,12 @@ def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float)
     """One decoding step of one sampler: `rows` sequences, each with `context` tokens behind it."""
     d, machine, figures = case.student, case.machine, case.machine.figures
     cut = choice.tensor_parallel
-    item = ITEM[case.config.rollout.dtype]
+    item = ITEM[case.sampling_dtype]
     bandwidth = figures.get("decode_bandwidth") or figures["memory_bandwidth"] * figures["memory_share"]
     entries = d.layers * d.matrices + d.head
     reading = entries * item / cut / bandwidth
     keys = rows * context * d.kv_bytes(item) / cut / bandwidth
-    products = 2 * entries * rows / cut / machine.decode_flops(rows, case.config.rollout.dtype)
+    products = 2 * entries * rows / cut / machine.decode_flops(rows, case.sampling_dtype)
     launches = figures["engine_layer_seconds"] * d.layers
     beside = figures["engine_step_seconds"] + figures.get("engine_row_seconds", 0.0) * rows
     if machine.kind == "cpu":
@@ -121,15 +121,15 @@ def rollout_seconds(case: Case, choice: Choice, prompts: float, samples: int) ->
     if sequences == 0:
         return 0.0
     machine, figures = case.machine, case.machine.figures
-    rate = machine.product_flops(rollout.dtype) * figures["product_share"] * (1 - figures["elementwise_share"])
+    rate = machine.product_flops(case.sampling_dtype) * figures["product_share"] * (1 - figures["elementwise_share"])
     prefill = prompts / samplers * work.prompt * (d.token_flops + d.pair_flops * work.prompt / 2)
     seconds = prefill / choice.tensor_parallel / rate
 
     slots = min(sequences, rollout.max_num_seqs)
-    if rollout.engine == "vllm":
+    if case.engine.batches_prompts:
         per_sequence = work.prompt / samples + work.response
         total_kv = choice.kv_bytes * choice.tensor_parallel
-        slots = max(1.0, min(slots, total_kv / (per_sequence * d.kv_bytes(ITEM[rollout.dtype]))))
+        slots = max(1.0, min(slots, total_kv / (per_sequence * d.kv_bytes(ITEM[case.sampling_dtype]))))
     else:
         slots = min(slots, samples)  # One prompt at a time.
     # Until the last sequences have begun, all slots are taken.
@@ -165,10 +165,10 @@ def synchronise_seconds(case: Case) -> float:
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (ITEM[case.config.student.dtype] + 3 * ITEM[case.config.rollout.dtype])
+    read = parameters * (ITEM[case.config.student.dtype] + 3 * ITEM[case.sampling_dtype])
     seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
     if case.machine.ranks > 1:
-        seconds += parameters * ITEM[case.config.rollout.dtype] / collective_bandwidth(case)
+        seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
     return seconds
 
 

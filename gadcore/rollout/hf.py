@@ -11,12 +11,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
-from gadcore.memory.colocation import Part
-from gadcore.memory.holdings import Holding
-from gadcore.rollout.engine import SampleRequest
+from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.weights import WeightSource
 
 
-class HFEngine:
+class HFEngine(Engine):
     """Samples from the trainer's own model object: there is no second copy of the weights.
 
     One prompt at a time, so that its seed alone decides its samples.
@@ -25,7 +24,6 @@ class HFEngine:
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model
         self.template = template
-        self.shared = True
 
     @torch.no_grad()
     def generate(
@@ -68,24 +66,11 @@ class HFEngine:
             responses.append(Response(text, tuple(ids.tolist()), finished, tuple(logprobs.tolist())))
         return responses * request.n if greedy else responses
 
-    def update_weights(self, model: PreTrainedModel) -> None:
-        if model is not self.model:
-            raise RuntimeError("the Hugging Face engine samples from the model it was built with")
+    def update_weights(self, source: WeightSource) -> None:
+        own = self.weights()
+        for name, tensor in source:
+            if name not in own or own[name].data_ptr() != tensor.data_ptr():
+                raise RuntimeError(f"the Hugging Face engine samples from the model it was built with, not from {name}")
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
-
-    def sleep(self) -> None:
-        """Nothing to give back: the key-value cache lives only inside generate()."""
-
-    def wake(self, part: Part) -> None:
-        """Nothing to take."""
-
-    def held(self) -> dict[Holding, int]:
-        return {}
-
-    def aliases(self) -> list[Tensor]:
-        return []
-
-    def close(self) -> None:
-        """Nothing to end."""

@@ -19,11 +19,11 @@ from gadcore import cpu
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
-from gadcore.memory.colocation import Part
-from gadcore.memory.holdings import Holding
-from gadcore.memory.placement import shares_weights
+from gadcore.kernels.cast_copy import cast_copy
+from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
-from gadcore.rollout.engine import SampleRequest, fingerprint
+from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.weights import PlainWeights, WeightSource, checksums
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,21 @@ def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
     layer.cpu_linear = cpu.decoding_linear()
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM as an Engine, sampling from the weights of `model`, which was loaded from the directory `model_path`."""
+
+    holds_memory = True
+    batches_prompts = True
+
+    @classmethod
+    def shares_weights(cls, config: Config, device: str) -> bool:
+        # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own.
+        same = config.rollout.dtype == config.student.dtype
+        return device == "cpu" and same and config.memory.shared_weights
+
+    @classmethod
+    def dtype(cls, config: Config) -> str:
+        return config.rollout.dtype
 
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         rollout = config.rollout
@@ -93,12 +106,12 @@ class VLLMEngine:
             cpu.adapt_vllm(self.llm)
         self.slices = map_weights(model, self.engine_model)
         self._kv_cache = self._find_kv_cache()
-        self.shared = shares_weights(config, model.device.type)
+        self.shared = self.shares_weights(config, model.device.type)
         if self.shared:
             self._share(model)
-        self._awake: set[Part] = {"weights", "kv_cache"}
+        self._awake: set[EnginePart] = {"weights", "kv_cache"}
         self._current = False
-        self.update_weights(model)
+        self.update_weights(PlainWeights(model))
         self.sleep()
 
     def _share(self, model: PreTrainedModel) -> None:
@@ -149,19 +162,18 @@ class VLLMEngine:
         text, finished = self.template.text_of(ids)
         return Response(text, ids, finished, logprobs)
 
-    def update_weights(self, model: PreTrainedModel) -> None:
+    def update_weights(self, source: WeightSource) -> None:
         if "weights" not in self._awake:
             raise RuntimeError("the engine sleeps: wake its weights before they are updated")
-        weights, trainer = self.weights(), dict(model.named_parameters())
+        weights = self.weights()
+        pairs = [(name, tensor, weights[name]) for name, tensor in source]
         if self.shared:
-            if moved := [n for n, p in trainer.items() if p.data_ptr() != weights[n].data_ptr()]:
+            if moved := [name for name, tensor, own in pairs if tensor.data_ptr() != own.data_ptr()]:
                 raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
         else:
-            with torch.no_grad():
-                for name, p in trainer.items():
-                    weights[name].copy_(p)
-            expected = ((name, p.detach().to(weights[name].dtype)) for name, p in trainer.items())
-            if fingerprint(weights.items()) != fingerprint(expected):
+            cast_copy([(tensor, own) for _, tensor, own in pairs])
+            expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in pairs)
+            if not torch.equal(checksums((name, own) for name, _, own in pairs), expected):
                 raise RuntimeError("vLLM's weights differ from the trainer's after an update")
         # Cached keys and values belong to the old weights.
         if not self.llm.reset_prefix_cache():
@@ -182,7 +194,7 @@ class VLLMEngine:
         self._awake = set()
         self._current = self.shared
 
-    def wake(self, part: Part) -> None:
+    def wake(self, part: EnginePart) -> None:
         if part in self._awake:
             return
         if not self.on_cpu:

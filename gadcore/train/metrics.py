@@ -7,23 +7,17 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from gadcore.data.groups import Group
 from gadcore.measure.diversity import repetition
-from gadcore.models.discriminator import Scores
 from gadcore.models.student import PolicyStats, SeqKDStats
+from gadcore.train.step import StepResult
 
 
-def step_metrics(
-    groups: Sequence[Group],
-    stats: PolicyStats | SeqKDStats | None,
-    student_norm: float | None,
-    scores: Scores | None,
-    discriminator_norm: float | None,
-) -> dict[str, float]:
+def step_metrics(result: StepResult) -> dict[str, float]:
     """Figures of one step, without times. Lengths are in tokens of the student's vocabulary.
 
-    A scores without a discriminator_norm is of a discriminator that was not updated: nothing was trained on it.
+    Scores without a discriminator_norm are of a discriminator that was not updated: nothing was trained on it.
     """
+    stats, scores = result.stats, result.scores
     values: dict[str, float] = {}
     trained = 0
     if isinstance(stats, PolicyStats):
@@ -38,8 +32,8 @@ def step_metrics(
         }
     elif isinstance(stats, SeqKDStats):
         values["student/ce"] = stats.ce
-    if stats is not None and student_norm is not None:
-        values |= {"student/grad_norm": student_norm, "tokens/student": stats.tokens}
+    if stats is not None and result.student_norm is not None:
+        values |= {"student/grad_norm": result.student_norm, "tokens/student": stats.tokens}
         trained += stats.tokens
     if scores is not None:
         values |= {
@@ -48,21 +42,22 @@ def step_metrics(
             "discriminator/margin": scores.margin,
             "tokens/discriminator": scores.tokens,
         }
-        values |= _sample_metrics(groups, scores)
-        if discriminator_norm is not None:
-            values["discriminator/grad_norm"] = discriminator_norm
+        values |= _sample_metrics(result)
+        if result.discriminator_norm is not None:
+            values["discriminator/grad_norm"] = result.discriminator_norm
             trained += scores.tokens
     values["tokens/trained"] = trained
     return values
 
 
-def _sample_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+def _sample_metrics(result: StepResult) -> dict[str, float]:
+    groups, by_group = result.groups, result.rewards_by_group()
     lengths = [len(s.token_ids) for g in groups for s in g.samples]
-    rewards = [r for group in scores.rewards for r in group]
+    rewards = [r for group in by_group for r in group]
     student, teacher = fmean(lengths), fmean(len(g.teacher.token_ids) for g in groups)
     return {
         "reward/mean": fmean(rewards),
-        "reward/std": fmean(stdev(group) for group in scores.rewards),
+        "reward/std": fmean(stdev(group) for group in by_group),
         "reward/length_corr": correlation(rewards, lengths),
         "length/student": student,
         "length/teacher": teacher,
@@ -72,19 +67,23 @@ def _sample_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]
     }
 
 
-def sample_traits(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+def sample_traits(result: StepResult) -> dict[str, float]:
     """What a reward might go with instead of quality, for gadcore.record.health.
 
     reward/finished_gap: mean reward of finished minus that of cut samples; reward/finished_corr: correlation of reward
     and "finished", each with its group's mean reward taken off. Both are absent where a step has only one kind.
     samples/repetition: share of the 4-grams of words of a sample that it has had before, mean over samples.
+    Nothing where nothing was scored.
     """
+    if result.scores is None:
+        return {}
+    groups, by_group = result.groups, result.rewards_by_group()
     samples = [sample for group in groups for sample in group.samples]
     values = {"samples/repetition": fmean(repetition(sample.text) for sample in samples)}
     finished = [sample.finished for sample in samples]
     if any(finished) and not all(finished):
         # Prompts differ in level and in how often their responses are cut, which would count as a gap.
-        centred = [r - fmean(group) for group in scores.rewards for r in group]
+        centred = [r - fmean(group) for group in by_group for r in group]
         ended = [r for r, f in zip(centred, finished, strict=True) if f]
         cut = [r for r, f in zip(centred, finished, strict=True) if not f]
         values["reward/finished_gap"] = fmean(ended) - fmean(cut)

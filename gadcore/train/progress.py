@@ -1,9 +1,7 @@
-"""How long the stages of a run last, where it stands, and the seeds of its samples."""
+"""How long the stages of a run last, and where it stands."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,9 +79,3 @@ def _check_warmup(config: Config, steps: int, *, gad: int) -> None:
         )
     if gad and config.gate.enabled and not steps:
         raise UserError("gate.enabled makes the warmup longer, and there is none: raise schedule.warmup_epochs")
-
-
-def derived_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed that depends on its arguments alone, so that a resumed run draws the same samples."""
-    digest = hashlib.blake2b(json.dumps([seed, purpose, index]).encode(), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")

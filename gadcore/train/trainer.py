@@ -1,90 +1,78 @@
-"""Trainer: the state of a run, and what the algorithm asks of it besides mathematics.
-
-Sampling, the resumable loop over batches, metrics, checkpoints, the held-out evaluation.
-"""
+"""Trainer: the loop over batches of a run, where it stands, and how it is saved and goes on."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from gadcore.checkpoint import store
-from gadcore.config.settings import Config
+from gadcore.config.functions import load_function
+from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
-from gadcore.data.template import ChatTemplate
 from gadcore.errors import Interrupted, UserError
-from gadcore.measure.heldout import evaluate
 from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator, Scores
-from gadcore.models.loading import save_model
-from gadcore.models.student import PolicyStats, SeqKDStats, Student
-from gadcore.record.health import Monitor, watched
-from gadcore.record.monitor import MachineMonitor
+from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
-from gadcore.record.trace import Trace
-from gadcore.record.tracking import Tracker, read_rows
-from gadcore.record.view import View
-from gadcore.rollout import Engine, SampleRequest
-from gadcore.train.archive import Archive
-from gadcore.train.convergence import measure
+from gadcore.rollout.sampler import Sampler
+from gadcore.train.checkpoints import Checkpoints
+from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
 from gadcore.train.phases import Phases
-from gadcore.train.progress import TIME_FORMAT, Progress, derived_seed, stage_steps
+from gadcore.train.progress import TIME_FORMAT, Progress, stage_steps
+from gadcore.train.records import Records
+from gadcore.train.reward import Reward, rewards_by
+from gadcore.train.step import StepResult
 
 
 class Trainer:
-    """Owns the models, the sampler and the records of one run."""
+    """Owns the models, the sampler, and where the run stands; gadcore.algorithm's stages train by it."""
 
     def __init__(
         self,
         config: Config,
         stages: Sequence[str],
-        folder: RunFolder,
         *,
         student: Student,
         discriminator: Discriminator | None,
-        engine: Engine,
-        template: ChatTemplate,
+        sampler: Sampler,
         loader: Loader,
-        held_out: Sequence[Group],
-        phases: Phases,
-        memory: Colocation,
-        view: View,
-        tracker: Tracker,
-        stop_requested: Callable[[], str | None],
-        facts: dict[str, Any],
+        held_out: Sequence[Group] = (),
+        records: Records | None = None,
+        folder: RunFolder | None = None,
+        phases: Phases | None = None,
+        memory: Colocation | None = None,
+        stop_requested: Callable[[], str | None] = lambda: None,
         make_discriminator: Callable[[], Discriminator] | None = None,
-        machine: MachineMonitor | None = None,
-        trace: Trace | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
-        """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call."""
+        """held_out: groups without samples. records: default none are kept. folder: of checkpoints and results; without
+        one nothing can be saved. memory: default a device on which everything stays. stop_requested: why the run is to
+        stop after this step, None to go on. make_discriminator: see Heldout. facts: for the summary.
+        """
         self.config = config
         self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
-        self.folder = folder
-        self.student = student
-        self._discriminator = discriminator
-        self.engine = engine
-        self.template = template
-        self.loader = loader
-        self.held_out = held_out
-        self.phases = phases
-        self.memory = memory
-        self.view = view
-        self.tracker = tracker
+        self.folder, self.records = folder, records or Records()
+        self.student, self._discriminator = student, discriminator
+        self.sampler, self.loader = sampler, loader
+        self.phases = phases or Phases()
+        self.memory = memory or Colocation(
+            student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
+        )
+        self.heldout = Heldout(held_out, sampler, discriminator, self.phases, self.memory, make_discriminator)
         self.stop_requested = stop_requested
-        self.facts = facts
-        self._make_discriminator = make_discriminator
-        self._machine = machine
-        self._trace = trace
-        self._step_began = 0.0
-        self._health = Monitor()
-        self._archive = Archive(folder, memory, loader, list(self.stage_steps), student, discriminator)
+        self.facts = facts or {}
+        reward = config.algorithm.reward
+        self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
+        self._checkpoints = None
+        if folder is not None:
+            self._checkpoints = Checkpoints(folder, self.memory, loader, list(self.stage_steps), student, discriminator)
 
     @property
     def discriminator(self) -> Discriminator:
@@ -92,39 +80,32 @@ class Trainer:
             raise RuntimeError("this run has no discriminator")
         return self._discriminator
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        if self._checkpoints is None:
+            raise RuntimeError("this run has no folder to save into")
+        return self._checkpoints
+
     # The loop
+
+    def begin(self, stage: str) -> None:
+        """A stage begins, or goes on where the run stands."""
+        if self.progress.stage != stage:
+            self.progress.stage, self.progress.stage_step = stage, 0
+        self.records.stage(stage, self._length(stage))
 
     def steps(self, stage: str) -> Iterator[tuple[int, list[Group]]]:
         """(step within the stage, from 1; its batch), beginning where the run stands."""
-        if self.progress.stage != stage:
-            self.progress.stage, self.progress.stage_step = stage, 0
-        self.view.stage(stage, self._length(stage))
-        while self._goes_on(stage):
+        while self.progress.stage_step < self._length(stage):
+            if stage == "gad" and self.progress.convergence.stopped:
+                return
             self._stop_if_asked()
-            self._begin_step()
+            self.records.begin_step()
             yield self.progress.stage_step + 1, next(self.loader)
-        if stage == "gad":
-            self._take_best()
-
-    def _begin_step(self) -> None:
-        """What lies between two steps, checkpoints and evaluations, is part of neither."""
-        self._step_began = time.perf_counter()
-        if self._machine is not None:
-            self._machine.begin_step()
 
     def _length(self, stage: str) -> int:
         """Steps of the stage as far as is known."""
         return self.stage_steps[stage] + (self.progress.gate.extra if stage == "warmup" else 0)
-
-    def _goes_on(self, stage: str) -> bool:
-        progress = self.progress
-        if stage == "gad" and progress.convergence.stopped:
-            return False
-        if stage == "warmup" and progress.stage_step == self._length(stage):
-            self._pass_gate()
-        if stage == "gad" and self._length(stage) and progress.stage_step == 0 and not progress.convergence.measured:
-            self._look_at_convergence()
-        return progress.stage_step < self._length(stage)
 
     def is_done(self, stage: str) -> bool:
         return stage in self.progress.done
@@ -139,212 +120,158 @@ class Trainer:
         reason = self.stop_requested()
         if reason is None:
             return
-        saved = "before the first step"
-        if self.progress.step:
-            self.save()
-            saved = f"after step {self.progress.step}, saved"
+        saved, where = "before the first step", ""
+        if self.folder is not None:
+            where = f"--run.dir {self.folder.path} "
+            if self.progress.step:
+                self.save()
+                saved = f"after step {self.progress.step}, saved"
         command = "seqkd " if "seqkd" in self.stage_steps else ""
         raise Interrupted(
-            f"stopped by {reason} {saved}; go on with: "
-            f"{sys.executable} -m gadcore.run {command}--run.dir {self.folder.path} --resume auto"
+            f"stopped by {reason} {saved}; go on with: {sys.executable} -m gadcore.run {command}{where}--resume auto"
         )
-
-    # Sampling
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
         """Draws N samples of the current student for every group of the batch."""
-        rollout = self.config.rollout
-        self.view.status(f"sampling {len(groups) * rollout.group_size} responses")
-        self._generate(groups, rollout.group_size, f"{stage}/{step}")
+        n = self.config.rollout.group_size
+        self.records.status(f"sampling {len(groups) * n} responses")
+        self.sampler.draw(groups, n, f"{stage}/{step}")
 
-    def _generate(self, groups: Sequence[Group], n: int, purpose: str) -> None:
-        requests = [
-            SampleRequest(g.prompt.token_ids, n, derived_seed(self.config.run.seed, purpose, g.prompt.index))
-            for g in groups
-        ]
-        with self.phases("synchronise"):
-            self.engine.update_weights(self.student.model)
-        with self.phases("rollout"):
-            responses = self.engine.generate(
-                requests,
-                temperature=self.config.rollout.temperature,
-                max_tokens=self.config.data.max_response_tokens,
-            )
-        for group, samples in zip(groups, responses, strict=True):
-            group.samples = samples
+    def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
+        """What algorithm.reward makes of D's scores; None: they are the rewards."""
+        name = self.config.algorithm.reward
+        return None if self._reward is None or name is None else rewards_by(self._reward, name, groups, scores)
 
-    # Records
+    # What a step leaves
 
-    def record(
-        self,
-        stage: str,
-        step: int,
-        groups: Sequence[Group],
-        stats: PolicyStats | SeqKDStats | None,
-        student_norm: float | None,
-        scores: Scores | None = None,
-        discriminator_norm: float | None = None,
-    ) -> None:
+    def record(self, result: StepResult) -> None:
         """Ends a step: metrics, a sample triplet now and then, a checkpoint when due."""
-        progress = self.progress
+        progress, stage, step = self.progress, result.stage, result.step
         progress.step += 1
         progress.stage_step = step
         every = self.config.checkpoint.every
         # The end of a stage has a checkpoint of its own.
         last = step == self._length(stage)
         due = bool(every) and progress.step % every == 0 and not last
-        values = step_metrics(groups, stats, student_norm, scores, discriminator_norm)
-        if scores is not None:
-            values |= sample_traits(groups, scores)
+        values = step_metrics(result) | sample_traits(result)
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
-            values |= self._look_at_convergence()
+            values |= self._measure_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
-        self._log_step(stage, step, values)
+        place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
+        self.records.step(place, values | self._costs(values))
         every = self.config.tracking.sample_every
-        if scores is not None and every and step % every == 0:
-            self._log_triplet(stage, groups[0], scores)
+        if result.scores is not None and every and step % every == 0:
+            self.records.sample(self._triplet(result))
         best = progress.convergence.best
         # The student of the minimum must be there to go back to.
         if due or (best and best[0] == progress.step):
             self.save()
 
-    def _log_step(self, stage: str, step: int, values: dict[str, float]) -> None:
+    def _costs(self, values: dict[str, float]) -> dict[str, float]:
+        """Memory, seconds and rates of the step."""
         taken = self.phases.take_step()
-        values = values | self.memory.take_step()
-        values |= {f"time/{name}": seconds for name, seconds in taken.items()}
-        values["time/total"] = sum(taken.values())
+        costs = self.memory.take_step()
+        costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
+        costs["time/total"] = sum(taken.values())
         for phase, tokens in (("rollout", "sampled"), ("student", "student"), ("discriminator", "discriminator")):
             if phase in taken and f"tokens/{tokens}" in values:
-                values[f"perf/{phase}_tokens_per_s"] = values[f"tokens/{tokens}"] / taken[phase]
-        if self._machine is not None:
-            values |= self._machine.take_step(values.get("tokens/sampled"))
-        if self._trace is not None:
-            told = {"step": self.progress.step, "stage_step": step}
-            self._trace.span(stage, "steps", self._step_began, time.perf_counter(), **told)
-        row = {
-            "stage": stage,
-            "step": self.progress.step,
-            "stage_step": step,
-            "stage_steps": self._length(stage),
-            **values,
-        }
-        self.folder.metrics.write(row)
-        self.tracker.log(values, self.progress.step)
-        self.view.step(row)
-        for warning in self._health.look(row):
-            self.view.message(f"warning: {warning.title}. {warning.text}")
+                costs[f"perf/{phase}_tokens_per_s"] = values[f"tokens/{tokens}"] / taken[phase]
+        return costs
 
-    def _log_triplet(self, stage: str, group: Group, scores: Scores) -> None:
-        best = max(range(len(group.samples)), key=lambda i: scores.rewards[0][i])
-        triplet = {
-            "stage": stage,
+    def _triplet(self, result: StepResult) -> dict[str, Any]:
+        group, rewards = result.groups[0], result.rewards_by_group()[0]
+        best = max(range(len(group.samples)), key=lambda i: rewards[i])
+        assert result.scores is not None
+        return {
+            "stage": result.stage,
             "step": self.progress.step,
             "prompt": group.prompt.messages[-1]["content"],
             "teacher": group.teacher.text,
             "student": group.samples[best].text,
-            "reward": scores.rewards[0][best],
-            "teacher_score": scores.teacher_scores[0],
+            "reward": rewards[best],
+            "teacher_score": result.scores.teacher_scores[0],
         }
-        self.folder.samples.write(triplet)
-        self.view.sample(triplet)
+
+    # Held-out prompts
 
     def evaluate(self, name: str) -> None:
         """Held-out evaluation of the student (and of D) as they are now, once per name."""
-        if not self.held_out or name in self.progress.evaluations:
+        if not self.heldout.groups or name in self.progress.evaluations:
             return
         self._stop_if_asked()
-        self.view.status(f"evaluating on {len(self.held_out)} held-out prompts")
-        with self.phases("evaluation"):
-            groups = self._held_out_samples()
-            with self.phases("discriminator") if self._discriminator else nullcontext():
-                result, rows = evaluate(groups, self._discriminator)
-        self.phases.take_step()
-        self.folder.write_evaluation(name, rows)
+        self.records.status(f"evaluating on {len(self.heldout.groups)} held-out prompts")
+        result, rows = self.heldout.evaluate()
         self.progress.evaluations[name] = result
-        self.view.evaluation(name, result)
+        self.records.evaluation(name, result, rows)
 
-    def _held_out_samples(self, rows: int | None = None) -> list[Group]:
-        """The first held-out prompts with one sample each of the student as it is now."""
-        groups = [Group(g.prompt, g.teacher) for g in self.held_out[:rows]]
-        # The same seeds every time: differences come from the models alone.
-        self._generate(groups, 1, "evaluation")
-        return groups
+    def gate_opens(self) -> bool:
+        """Whether the GAD stage may begin; where not, the warmup has become longer.
 
-    def _pass_gate(self) -> None:
-        """Makes the warmup longer while the gate is closed. UserError, after a checkpoint, where it stays closed."""
+        UserError, after a checkpoint, where the gate stays closed and the run is to end there.
+        """
         progress, settings = self.progress, self.config.gate
         if not settings.enabled or not self.stage_steps.get("gad"):
-            return
+            return True
         if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
-            self.view.status("measuring the discriminator at the gate")
-            with self.phases("evaluation"):
-                groups = self._held_out_samples(settings.rows)
-                with self.phases("discriminator"):
-                    scores = self.discriminator.score(groups, backward=False)
-            self.phases.take_step()
-            progress.gate = progress.gate.look(progress.step, scores.accuracy)
-        self.view.message(progress.gate.told(settings))
+            self.records.status("measuring the discriminator at the gate")
+            progress.gate = progress.gate.look(progress.step, self.heldout.accuracy(settings.rows))
+        self.records.message(progress.gate.told(settings))
         if progress.gate.fails(settings):
             self.save()
             raise UserError(progress.gate.advice(settings))
-        progress.gate = progress.gate.extended(progress.gate.further_steps(settings))
+        further = progress.gate.further_steps(settings)
+        progress.gate = progress.gate.extended(further)
+        return further == 0
 
-    def _look_at_convergence(self) -> dict[str, float]:
-        """One measurement of the convergence rule; a student at its minimum is saved. Figures for metrics.jsonl."""
+    def measure_before_gad(self) -> None:
+        """The convergence rule's first measurement, of the student with which the GAD stage begins."""
+        progress = self.progress
+        if self._length("gad") and progress.stage_step == 0 and not progress.convergence.measured:
+            self._measure_convergence()
+
+    def _measure_convergence(self) -> dict[str, float]:
+        """One measurement of the convergence rule. Figures for metrics.jsonl."""
         progress, settings = self.progress, self.config.convergence
         if not settings.enabled:
             return {}
-        if self._make_discriminator is None:
-            raise RuntimeError("the convergence rule needs make_discriminator")
-        self.view.status("training a fresh discriminator on held-out pairs")
-        with self.phases("evaluation"):
-            groups = self._held_out_samples(settings.rows)
-            # The fresh discriminator gets the device for itself.
-            self.memory.enter("rest")
-            found = measure(groups, self._make_discriminator, settings, self.config.run.seed)
+        self.records.status("training a fresh discriminator on held-out pairs")
+        found = self.heldout.fresh(settings, self.config.run.seed)
         progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
-        self.view.message(progress.convergence.told())
+        self.records.message(progress.convergence.told())
         if progress.stage_step == 0:
             self.phases.take_step()
             self.save()
         return {"convergence/accuracy": found.accuracy, "convergence/train_accuracy": found.train_accuracy}
 
-    def _take_best(self) -> None:
+    def restore_best(self) -> None:
         """Goes back to the models of the convergence rule's minimum; the records keep what came after it."""
         best = self.progress.convergence.best
         if best is None or best[0] == self.progress.step:
             return
-        self._archive.restore_models(store.load(store.at(self.folder.checkpoints, best[0])))
-        self.view.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
+        self.checkpoints.restore_models(store.load(store.at(self.checkpoints.root, best[0])))
+        self.records.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
 
     # Saving and going on
 
     def save(self) -> None:
         """A checkpoint of everything that the rest of the run depends on."""
-        self.view.status("saving a checkpoint")
+        self.records.status("saving a checkpoint")
         with self.phases("checkpoint"):
             self.progress.seconds = dict(self.phases.seconds)
-            path = self._archive.save(self.progress, self.config.checkpoint.keep)
+            path = self.checkpoints.save(self.progress, self.config.checkpoint.keep)
         self.phases.take_step()
-        self.view.message(f"checkpoint {path}")
+        self.records.message(f"checkpoint {path}")
 
     def resume(self, saved: store.Checkpoint | None) -> None:
-        """Goes on from a checkpoint, or from the beginning where the run had none yet.
-
-        The records after the checkpoint are dropped: they will be made again.
-        """
+        """Goes on from a checkpoint, or from the beginning where the run had none yet."""
         if saved is not None:
-            self.progress = self._archive.restore(saved)
+            self.progress = self.checkpoints.restore(saved)
             for phase, seconds in self.progress.seconds.items():
                 self.phases.seconds[phase] += seconds
-        self.folder.metrics.truncate_after(self.progress.step)
-        self.folder.samples.truncate_after(self.progress.step)
-        self.folder.keep_config(self.config, self.progress.step)
-        if self.folder.metrics.path.exists():
-            self._health = watched(read_rows(self.folder.metrics.path))
+        self.records.go_on_after(self.progress.step, self.config)
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
-        self.view.message(f"resumed: {where}")
+        self.records.message(f"resumed: {where}")
 
     def ensure_reference(self) -> None:
         """The reference policy: the student as it was when the GAD stage began.
@@ -356,21 +283,21 @@ class Trainer:
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
-                self._archive.restore_reference(self.student.reference)
+                self.checkpoints.restore_reference(self.student.reference)
             self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
 
     def finish(self) -> dict[str, Any]:
-        """Exports both models as ordinary Hugging Face directories, and writes and returns the summary."""
-        self.view.status("saving the models")
+        """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""
+        self.records.status("saving the models")
+        folder = self.checkpoints.folder.path
         with self.phases("checkpoint"):
             self.memory.enter("student")
-            save_model(self.student.model, self.template.tokenizer, self.folder.path / "student")
+            self.student.save(folder / "student")
             if self._discriminator is not None:
                 self.memory.enter("discriminator")
-                tokenizer = self._discriminator.template.tokenizer
-                save_model(self._discriminator.model, tokenizer, self.folder.path / "discriminator")
+                self._discriminator.save(folder / "discriminator")
         summary = self.summary()
-        self.folder.write_summary(summary)
+        self.records.summary(summary)
         return summary
 
     def summary(self) -> dict[str, Any]:
@@ -389,5 +316,5 @@ class Trainer:
             "evaluations": self.progress.evaluations,
             "gate": asdict(self.progress.gate) if self.progress.gate.measured else None,
             "convergence": self.progress.convergence.summary(),
-            "health": [asdict(episode) for episode in self._health.episodes],
+            "health": [asdict(episode) for episode in self.records.episodes],
         }

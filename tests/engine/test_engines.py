@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,11 @@ from gadcore.config.settings import Config
 from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.student import Student
-from gadcore.rollout import SampleRequest, make_engine, wake_with
-from gadcore.rollout.engine import fingerprint
+from gadcore.rollout.engine import SampleRequest, make_engine
 from gadcore.rollout.hf import HFEngine
+from gadcore.rollout.weights import PlainWeights, fingerprint
 from tests.support.builders import TEMPLATE, groups
+from tests.support.engines import wake_with
 from tests.support.tiny import save_tiny
 
 VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
@@ -46,7 +48,7 @@ class Sampled:
     def optimizer_step(self) -> None:
         self.student.seqkd_backward(groups(3))
         self.student.step(lr=3e-3)
-        self.engine.update_weights(self.model)
+        self.engine.update_weights(PlainWeights(self.model))
 
 
 @pytest.fixture(scope="module", params=[("hf", *VARIANTS[0]), *(("vllm", *v) for v in VARIANTS)], ids=str)
@@ -57,7 +59,7 @@ def sampled(request, tmp_path_factory):
 
 
 def test_greedy_equals_hugging_face_after_two_optimizer_steps(sampled) -> None:
-    reference = HFEngine(sampled.model, TEMPLATE)
+    reference = HFEngine(make_config("hf"), "", sampled.model, TEMPLATE)
     outputs = []
     for _ in range(3):
         ours = sampled.engine.generate(sampled.requests, temperature=0.0, max_tokens=24)
@@ -136,13 +138,13 @@ def test_responses_end_at_the_marker_or_at_the_limit(sampled) -> None:
 def test_update_after_the_views_were_lost_is_an_error(sampled) -> None:
     if isinstance(sampled.engine, HFEngine):
         with pytest.raises(RuntimeError, match="was built with"):
-            sampled.engine.update_weights(object())
+            sampled.engine.update_weights(PlainWeights(copy.deepcopy(sampled.model)))
         return
     name, p = next(iter(sampled.model.named_parameters()))
     view = p.data
     p.data = p.data.clone()
     with pytest.raises(RuntimeError, match=name):
-        sampled.engine.update_weights(sampled.model)
+        sampled.engine.update_weights(PlainWeights(sampled.model))
     p.data = view
 
 
@@ -159,7 +161,7 @@ def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     with pytest.raises(RuntimeError, match="sleeps"):
-        engine.update_weights(model)
+        engine.update_weights(PlainWeights(model))
     wake_with(engine, model)
     assert all(torch.equal(engine.weights()[n], p.bfloat16()) for n, p in model.named_parameters())
     engine.close()

@@ -9,8 +9,9 @@ from gadcore.config.settings import Config
 from gadcore.cpu.decode_attention import share_prompts_in_decoding
 from gadcore.cpu.decoder_layers import shorten_layers
 from gadcore.models.loading import load_causal_lm
-from gadcore.rollout import SampleRequest, make_engine, wake_with
+from gadcore.rollout.engine import SampleRequest, make_engine
 from tests.support.builders import TEMPLATE, groups
+from tests.support.engines import wake_with
 from tests.support.tiny import save_tiny
 
 LIMIT = 24

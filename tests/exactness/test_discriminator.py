@@ -16,7 +16,7 @@ from gadcore.errors import UserError
 from gadcore.kernels.layout import GroupLayout
 from gadcore.models.discriminator import Discriminator, softened_bt_loss
 from gadcore.models.loading import load_discriminator, save_model
-from gadcore.train.build import same_tokenizer
+from gadcore.models.spec import same_tokenizer
 from tests.support.builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response
 from tests.support.naive import bt_loss, score
 from tests.support.tiny import save_tiny, tiny_tokenizer
@@ -268,9 +268,7 @@ def test_identical_text_scores_identically_in_another_vocabulary(tmp_path, finis
 
 def test_a_context_that_is_too_short_is_told_with_the_row(tmp_path) -> None:
     batch, d = groups(2, 2), other_discriminator(tmp_path)
-    needed = max(
-        len(tokens.prompt) + len(r) for tokens in [d.tokens(group) for group in batch] for r in tokens.responses
-    )
+    needed = max(len(tokens.prompt) + len(r) for tokens in d.tokens(batch) for r in tokens.responses)
     d.context_tokens = needed
     d.score(batch, backward=False)
     d.context_tokens = needed - 1

@@ -10,6 +10,8 @@ import torch
 
 from gadcore.data.groups import Group, micro_batches
 from gadcore.models import backbone
+from gadcore.models.checks import check_packing
+from gadcore.models.shallow import probe_batch
 from tests.support.builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, student
 from tests.support.naive import bt_loss, grpo_loss, score, token_logprobs
 from tests.support.tiny import FAMILIES, tiny_model
@@ -69,13 +71,13 @@ def check_discriminator(directory, batch: list[Group], budget: int, **family) ->
     assert backbone.is_pruned(ours.model)
     theirs = literal(ours.model)
     with torch.no_grad():
-        scores = [[score(theirs, g.prompt.token_ids, s.token_ids).item() for s in g.samples] for g in batch]
+        wanted = [[score(theirs, g.prompt.token_ids, s.token_ids).item() for s in g.samples] for g in batch]
 
     scores = ours.score(batch, backward=True)
 
     loss = bt_loss(theirs, [(g.prompt.token_ids, g.teacher.token_ids, [s.token_ids for s in g.samples]) for g in batch])
     loss.backward()
-    for rewards, expected in zip(scores.rewards, scores, strict=True):
+    for rewards, expected in zip(scores.rewards, wanted, strict=True):
         assert rewards == pytest.approx(expected, rel=1e-10, abs=1e-12)
     assert scores.loss == pytest.approx(loss.item(), rel=1e-10)
     assert_same_gradients(gradients(ours.model), gradients(theirs), **FP64)
@@ -167,17 +169,17 @@ def test_capped_attention_is_refused_by_name() -> None:
     model.config.attn_logit_softcapping = 50.0
     backbone.use_packed_attention(model)
     with pytest.raises(Exception, match="attn_logit_softcapping"):
-        backbone.check_packing(model, "here")
+        check_packing(model, "here")
 
 
 def test_attention_that_looks_ahead_is_refused() -> None:
     model = tiny_model()
     backbone.use_packed_attention(model)
-    backbone.check_packing(model, "here")
+    check_packing(model, "here")
     # Something that no layout describes: the first token of the row is added to all.
     model.base_model.layers[0].self_attn.register_forward_hook(lambda m, a, out: (out[0] + out[0][:, :1], out[1]))
     with pytest.raises(Exception, match="here .llama. does not fit packed groups: its hidden states differ"):
-        backbone.check_packing(model, "here")
+        check_packing(model, "here")
 
 
 def test_a_last_layer_of_another_build_is_computed_whole() -> None:
@@ -185,10 +187,10 @@ def test_a_last_layer_of_another_build_is_computed_whole() -> None:
     backbone.use_packed_attention(model)
     model.base_model.layers[-1].mlp.register_forward_hook(lambda m, a, out: out + out.mean(1, keepdim=True))
     assert not backbone.prune_last_layer(model) and not backbone.is_pruned(model)
-    batch = backbone._probe(model)
+    batch = probe_batch(model)
     whole = backbone.hidden_states(model, batch)
     assert torch.equal(backbone.last_hidden_states(model, batch), whole[batch.last_index])
-    assert torch.equal(backbone.predicting_states(model, batch), whole[batch.predict_index])
+    assert torch.equal(backbone.predicting_states(model, batch), whole[batch.predicting[batch.predicted_by]])
 
 
 @pytest.mark.parametrize("read", [backbone.last_hidden_states, backbone.predicting_states])
@@ -196,8 +198,8 @@ def test_a_pruned_last_layer_computes_a_few_tokens_alone(read) -> None:
     model = tiny_model()
     backbone.use_packed_attention(model)
     assert backbone.prune_last_layer(model) and backbone.prune_last_layer(model)
-    batch, seen = backbone._probe(model), []
+    batch, seen = probe_batch(model), []
     model.base_model.layers[-1].mlp.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
     read(model, batch)
-    index = batch.last_index if read is backbone.last_hidden_states else batch.predict_index
+    index = batch.last_index if read is backbone.last_hidden_states else batch.predicting[batch.predicted_by]
     assert seen == [len(index.unique())] and seen[0] < batch.layout.tokens

@@ -200,15 +200,16 @@ def test_advantages_are_divided_by_the_spread_and_its_floor(floor) -> None:
     rewards = [[1.0, 2.0, 6.0], [4.0, 4.0], [0.1, 0.1001]]
     ours = student()
     ours.algorithm = AlgorithmSettings(advantage_std_floor=floor)
-    for got, group in zip(ours.advantages(rewards), rewards, strict=True):
+    advantages = ours.advantages(rewards, [3, 2, 2]).split([3, 2, 2])
+    for got, group in zip(advantages, rewards, strict=True):
         mean = sum(group) / len(group)
         std = (sum((r - mean) ** 2 for r in group) / (len(group) - 1)) ** 0.5
         assert got.tolist() == pytest.approx([(r - mean) / (std + floor) for r in group], rel=1e-9, abs=1e-12)
     # A group that hardly differs gets full advantages from the paper's floor, and next to none from a real one.
-    assert (ours.advantages(rewards)[2].abs().max() > 0.5) == (floor == 1e-6)
+    assert (advantages[2].abs().max() > 0.5) == (floor == 1e-6)
 
 
 def test_advantages_may_stay_undivided() -> None:
     ours = student()
     ours.algorithm = AlgorithmSettings(normalise_advantage=False, advantage_std_floor=0.5)
-    assert [a.tolist() for a in ours.advantages([[1.0, 2.0, 6.0], [5.0]])] == [[-2.0, -1.0, 3.0], [0.0]]
+    assert ours.advantages([[1.0, 2.0, 6.0], [5.0]], [3, 1]).tolist() == [-2.0, -1.0, 3.0, 0.0]

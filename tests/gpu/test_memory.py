@@ -84,7 +84,8 @@ def test_a_limit_is_told_before_the_device_runs_out() -> None:
 def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path) -> None:
     pytest.importorskip("vllm")
     from gadcore.models.loading import load_causal_lm
-    from gadcore.rollout import SampleRequest, make_engine, wake_with
+    from gadcore.rollout.engine import SampleRequest, make_engine
+    from tests.support.engines import wake_with
 
     path = str(save_tiny(tmp_path))
     model = load_causal_lm(path, "float32", torch.device("cuda"))

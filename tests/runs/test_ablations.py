@@ -221,7 +221,7 @@ def of_steps(base: Path, tmp_path: Path, gad_steps: int) -> Path:
 SCRIPT = """
 import sys
 from pathlib import Path
-from gadcore.train import trainer
+from gadcore.train import heldout, trainer
 from gadcore.measure.fresh import FreshResult
 from gadcore.run import main
 
@@ -233,14 +233,14 @@ def measure(groups, make_discriminator, settings, seed):
     accuracy = FIGURES[current.progress.step]
     return FreshResult(accuracy, (accuracy - 0.1, accuracy + 0.1), 1.0, len(groups), 1.0, 1, (), ())
 
-original = trainer.Trainer._look_at_convergence
+original = trainer.Trainer._measure_convergence
 
 def look(self):
     global current
     current = self
     return original(self)
 
-trainer.Trainer._look_at_convergence, trainer.measure = look, measure
+trainer.Trainer._measure_convergence, heldout.measure = look, measure
 stop_at = int(sys.argv.pop(1))
 if stop_at:
     record = trainer.Trainer.record

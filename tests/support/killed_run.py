@@ -8,8 +8,8 @@ import sys
 
 from gadcore.checkpoint import store
 from gadcore.models.discriminator import Discriminator
+from gadcore.rollout.sampler import Sampler
 from gadcore.run import main
-from gadcore.train import trainer
 
 
 def kill_at(owner, name: str, count: int, *, after: bool) -> None:
@@ -35,7 +35,7 @@ def install(moment: str, count: int) -> None:
         # The engine is at work when the signal comes: it is killed out of a thread.
         import threading
 
-        original = trainer.Trainer._generate
+        original = Sampler.draw
         calls = 0
 
         def generate(self, *args, **kwargs):
@@ -47,7 +47,7 @@ def install(moment: str, count: int) -> None:
                     original(self, *args, **kwargs)
             return original(self, *args, **kwargs)
 
-        trainer.Trainer._generate = generate
+        Sampler.draw = generate
     elif moment == "update":
         # The student has taken its step, the discriminator has not.
         kill_at(Discriminator, "step", count, after=False)

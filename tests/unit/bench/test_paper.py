@@ -16,7 +16,7 @@ from bench.paper import findings, gates, language, language_runs, mixture, mixtu
 from gadcore.config.settings import FreshSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, Response
 from gadcore.models.student import Student
-from gadcore.rollout import SampleRequest
+from gadcore.rollout.engine import SampleRequest
 
 STYLES, PARITY = language.Language("styles"), language.Language("parity")
 WORDS = toy.WordTemplate(language.WORDS)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadcore.data.groups import Cost, GroupedBatch, GroupTokens, Part, micro_batches, select
+from gadcore.data.groups import Cost, GroupedBatch, GroupPart, GroupTokens, micro_batches, select
 
 token_ids = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(tuple)
 batches = st.lists(
@@ -25,9 +25,9 @@ def test_indices_point_at_the_predicting_and_the_last_tokens(groups: list[GroupT
     assert batch.lengths == tuple(len(response) for _, response in responses)
     assert batch.targets.tolist() == [token for _, response in responses for token in response]
     predicting = [[group.prompt[-1], *response[:-1]] for group, response in responses]
-    assert ids[batch.predict_index].tolist() == [token for row in predicting for token in row]
+    assert ids[batch.predicting[batch.predicted_by]].tolist() == [token for row in predicting for token in row]
     # Tokens of a sequence are predicted at its own positions, one after the other.
-    positions = batch.layout.positions[batch.predict_index].tolist()
+    positions = batch.layout.positions[batch.predicting[batch.predicted_by]].tolist()
     assert positions == [len(g.prompt) - 1 + t for g, response in responses for t in range(len(response))]
     if last_tokens:
         assert ids[batch.last_index][batch.packed_as].tolist() == [response[-1] for _, response in responses]
@@ -42,9 +42,9 @@ def test_a_group_by_hand() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3]]
     assert batch.layout.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
     assert batch.layout.offsets.tolist() == [0, 2, 3, 5, 6, 8] and batch.layout.prompt_of.tolist() == [0, 0, 0, 3, 3]
-    assert batch.predict_index.tolist() == [1, 1, 3, 5, 6] and batch.last_index.tolist() == [2, 4, 7]
+    assert batch.predicting[batch.predicted_by].tolist() == [1, 1, 3, 5, 6] and batch.last_index.tolist() == [2, 4, 7]
     without = GroupedBatch.of([GroupTokens((5, 6), ((7,), (8, 9)))], last_tokens=False)
-    assert without.input_ids.tolist() == [[5, 6, 8]] and without.predict_index.tolist() == [1, 1, 2]
+    assert without.input_ids.tolist() == [[5, 6, 8]] and without.predicting[without.predicted_by].tolist() == [1, 1, 2]
 
 
 @given(batches, st.integers(1, 60), st.booleans(), st.integers(1, 3))
@@ -68,7 +68,7 @@ def test_equal_responses_are_packed_once() -> None:
     batch = GroupedBatch.of(groups, last_tokens=True)
     assert batch.input_ids.tolist() == [[5, 7, 8, 9, 5, 7, 8]]
     assert batch.packed_as.tolist() == [0, 1, 0, 2] and batch.last_index.tolist() == [2, 3, 6]
-    assert batch.predict_index.tolist() == [0, 1, 0, 0, 1, 4, 5] and batch.lengths == (2, 1, 2, 2)
+    assert batch.predicting[batch.predicted_by].tolist() == [0, 1, 0, 0, 1, 4, 5] and batch.lengths == (2, 1, 2, 2)
 
 
 def test_cuts_balance_cost_and_not_tokens() -> None:
@@ -90,8 +90,12 @@ def test_pairs_are_those_of_causal_attention() -> None:
 
 def test_a_group_that_is_too_large_is_split_with_its_prompt_and_teacher() -> None:
     group = GroupTokens((1,) * 4, ((2,) * 3, (3,) * 5, (4,) * 2, (5,) * 6))
-    assert micro_batches([group], 15, COST, teacher=True) == [[Part(0, (0, 1, 2))], [Part(0, (0, 3))]]
-    assert micro_batches([group], 9, COST, teacher=False) == [[Part(0, (3,))], [Part(0, (1,))], [Part(0, (0, 2))]]
+    assert micro_batches([group], 15, COST, teacher=True) == [[GroupPart(0, (0, 1, 2))], [GroupPart(0, (0, 3))]]
+    assert micro_batches([group], 9, COST, teacher=False) == [
+        [GroupPart(0, (3,))],
+        [GroupPart(0, (1,))],
+        [GroupPart(0, (0, 2))],
+    ]
 
 
 def test_an_empty_prompt_is_refused() -> None:

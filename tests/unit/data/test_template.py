@@ -191,8 +191,10 @@ def test_truncation_removes_only_the_end_of_the_last_user_text(template: ChatTem
     common = next(i for i, pair in enumerate(zip(full, empty, strict=False)) if pair[0] != pair[1])
     tail = empty[common:]
     for limit in range(len(empty), len(full)):
-        ids, truncated = template.fit_prompt(LONG, limit, "truncate")
-        assert ids is not None and truncated
+        fitted = template.fit_prompt(LONG, limit, "truncate")
+        assert fitted is not None and fitted[0] is not LONG
+        ids = fitted[1]
+        assert ids == template.prompt_ids(fitted[0])
         assert limit - 8 <= len(ids) <= limit  # a character of several tokens is kept whole or not at all
         assert ids[:common] == full[:common]
         assert ids[-len(tail) :] == tail
@@ -203,19 +205,18 @@ def test_truncation_removes_only_the_end_of_the_last_user_text(template: ChatTem
 def test_a_prompt_within_the_limit_is_left_alone(template: ChatTemplate) -> None:
     full = template.prompt_ids(LONG)
     for policy in ("truncate", "drop", "error"):
-        assert template.fit_prompt(LONG, len(full), policy) == (full, False)
+        assert template.fit_prompt(LONG, len(full), policy) == (LONG, full)
 
 
 def test_a_prompt_that_is_too_long_without_its_text_is_dropped(template: ChatTemplate) -> None:
     empty = template.prompt_ids([*LONG[:2], {"role": "user", "content": ""}])
-    assert template.fit_prompt(LONG, len(empty), "truncate") == (empty, True)
-    assert template.fit_prompt(LONG, len(empty) - 1, "truncate") == (None, False)
-    assert template.truncate(LONG, len(empty) - 1) is None
+    assert template.fit_prompt(LONG, len(empty), "truncate") == ([*LONG[:2], {"role": "user", "content": ""}], empty)
+    assert template.fit_prompt(LONG, len(empty) - 1, "truncate") is None
 
 
 def test_the_other_policies_for_a_long_prompt(template: ChatTemplate) -> None:
     count = len(template.prompt_ids(LONG))
-    assert template.fit_prompt(LONG, count - 1, "drop") == (None, False)
+    assert template.fit_prompt(LONG, count - 1, "drop") is None
     with pytest.raises(UserError) as caught:
         template.fit_prompt(LONG, count - 1, "error")
     assert f"has {count} tokens, data.max_prompt_tokens allows {count - 1}" in str(caught.value)
@@ -225,8 +226,10 @@ def test_truncation_under_a_template_that_trims() -> None:
     template = ChatTemplate(byte_level(LLAMA3))
     turns = [{"role": "user", "content": "   two plus two" + " " * 50 + "is what?"}]
     limit = len(template.prompt_ids(turns)) - 1
-    ids, truncated = template.fit_prompt(turns, limit, "truncate")
-    assert ids is not None and truncated and len(ids) <= limit
+    fitted = template.fit_prompt(turns, limit, "truncate")
+    assert fitted is not None and fitted[0] != turns
+    ids = fitted[1]
+    assert len(ids) <= limit
     assert template.tokenizer.decode(ids).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 

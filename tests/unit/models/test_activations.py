@@ -106,7 +106,7 @@ def test_norms_are_not_kept(kind) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_recomputing_changes_no_bit(monkeypatch, kind) -> None:
-    batch, rewards = groups(2, 3, ragged=True), [[1.0, 2.0, 4.0]] * 2
+    batch, rewards = groups(2, 3, ragged=True), [[1.0, 2.0], [1.0, 2.0, 4.0]]
     made = []
     real = Recomputables.pack
 

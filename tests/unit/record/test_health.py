@@ -14,6 +14,7 @@ from gadcore.models.discriminator import Scores
 from gadcore.record.health import TAIL, WINDOW, Monitor, warnings, watched
 from gadcore.report import findings
 from gadcore.train.metrics import sample_traits
+from gadcore.train.step import StepResult
 
 Row = dict[str, Any]
 
@@ -162,27 +163,28 @@ def group(*samples: tuple[str, bool]) -> Group:
     return Group(prompt, Response("y", (1,), True), [Response(text, (1,), finished) for text, finished in samples])
 
 
-def scores(*rewards: list[float]) -> Scores:
-    return Scores(list(rewards), [0.0] * len(rewards), 0.0, 0.0, 0.0, 0)
+def traits_of(groups: list[Group], *rewards: list[float]) -> dict[str, float]:
+    scores = Scores.of(list(rewards), [0.0] * len(rewards))
+    return sample_traits(StepResult("gad", 1, groups, scores=scores))
 
 
 def test_the_gap_of_the_end_marker_is_within_groups() -> None:
     """Prompts of another level are no gap: the groups' means are 1.5 and 10.5, in both of them finished is 1 more."""
     groups = [group(("a", True), ("b", False)), group(("c", False), ("d", True))]
-    traits = sample_traits(groups, scores([2.0, 1.0], [10.0, 11.0]))
+    traits = traits_of(groups, [2.0, 1.0], [10.0, 11.0])
     assert traits["reward/finished_gap"] == pytest.approx(1.0)
     assert traits["reward/finished_corr"] == pytest.approx(1.0)
-    none = sample_traits(groups, scores([1.0, 1.0], [9.0, 9.0]))
+    none = traits_of(groups, [1.0, 1.0], [9.0, 9.0])
     assert none["reward/finished_gap"] == none["reward/finished_corr"] == 0.0
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_one_kind_alone_has_no_gap(finished: bool) -> None:
-    traits = sample_traits([group(("a", finished), ("b", finished))], scores([1.0, 2.0]))
+    traits = traits_of([group(("a", finished), ("b", finished))], [1.0, 2.0])
     assert set(traits) == {"samples/repetition"}
 
 
 def test_repetition_is_the_mean_over_samples() -> None:
     # "a b a b a b": 4-grams abab baba abab, one of three repeated; the other sample has none.
-    traits = sample_traits([group(("a b a b a b", True), ("one two three four five", True))], scores([1.0, 2.0]))
+    traits = traits_of([group(("a b a b a b", True), ("one two three four five", True))], [1.0, 2.0])
     assert traits["samples/repetition"] == pytest.approx(1 / 6)

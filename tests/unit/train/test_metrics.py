@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.models.discriminator import Scores
 from gadcore.models.student import PolicyStats, SeqKDStats
 from gadcore.train.metrics import correlation, step_metrics
+from gadcore.train.step import StepResult
+
+
+def figures(**values: float) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
 
 POLICY = PolicyStats(
-    loss=0.1,
-    kl=0.2,
-    entropy=0.3,
-    clip_fraction=0.4,
-    ratio_max=1.5,
-    logprob_diff_mean=0.6,
-    logprob_diff_max=0.7,
+    figures(
+        loss=0.1,
+        kl=0.2,
+        entropy=0.3,
+        clip_fraction=0.4,
+        ratio_max=1.5,
+        logprob_diff_mean=0.6,
+        logprob_diff_max=0.7,
+    ),
     tokens=100,
 )
-JUDGEMENT = Scores(
-    rewards=[[1.0, 3.0], [0.0, 0.0]], teacher_scores=[2.0, 5.0], loss=0.5, accuracy=0.75, margin=2.5, tokens=40
+SEQKD = SeqKDStats(figures(ce=1.25), tokens=30)
+# Of two groups, each with its teacher first: rewards 1, 3 and 0, 0.
+SCORES = Scores(
+    torch.tensor([2.0, 1.0, 3.0, 5.0, 0.0, 0.0]), [2, 2], figures(loss=0.5, accuracy=0.75, margin=2.5), tokens=40
 )
 
 POLICY_VALUES = {
@@ -34,7 +46,7 @@ POLICY_VALUES = {
     "student/grad_norm": 0.9,
     "tokens/student": 100,
 }
-JUDGEMENT_VALUES = {
+SCORES_VALUES = {
     "discriminator/loss": 0.5,
     "discriminator/accuracy": 0.75,
     "discriminator/margin": 2.5,
@@ -66,24 +78,24 @@ def two_groups() -> list[Group]:
 
 
 def test_a_gad_step() -> None:
-    values = step_metrics(two_groups(), POLICY, 0.9, JUDGEMENT, 0.8)
-    assert values == pytest.approx({**POLICY_VALUES, **JUDGEMENT_VALUES, "tokens/trained": 140})
+    values = step_metrics(StepResult("gad", 1, two_groups(), POLICY, 0.9, SCORES, 0.8))
+    assert values == pytest.approx({**POLICY_VALUES, **SCORES_VALUES, "tokens/trained": 140})
 
 
 def test_a_warmup_step() -> None:
-    values = step_metrics(two_groups(), SeqKDStats(ce=1.25, tokens=30), 0.9, JUDGEMENT, 0.8)
+    values = step_metrics(StepResult("warmup", 1, two_groups(), SEQKD, 0.9, SCORES, 0.8))
     student = {"student/ce": 1.25, "student/grad_norm": 0.9, "tokens/student": 30}
-    assert values == pytest.approx({**student, **JUDGEMENT_VALUES, "tokens/trained": 70})
+    assert values == pytest.approx({**student, **SCORES_VALUES, "tokens/trained": 70})
 
 
 def test_a_step_of_the_discriminator_alone() -> None:
-    values = step_metrics(two_groups(), None, None, JUDGEMENT, 0.8)
-    assert values == pytest.approx({**JUDGEMENT_VALUES, "tokens/trained": 40})
+    values = step_metrics(StepResult("warmup", 1, two_groups(), scores=SCORES, discriminator_norm=0.8))
+    assert values == pytest.approx({**SCORES_VALUES, "tokens/trained": 40})
 
 
 def test_a_seqkd_step_needs_no_samples() -> None:
     groups = [Group(group.prompt, group.teacher) for group in two_groups()]
-    values = step_metrics(groups, SeqKDStats(ce=1.25, tokens=30), 0.9, None, None)
+    values = step_metrics(StepResult("seqkd", 1, groups, SEQKD, 0.9))
     assert values == {"student/ce": 1.25, "student/grad_norm": 0.9, "tokens/student": 30, "tokens/trained": 30}
 
 

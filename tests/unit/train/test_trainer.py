@@ -9,9 +9,10 @@ import pytest
 
 from gadcore.config.settings import AlgorithmSettings, Config, GateSettings, ScheduleSettings
 from gadcore.errors import UserError
+from gadcore.rollout.sampler import derived_seed
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
-from gadcore.train.progress import Progress, derived_seed, stage_steps
+from gadcore.train.progress import Progress, stage_steps
 
 
 @pytest.mark.parametrize(

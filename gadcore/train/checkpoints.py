@@ -30,7 +30,7 @@ from gadcore.record.run_folder import RunFolder
 from gadcore.train.progress import Progress
 
 
-class Archive:
+class Checkpoints:
     """Writes and reads the checkpoints of a run. Models may wait off the device while they are written."""
 
     def __init__(
@@ -43,7 +43,8 @@ class Archive:
         discriminator: Discriminator | None,
     ) -> None:
         """stages: of the run, by name; a checkpoint of other stages is another run's."""
-        self._folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
+        self.folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
+        self.root = folder.checkpoints
         self._student = student
         self._models: dict[Literal["student", "discriminator"], Student | Discriminator] = {"student": student}
         if discriminator is not None:
@@ -71,9 +72,7 @@ class Archive:
             "rng": rng.state,
         }
         best = progress.convergence.best
-        return store.save(
-            self._folder.checkpoints, progress.step, tensors, state, keep, pinned=best[0] if best else None
-        )
+        return store.save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
 
     def restore(self, saved: Checkpoint) -> Progress:
         """Models, loader and random generators as they were; returns where the run stood.
@@ -82,7 +81,7 @@ class Archive:
         """
         if saved.state["stages"] != self._stages:
             raise UserError(
-                f"{self._folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
+                f"{self.folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
                 f"{' and '.join(self._stages)}: resume it with the command that it was started with"
             )
         self._loader.restore(saved.state["loader"])
@@ -101,10 +100,10 @@ class Archive:
 
     def restore_reference(self, reference: PreTrainedModel) -> None:
         """Gives the reference policy the weights that were saved for it. UserError where they are missing."""
-        path = store.latest(self._folder.reference)
+        path = store.latest(self.folder.reference)
         if path is None:
             raise UserError(
-                f"the reference policy is missing from {self._folder.reference}: resume from a checkpoint "
+                f"the reference policy is missing from {self.folder.reference}: resume from a checkpoint "
                 "of the warmup, or start a new run"
             )
         saved = store.load(path).tensors["reference"]
@@ -118,5 +117,5 @@ class Archive:
         reference = self._student.reference
         if reference is not None and not self._reference_saved:
             tensors = self._memory.readable(dict(reference.named_parameters()))
-            store.save(self._folder.reference, step, {"reference": tensors}, {}, keep=1)
+            store.save(self.folder.reference, step, {"reference": tensors}, {}, keep=1)
             self._reference_saved = True

@@ -1,0 +1,67 @@
+"""What a model must be for gadcore to compute with it, found out by probes when it is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gadcore.data.groups import GroupedBatch
+from gadcore.errors import UserError
+from gadcore.models.backbone import hidden_states
+from gadcore.models.shallow import close, probe_batch, shallow
+
+
+def check_packing(model: PreTrainedModel, path: str) -> None:
+    """Raises UserError unless the model computes for a packed group what it computes for its rows alone."""
+    config = model.config.get_text_config()
+    what = f"the model {path} ({model.config.model_type}) does not fit packed groups"
+    if getattr(config, "attn_logit_softcapping", None):
+        raise UserError(f"{what}: it caps its attention scores (attn_logit_softcapping)")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{what}: its attention is not causal (use_bidirectional_attention)")
+    batch = probe_batch(model)
+    try:
+        with torch.no_grad(), shallow(model):
+            packed = hidden_states(model, batch)
+            for row, index in _rows(batch):
+                alone = model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+                if not close(packed[index], alone):
+                    raise UserError(
+                        f"{what}: its hidden states differ from those of the rows alone; its attention does something "
+                        "that neither a prefix layout nor position ids describe"
+                    )
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _rows(batch: GroupedBatch) -> list[tuple[Tensor, Tensor]]:
+    """Every response behind its prompt: (token ids, where they lie in the packed row)."""
+    offsets, prompt_of = batch.layout.offsets.tolist(), batch.layout.prompt_of.tolist()
+    rows = []
+    for k, prompt in enumerate(prompt_of):
+        if k != prompt:
+            index = [*range(offsets[prompt], offsets[prompt + 1]), *range(offsets[k], offsets[k + 1])]
+            at = torch.tensor(index, device=batch.input_ids.device)
+            rows.append((batch.input_ids[0, at], at))
+    return rows
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, path: str) -> None:
+    """Raises UserError unless the model's logits are its output head applied to the backbone's hidden states."""
+    # Models that scale or cap their logits (Gemma 2, Cohere, Granite) would train on wrong log-probs.
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    head = model.get_output_embeddings()
+    with shallow(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(ids, use_cache=False).logits
+    expected = nn.functional.linear(hidden, head.weight, head.bias)
+    text_config = model.config.get_text_config()
+    # By name as well: a cap far above the logits of these few tokens would not show.
+    changes = [getattr(text_config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
+    if any(c not in (None, 1, 1.0) for c in changes) or not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"the model {path} ({model.config.model_type}) changes its logits after the output head "
+            "(scaling or soft-capping): this is not supported"
+        )

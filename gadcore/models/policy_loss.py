@@ -1,0 +1,74 @@
+"""The door for a policy loss of one's own: algorithm.loss = "module:function".
+
+The function gets LossInputs of a micro-batch and returns its part of the batch's loss, a scalar with a gradient to
+inputs.logprob: a sum over the tokens divided by inputs.denominator, the tokens of the whole batch, so that the parts
+add up whatever the cut. For example REINFORCE with group advantages:
+
+    def reinforce(inputs):
+        return -(inputs.token_advantages * inputs.logprob).sum() / inputs.denominator
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gadcore.config.settings import AlgorithmSettings
+from gadcore.errors import UserError
+from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, ratio_terms
+from gadcore.kernels.layout import GroupLayout
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Of the R response tokens and S samples of a micro-batch.
+
+    logprob: [R] float32 with a gradient, of the sampled tokens under softmax(logits / temperature).
+    advantages: [S] float64, one a sample. ref_logprob: [R] of the reference policy, None where kl_coef is 0.
+    sampled_logprob: [R], what the sampler said when it drew them. layout: which token is of which sample and group.
+    denominator: response tokens of the whole batch, over all micro-batches. algorithm: its settings.
+    """
+
+    logprob: Tensor
+    advantages: Tensor
+    ref_logprob: Tensor | None
+    sampled_logprob: Tensor
+    layout: GroupLayout
+    denominator: int
+    algorithm: AlgorithmSettings
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """[R], every token's sample's, in the dtype of logprob."""
+        return self.advantages.to(self.logprob.dtype)[self.layout.sequence_of]
+
+
+PolicyLoss = Callable[[LossInputs], Tensor]
+
+
+def by_function(loss: PolicyLoss, inputs: LossInputs) -> GRPOLoss:
+    """The loss that the function gives, with the metrics of the clipped ratio loss. UserError where it gives none."""
+    found = loss(inputs)
+    if not isinstance(found, Tensor) or found.dim() or not found.requires_grad:
+        got = f"{list(found.shape)}, requires_grad={found.requires_grad}" if isinstance(found, Tensor) else repr(found)
+        raise UserError(
+            f"algorithm.loss = {inputs.algorithm.loss!r} must return a scalar tensor with a gradient to "
+            f"inputs.logprob: got {got}"
+        )
+    algorithm, logprob = inputs.algorithm, inputs.logprob.detach()
+    terms = ratio_terms(
+        logprob,
+        inputs.token_advantages,
+        inputs.ref_logprob,
+        None,
+        algorithm.clip_low,
+        algorithm.clip_high,
+        algorithm.kl_coef,
+    )
+    _, kl, ratio, clipped = terms
+    zero = torch.zeros_like(found.detach())
+    tokens = torch.full_like(zero, len(logprob))
+    return GRPOLoss(found, GRPOMetrics(kl.sum(), clipped.sum(), ratio.max(), zero, tokens, logprob))

@@ -1,0 +1,76 @@
+"""Sampler: responses of the policy as it is now. The one place that knows in which order an engine is asked.
+
+    wake the weights -> update them -> wake the key-value cache -> generate -> sleep
+
+Any other order samples from old weights, from none, or holds memory that nobody uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from gadcore.data.groups import Group, Response
+from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.weights import WeightSource
+
+States = Callable[[str], AbstractContextManager[None]]
+
+
+class Sampler:
+    """Draws from softmax(logits / temperature) of the weights that `weights` has at the time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        weights: WeightSource,
+        *,
+        temperature: float,
+        max_tokens: int,
+        seed: int = 0,
+        states: States | None = None,
+    ) -> None:
+        """seed: of all samples. states: what entering the states "synchronise" and "rollout" of a shared device takes
+        (gadcore.train.phases); None: the sampler has the device for itself, and its engine sleeps after every draw.
+        """
+        self.engine, self.weights = engine, weights
+        self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self._alone = states is None
+        self._states = _nothing_else if states is None else states
+
+    def draw(self, groups: Sequence[Group], n: int, purpose: str) -> None:
+        """Gives every group n samples, in place of those it has.
+
+        purpose: what they are for, for example "gad/3": a prompt's samples depend on the seed, the purpose and the
+        prompt's index alone.
+        """
+        requests = [
+            SampleRequest(g.prompt.token_ids, n, derived_seed(self.seed, purpose, g.prompt.index)) for g in groups
+        ]
+        for group, samples in zip(groups, self.generate(requests), strict=True):
+            group.samples = samples
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Response]]:
+        """Per request its n responses."""
+        with self._states("synchronise"):
+            self.engine.wake("weights")
+            self.engine.update_weights(self.weights)
+        with self._states("rollout"):
+            self.engine.wake("kv_cache")
+            responses = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens)
+        if self._alone:
+            self.engine.sleep()
+        return responses
+
+
+@contextmanager
+def _nothing_else(state: str) -> Iterator[None]:
+    yield
+
+
+def derived_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed that depends on its arguments alone, so that a resumed run draws the same samples."""
+    digest = hashlib.blake2b(json.dumps([seed, purpose, index]).encode(), digest_size=6)
+    return int.from_bytes(digest.digest(), "big")

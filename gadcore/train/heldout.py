@@ -1,0 +1,73 @@
+"""Held-out prompts: the evaluation of a run, and what the gate and the convergence rule measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from gadcore.config.settings import ConvergenceSettings
+from gadcore.data.groups import Group
+from gadcore.measure.fresh import FreshResult
+from gadcore.measure.heldout import evaluate
+from gadcore.memory.colocation import Colocation
+from gadcore.models.discriminator import Discriminator
+from gadcore.rollout.sampler import Sampler
+from gadcore.train.convergence import measure
+from gadcore.train.phases import Phases
+
+
+class Heldout:
+    """Draws one sample a held-out prompt and measures it.
+
+    The same seeds every time: differences come from the models alone. No time of it counts in a step.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        sampler: Sampler,
+        discriminator: Discriminator | None,
+        phases: Phases,
+        memory: Colocation,
+        make_discriminator: Callable[[], Discriminator] | None = None,
+    ) -> None:
+        """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call."""
+        self.groups = groups
+        self._sampler, self._discriminator, self._phases, self._memory = sampler, discriminator, phases, memory
+        self._make_discriminator = make_discriminator
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(figures of the student, and of D where there is one, as they are now; a row per prompt)."""
+        with self._phases("evaluation"):
+            groups = self._samples()
+            with self._phases("discriminator") if self._discriminator else nullcontext():
+                found = evaluate(groups, self._discriminator)
+        self._phases.take_step()
+        return found
+
+    def accuracy(self, rows: int) -> float:
+        """D's accuracy on pairs of the first held-out prompts."""
+        if self._discriminator is None:
+            raise RuntimeError("this run has no discriminator")
+        with self._phases("evaluation"):
+            groups = self._samples(rows)
+            with self._phases("discriminator"):
+                scores = self._discriminator.score(groups, backward=False)
+        self._phases.take_step()
+        return scores.accuracy
+
+    def fresh(self, settings: ConvergenceSettings, seed: int) -> FreshResult:
+        """What a fresh discriminator, trained on some of the pairs, tells of the others."""
+        if self._make_discriminator is None:
+            raise RuntimeError("the convergence rule needs make_discriminator")
+        with self._phases("evaluation"):
+            groups = self._samples(settings.rows)
+            # The fresh discriminator gets the device for itself.
+            self._memory.enter("rest")
+            return measure(groups, self._make_discriminator, settings, seed)
+
+    def _samples(self, rows: int | None = None) -> list[Group]:
+        groups = [Group(g.prompt, g.teacher) for g in self.groups[:rows]]
+        self._sampler.draw(groups, 1, "evaluation")
+        return groups
