@@ -244,12 +244,12 @@ class MicroBatch:
     """What passes through a model at once, and where its S sequences stand among those of the whole batch.
 
     sequences: layout of the S responses by group, with their tokens where these are predicted.
-    index: [S] int64 on the host, places in the batch's responses, group after group.
+    index: places of the S responses among all of the batch, which are counted group after group.
     """
 
     tokens: GroupedBatch
     sequences: GroupLayout
-    index: Tensor
+    index: tuple[int, ...]
 
 
 def packed(
@@ -273,4 +273,4 @@ def packed(
             lengths=None if teacher else tokens.lengths,
             device=device,
         )
-        yield MicroBatch(tokens, sequences, torch.tensor([begin[p.group] + i for p in parts for i in p.responses]))
+        yield MicroBatch(tokens, sequences, tuple(begin[p.group] + i for p in parts for i in p.responses))

@@ -155,8 +155,10 @@ class Student(Learner):
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), torch.zeros(()).double())
         sums, most = ({name: value.to(device) for name, value in each.items()} for each in (sums, most))
         for micro in self.packed(tokens, teacher=False):
-            sampled = torch.tensor([p for i in micro.index.tolist() for p in samples[i].logprobs], device=device)
-            result = self._policy_loss(micro, advantages[micro.index.to(device)], sampled, response_tokens)
+            sampled = torch.tensor([p for i in micro.index for p in samples[i].logprobs], device=device)
+            result = self._policy_loss(
+                micro, advantages[torch.tensor(micro.index, device=device)], sampled, response_tokens
+            )
             result.loss.backward()
             metrics = result.metrics
             difference = (metrics.logprob - sampled).abs()

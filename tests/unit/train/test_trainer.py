@@ -1,4 +1,4 @@
-"""Trainer: what its schedule and its seeds depend on."""
+"""Trainer: a real one in a few lines, and what its schedule and its seeds depend on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 
+from gadcore.algorithm import STAGES, gad
 from gadcore.config.settings import AlgorithmSettings, Config, GateSettings, ScheduleSettings
+from gadcore.data.batches import Loader
+from gadcore.data.groups import Group
 from gadcore.errors import UserError
-from gadcore.rollout.sampler import derived_seed
+from gadcore.models.discriminator import Discriminator
+from gadcore.models.spec import ModelSpec
+from gadcore.models.student import Student
+from gadcore.rollout.engine import make_engine
+from gadcore.rollout.sampler import Sampler, derived_seed
+from gadcore.rollout.weights import PlainWeights
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
 from gadcore.train.progress import Progress, stage_steps
+from gadcore.train.records import Records
+from gadcore.train.trainer import Trainer
+from tests.support.builders import groups
+from tests.support.tiny import save_tiny
 
 
 @pytest.mark.parametrize(
@@ -82,3 +95,71 @@ def test_a_seed_depends_on_every_argument() -> None:
     seeds = [derived_seed(*each) for each in arguments]
     assert len(set(seeds)) == len(arguments)
     assert all(0 <= seed < 2**48 for seed in seeds)
+
+
+class Rows(Records):
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+        self.messages: list[str] = []
+
+    def step(self, place, values) -> None:
+        self.rows.append({**place, **values})
+
+    def message(self, text) -> None:
+        self.messages.append(text)
+
+
+def trainer(tmp_path, **algorithm) -> Trainer:
+    """A whole run of tiny models in memory: no folder, no stand-ins."""
+    config = Config.model_validate(
+        {
+            "data": {"max_prompt_tokens": 64, "max_response_tokens": 6},
+            "rollout": {"engine": "hf", "group_size": 3},
+            "schedule": {"batch_size": 2, "warmup_steps": 1, "gad_steps": 2, "activation_checkpointing": "off"},
+            "algorithm": algorithm,
+            "checkpoint": {"every": 0},
+        }
+    )
+    spec = ModelSpec.resolve(str(save_tiny(tmp_path)))
+    student = Student.load(spec, config.student, config.algorithm, device="cpu")
+    engine = make_engine(config, spec.path, student.model, spec.template)
+    return Trainer(
+        config,
+        ("warmup", "gad"),
+        student=student,
+        discriminator=Discriminator.load(spec, student=spec, device="cpu"),
+        sampler=Sampler(engine, PlainWeights(student.model), temperature=0.8, max_tokens=6),
+        loader=Loader([Group(g.prompt, g.teacher) for g in groups(4)], 2, seed=0),
+        held_out=groups(3, 0),
+        records=Rows(),
+    )
+
+
+def test_a_trainer_without_a_folder_runs_every_stage(tmp_path) -> None:
+    run = trainer(tmp_path)
+    before = {name: p.clone() for name, p in run.student.model.named_parameters()}
+    for stage in ("warmup", "gad"):
+        STAGES[stage](run)
+        run.end_stage(stage)
+    run.evaluate("after")
+    rows = run.records.rows
+    assert [(row["stage"], row["step"], row["stage_step"]) for row in rows] == [
+        ("warmup", 1, 1), ("gad", 2, 1), ("gad", 3, 2),
+    ]  # fmt: skip
+    assert all(row["discriminator/grad_norm"] > 0 and row["student/grad_norm"] > 0 for row in rows)
+    assert "student/ce" in rows[0] and "student/kl" in rows[2]
+    assert any(not torch.equal(p, before[name]) for name, p in run.student.model.named_parameters())
+    assert run.progress.evaluations["after"]["rows"] == 3 and run.progress.lasted == {"warmup": 1, "gad": 2}
+    with pytest.raises(RuntimeError, match="no folder to save into"):
+        run.save()
+
+
+def test_a_reward_of_ones_own_is_what_the_student_learns_from(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_rewards.py").write_text("def shortest(i):\n    return [-float(len(text)) for text in i.samples]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = trainer(tmp_path / "model", reward="own_rewards:shortest")
+    gad(run)
+    for row in run.records.rows:
+        assert row["reward/mean"] <= 0
+        # Characters a sample: whole numbers, which D's scores are not.
+        assert (6 * row["reward/mean"]) == pytest.approx(round(6 * row["reward/mean"]))

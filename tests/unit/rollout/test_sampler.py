@@ -1,0 +1,100 @@
+"""The sampler's order, with an engine that keeps a log; what an engine takes: one class and one row of the table."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from gadcore.config.settings import Config
+from gadcore.data.groups import Response
+from gadcore.memory.colocation import Colocation
+from gadcore.rollout.engine import ENGINES, Engine, engine_class, make_engine
+from gadcore.rollout.sampler import Sampler
+from gadcore.rollout.weights import PlainWeights, checksums, fingerprint
+from tests.support.builders import TEMPLATE, groups
+from tests.support.reads import device_reads
+from tests.support.tiny import tiny_model
+
+
+class Echo(Engine):
+    """Answers every prompt with its own tokens, and logs what it is asked."""
+
+    def __init__(self, config, model_path, model, template) -> None:
+        self.model, self.log = model, []
+
+    def generate(self, requests, *, temperature, max_tokens):
+        self.log.append("generate")
+        self.seeds = [r.seed for r in requests]
+        return [[Response("x", r.prompt_ids[:max_tokens], False, (0.0,) * 3)] * r.n for r in requests]
+
+    def update_weights(self, source) -> None:
+        self.log.append(f"update {len(list(source))}")
+
+    def weights(self):
+        return dict(self.model.named_parameters())
+
+    def wake(self, part) -> None:
+        self.log.append(f"wake {part}")
+
+    def sleep(self) -> None:
+        self.log.append("sleep")
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    monkeypatch.setitem(ENGINES, "hf", f"{__name__}:Echo")
+    config = Config.model_validate({"rollout": {"engine": "hf"}})
+    return make_engine(config, "", tiny_model(), TEMPLATE)
+
+
+def sampler(engine: Echo, **kwargs) -> Sampler:
+    return Sampler(engine, PlainWeights(engine.model), temperature=0.8, max_tokens=5, seed=3, **kwargs)
+
+
+def test_an_engine_is_a_class_and_a_row(echo) -> None:
+    assert type(echo).__name__ == "Echo" and engine_class(Config()).__name__ == "VLLMEngine"
+    assert echo.shared and echo.held() == {} and echo.aliases() == [] and echo.close() is None
+
+
+def test_alone_it_wakes_updates_generates_and_sleeps(echo) -> None:
+    batch = groups(3, 0)
+    sampler(echo).draw(batch, 4, "gad/1")
+    updates = len(list(echo.model.parameters()))
+    assert echo.log == ["wake weights", f"update {updates}", "wake kv_cache", "generate", "sleep"]
+    assert all(len(group.samples) == 4 for group in batch)
+    first = echo.seeds
+    sampler(echo).draw(batch, 4, "gad/1")
+    assert echo.seeds == first and len(set(first)) == 3
+    sampler(echo).draw(batch, 4, "gad/2")
+    assert not set(echo.seeds) & set(first)
+
+
+def test_beside_others_the_device_is_entered_before_each_part(echo) -> None:
+    @contextmanager
+    def states(name):
+        echo.log.append(f"enter {name}")
+        yield
+        echo.log.append(f"leave {name}")
+
+    sampler(echo, states=states).draw(groups(1, 0), 2, "evaluation")
+    assert [entry.split()[0] for entry in echo.log] == [
+        "enter", "wake", "update", "leave", "enter", "wake", "generate", "leave",
+    ]  # fmt: skip
+
+
+def test_a_device_that_others_share_wakes_a_part_once(echo, tmp_path) -> None:
+    memory = Colocation(torch.device("cpu"), Config().memory, tmp_path, echo, shared=True)
+    for state in ("student", "synchronise", "rollout", "discriminator"):
+        memory.enter(state)
+    assert echo.log == ["sleep", "wake weights", "wake kv_cache", "sleep"]
+
+
+def test_a_fingerprint_takes_one_read(echo) -> None:
+    weights = PlainWeights(echo.model)
+    with device_reads() as reads:
+        checksums(weights)
+        assert not reads
+        fingerprint(weights)
+    assert reads.total() == 1, reads
