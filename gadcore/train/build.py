@@ -25,7 +25,7 @@ from gadcore.record.monitor import MachineMonitor
 from gadcore.record.run_folder import RunFolder
 from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
-from gadcore.record.tracking import make_tracker
+from gadcore.record.tracking import Tracker, make_tracker
 from gadcore.record.view import View, make_view
 from gadcore.rollout.engine import Engine, make_engine
 from gadcore.rollout.sampler import Sampler
@@ -78,41 +78,20 @@ def build(
             view.status(f"starting the sampler ({config.rollout.engine})")
             engine = make_engine(config, inputs.student.path, student.model, inputs.student.template)
             stack.callback(engine.close)
-            memory = Colocation(
-                device,
-                config.memory,
-                Path(config.memory.dir or folder.path / "offload"),
-                engine,
-                shared=engine.shared,
-                on_copy=trace.copy if trace else None,
-            )
+            place = Path(config.memory.dir or folder.path / "offload")
+            on_copy = trace.copy if trace else None
+            memory = Colocation(device, config.memory, place, engine, shared=engine.shared, on_copy=on_copy)
             stack.callback(memory.close)
             _hand_over(memory, student, discriminator, engine)
             phases.memory = memory
-            tracker = make_tracker(
-                config.tracking.tracker,
-                config.tracking.project,
-                config.run.name,
-                folder.path,
-                config.model_dump(),
-                resume_step=saved.step if saved else 0,
-                tell=view.message,
-            )
+            tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
             stack.callback(tracker.close)
-            sampler = Sampler(
-                engine,
-                PlainWeights(student.model),
-                temperature=config.rollout.temperature,
-                max_tokens=config.data.max_response_tokens,
-                seed=config.run.seed,
-                states=phases,
-            )
             trainer = Trainer(
                 config,
                 stages,
                 student=student,
                 discriminator=discriminator,
-                sampler=sampler,
+                sampler=_sampler(config, engine, student, phases),
                 loader=loader,
                 held_out=inputs.held_out,
                 records=RunRecords(folder, view, tracker, machine, trace),
@@ -153,6 +132,29 @@ def _hand_over(memory: Colocation, student: Student, discriminator: Discriminato
         memory.add(f"{name}.optimizer", model.optimizer.moments)
         memory.add_gradients(f"{name}.gradients", model.model.parameters())
     memory.begin()
+
+
+def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
+    return Sampler(
+        engine,
+        PlainWeights(student.model),
+        temperature=config.rollout.temperature,
+        max_tokens=config.data.max_response_tokens,
+        seed=config.run.seed,
+        states=phases,
+    )
+
+
+def _tracker(config: Config, folder: RunFolder, view: View, *, resume_step: int) -> Tracker:
+    return make_tracker(
+        config.tracking.tracker,
+        config.tracking.project,
+        config.run.name,
+        folder.path,
+        config.model_dump(),
+        resume_step=resume_step,
+        tell=view.message,
+    )
 
 
 def _monitor(config: Config, device: torch.device, view: View, trace: Trace | None) -> MachineMonitor | None:
