@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton setup lint lock clean cuda kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton test-without-native setup lint lock clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
@@ -18,6 +18,10 @@ test: $(READY)
 # Triton's interpreter needs a process of its own; more than one OpenBLAS thread makes its small products 700 times slower.
 test-triton: $(READY)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/triton tests/kernels/test_grid.py
+
+# Everything must hold without what only makes a CPU faster as well.
+test-without-native: $(READY)
+	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest tests/unit tests/exactness $(ARGS)
 
 setup: $(READY)
 

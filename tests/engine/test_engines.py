@@ -80,6 +80,7 @@ def test_engine_holds_the_trainers_weights_to_the_bit(sampled) -> None:
     assert before != fingerprint(weights.items()) == fingerprint(trainer.items())
 
 
+@pytest.mark.native
 def test_vllms_layers_are_shorter(sampled) -> None:
     # Else what the other tests compare is vLLM's own.
     if not isinstance(sampled.engine, HFEngine):

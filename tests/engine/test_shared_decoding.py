@@ -14,6 +14,7 @@ from tests.support.builders import TEMPLATE, groups
 from tests.support.engines import wake_with
 from tests.support.tiny import save_tiny
 
+pytestmark = pytest.mark.native
 LIMIT = 24
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from gadcore.cpu.vllm import SharedPrefill, sample_by_one_number
 
+pytestmark = pytest.mark.native
+
 # (text so far, tokens of it that are known already) for every request of a step.
 Request = tuple[list[int], int]
 

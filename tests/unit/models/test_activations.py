@@ -88,6 +88,7 @@ def test_a_mode_takes_the_place_of_another() -> None:
         assert layer.forward.args[0] == mode and layer.forward.args[1].__func__ is type(layer).forward
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_norms_are_not_kept(kind) -> None:
     policy = student(torch.float32, kind=kind, kl_coef=0.0)
@@ -104,6 +105,7 @@ def test_norms_are_not_kept(kind) -> None:
     assert without - with_recipes == 4 * config.num_hidden_layers * 2 * config.hidden_size
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_recomputing_changes_no_bit(monkeypatch, kind) -> None:
     batch, rewards = groups(2, 3, ragged=True), [[1.0, 2.0], [1.0, 2.0, 4.0]]

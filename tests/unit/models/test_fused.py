@@ -20,6 +20,8 @@ from gadcore.models.fused import embed_in_place, fuse_backbone, gradient_in_plac
 from tests.support.builders import assert_same_gradients, gradients, groups, student
 from tests.support.tiny import FAMILIES, tiny_model
 
+pytestmark = pytest.mark.native
+
 IDS = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(0))
 
 

@@ -25,6 +25,7 @@ def _no_calibration(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "path", lambda: tmp_path / "machine.json")
 
 
+@pytest.mark.native
 def test_the_papers_case_end_to_end(tmp_path, capsys) -> None:
     out = tmp_path / "plan.json"
     arguments = ["plan", "--preset", "qwen2.5-14b", "--plan.machine", "2x8-h100-80gb", "--plan.out", str(out)]

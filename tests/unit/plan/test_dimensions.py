@@ -56,6 +56,7 @@ def test_a_cache_of_a_prompt_has_the_bytes_that_are_counted(tmp_path) -> None:
     assert found == 3 * read_dimensions(str(tmp_path)).kv_bytes(4)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 def test_kept_activations_are_those_of_the_real_code(tmp_path, kind) -> None:
     model = tiny_model(kind)

@@ -59,6 +59,7 @@ def ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("mode", ["off", "full"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_sharded_step_takes_what_is_planned(tmp_path, ranks, mode) -> None:
