@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 
 
 @dataclass(frozen=True)

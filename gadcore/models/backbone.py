@@ -19,8 +19,8 @@ from transformers.masking_utils import sdpa_mask
 from gadcore.data.groups import Cost, GroupedBatch, GroupTokens
 from gadcore.errors import UserError
 from gadcore.kernels.last_token_attention import last_token_attention
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
 
 ATTENTION = "gadcore"
 
