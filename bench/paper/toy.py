@@ -22,7 +22,7 @@ from gadcore.config.settings import Config, DiscriminatorSettings, MemorySetting
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.template import ChatTemplate
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.memory.colocation import Colocation, Part
 from gadcore.memory.holdings import Holding
 from gadcore.models.discriminator import Discriminator, Scores
