@@ -17,8 +17,8 @@ from bench.opponents.problem import Expected, HeadProblem, grpo_expected, head_p
 from bench.opponents.trl import trl_grpo, trl_logprob
 from bench.runner import Rounds, Side
 from gadcore.kernels.bt_score import bt_score
+from gadcore.kernels.cpu.linear_few_rows import linear_few_rows
 from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
-from gadcore.kernels.linear_few_rows import linear_few_rows
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 

@@ -59,7 +59,7 @@ def bt_score(
         raise ValueError(
             f"last_index must be int64 [{groups.sequences}], got {last_index.dtype} {list(last_index.shape)}"
         )
-    chosen = choose("bt_score", impl, hidden, native="cpu_bt_score")
+    chosen = choose("bt_score", impl, hidden)
     paired = groups.paired
     if chosen == "reference":
         scores, loss, margin = _reference(hidden, last_index, weight, bias, groups, denominator)
@@ -105,7 +105,7 @@ def _op(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(scores, loss, margin, slope), slope [S] the derivative of the undivided loss to the scores."""
-    forward = implementation(impl, "cpu_bt_score", "bt_triton", "forward")
+    forward = implementation("bt_score", impl)
     with without_autocast(hidden):
         scores, pair_loss, margin, slope = forward(hidden, last_index, weight, bias, group_offsets, has_teacher)
     return scores, pair_loss.sum() / denominator, margin, slope
@@ -131,7 +131,7 @@ def _op_backward(
     grad_scores: Tensor, hidden: Tensor, last_index: Tensor, weight: Tensor, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, zero but for the last rows; d weight; d bias)."""
-    backward = implementation(impl, "cpu_bt_score_backward", "bt_triton", "backward")
+    backward = implementation("bt_score", impl, "backward")
     return backward(grad_scores, hidden, last_index, weight)
 
 

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _cuda
+from gadcore.kernels.cuda import native
+from gadcore.kernels.cuda.cast_copy import CopyTable, launch
 
 Impl = Literal["auto", "reference", "cuda"]
 
@@ -65,7 +66,7 @@ class CastCopy:
     @torch.no_grad()
     def __call__(self) -> None:
         if self._table is not None:
-            _cuda.require("cast_copy").cast_copy(self._table)
+            launch(native.require("cast_copy"), self._table)
             return
         for source, target in self.pairs:
             target.copy_(source)
@@ -75,10 +76,10 @@ def _choose(impl: Impl, device: torch.device) -> Literal["reference", "cuda"]:
     if impl == "reference":
         return "reference"
     if impl == "auto":
-        return "cuda" if device.type == "cuda" and _cuda.available("cast_copy") else "reference"
+        return "cuda" if device.type == "cuda" and native.available("cast_copy") else "reference"
     if impl != "cuda":
         raise ValueError(f'impl must be "auto", "reference" or "cuda", is {impl!r}')
-    _cuda.require("cast_copy")
+    native.require("cast_copy")
     if device.type != "cuda":
         raise ValueError(f'impl="cuda" needs tensors on a GPU, got {device}')
     return "cuda"
@@ -186,7 +187,7 @@ def check(pairs: Sequence[Pair]) -> None:
 # --- the table that the kernel reads ---------------------------------------------------------------------------------
 
 
-def copy_table(pairs: Sequence[Pair]) -> _cuda.CopyTable:
+def copy_table(pairs: Sequence[Pair]) -> CopyTable:
     """The table of checked pairs, on their device."""
     entries: list[tuple[int, ...]] = []
     for source, target in pairs:
@@ -201,7 +202,7 @@ def copy_table(pairs: Sequence[Pair]) -> _cuda.CopyTable:
     starts = list(itertools.accumulate((-(-n // _CHUNK_UNITS) for n in units), initial=0))
     device = pairs[0][0].device if pairs else None
     numbers = torch.tensor([*itertools.chain.from_iterable(entries), *starts], dtype=torch.int64, device=device)
-    return _cuda.CopyTable(numbers, len(entries), starts[-1])
+    return CopyTable(numbers, len(entries), starts[-1])
 
 
 def _copy_entries(source: _Region, target: _Region) -> Iterator[tuple[int, ...]]:

@@ -15,11 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
+from gadcore.kernels.ops import OPS
 
 Impl = Literal["auto", "reference", "triton", "cpu"]
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
@@ -33,63 +32,36 @@ def triton_missing() -> str | None:
     return None if find_spec("triton") else "the package triton is not installed: `pip install triton`"
 
 
-def choose(
-    op: str,
-    impl: Impl,
-    tensor: Tensor,
-    *,
-    native: str,
-    triton: bool = True,
-    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
-) -> Literal["reference", "triton", "cpu"]:
-    """The implementation for a call of `op` whose computation follows `tensor`'s device and dtype.
+def choose(op: str, impl: Impl, tensor: Tensor) -> Literal["reference", "triton", "cpu"]:
+    """The implementation for a call of `op`, one of OPS, whose computation follows `tensor`'s device and dtype.
 
-    native: name of the op in the native library. triton: whether `op` has a Triton kernel. dtypes: what the kernels
-    take. Raises ValueError for a name that is none, or for an implementation that does not take this device or dtype;
+    Raises ValueError for a name that is none, or for an implementation that does not take this device or dtype;
     RuntimeError for one that is not installed or built.
     """
-    on_cpu, fits = tensor.device.type == "cpu", tensor.dtype in dtypes
-    if impl == "reference":
+    dtypes = OPS[op].triton
+    if impl == "auto" and tensor.is_cuda and tensor.dtype in dtypes:
+        if triton_missing() is None:
+            return "triton"
+        _slow(f"{op} on {tensor.device.type} computes with the PyTorch reference: {triton_missing()}")
         return "reference"
-    if impl == "auto":
-        if not fits:
-            return "reference"
-        if tensor.is_meta:
-            # Shapes only: whatever the op's name, no implementation runs.
-            return "cpu"
-        if on_cpu:
-            return "cpu" if _native.available(native) else "reference"
-        if tensor.is_cuda and triton:
-            if triton_missing() is None:
-                return "triton"
-            _slow(f"{op} on {tensor.device.type} computes with the PyTorch reference: {triton_missing()}")
-        return "reference"
-    if impl not in ("cpu", "triton") or (impl == "triton" and not triton):
-        names = ["auto", "reference", "cpu", *(["triton"] if triton else [])]
-        raise ValueError(f"{op}: impl must be one of {', '.join(names)}, is {impl!r}")
-    if not fits:
+    if impl != "triton" or not dtypes:
+        return native.choose(op, impl, tensor)
+    if tensor.dtype not in dtypes:
         raise ValueError(f"{op}: impl={impl!r} computes in {', '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if impl == "cpu":
-        if not on_cpu:
-            raise ValueError(f'{op}: impl="cpu" needs tensors on the CPU, got {tensor.device}')
-        _native.require(native)
-        return "cpu"
     reason = triton_missing()
     if reason is not None:
         raise RuntimeError(f'{op}: impl="triton" is not available: {reason}')
-    if not tensor.is_cuda and not (on_cpu and interpreted()):
+    if not tensor.is_cuda and not (tensor.device.type == "cpu" and interpreted()):
         raise ValueError(f'{op}: impl="triton" needs tensors on a GPU, got {tensor.device}')
     return "triton"
 
 
-def implementation(chosen: str, native: str, module: str, function: str) -> Callable[..., Any]:
-    """The function behind a choice: the native op, or a function of a module with Triton kernels."""
+def implementation(op: str, chosen: str, which: str = "forward") -> Callable[..., Any]:
+    """The function behind a choice, for one of the op's passes."""
     if chosen == "cpu":
-        # Loads the library, for whoever calls the op itself.
-        _native.require(native)
-        return getattr(torch.ops.gadcore, native)
+        return native.function(op, which)
     # Not imported before it is wanted: triton is not there on every machine.
-    return getattr(importlib.import_module(f"gadcore.kernels.{module}"), function)
+    return getattr(importlib.import_module(f"gadcore.kernels.triton.{op}"), which)
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

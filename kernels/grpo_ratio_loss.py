@@ -91,7 +91,7 @@ def grpo_ratio_loss(
     if logprob.dim() != 1 or len(logprob) == 0 or not logprob.is_floating_point():
         raise ValueError(f"logprob must be floating point [T] with T >= 1, got {logprob.dtype} {list(logprob.shape)}")
     check_tokens(len(logprob), logprob.dtype, advantages, ref_logprob, old_logprob, kl_coef)
-    chosen = choose("grpo_ratio_loss", impl, logprob, native="cpu_grpo_ratio_loss", dtypes=(torch.float32,))
+    chosen = choose("grpo_ratio_loss", impl, logprob)
     if chosen == "reference":
         terms = ratio_terms(logprob, advantages, ref_logprob, old_logprob, clip_low, clip_high, kl_coef)
         loss, kl, ratio, clipped = terms[0].sum() / denominator, *terms[1:]
@@ -159,7 +159,7 @@ def _op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats [5, T]: loss per token, k3, ratio, clipped, d loss / d logprob, none of them divided)."""
-    compute = implementation(impl, "cpu_grpo_ratio_loss", "grpo_triton", "ratio_loss")
+    compute = implementation("grpo_ratio_loss", impl)
     stats = compute(logprob, advantages, ref_logprob, old_logprob, clip_low, clip_high, kl_coef)
     return stats[0].sum() / denominator, stats
 

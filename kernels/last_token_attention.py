@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gadcore.kernels.dispatch import without_autocast
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 
 
 def last_token_attention(

@@ -1,4 +1,4 @@
-"""GroupLayout: which sequences belong to which group, and which tokens to which sequence."""
+"""How groups lie in a packed row: GroupLayout for what is computed by group, PrefixLayout for what attends."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+Device = torch.device | str
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class GroupLayout:
         samples: Sequence[int],
         teacher: bool | Sequence[bool],
         lengths: Sequence[int] | None = None,
-        device: torch.device | str = "cpu",
+        device: Device = "cpu",
     ) -> GroupLayout:
         """Layout of groups with samples[g] samples each, beside the teacher of those that have one.
 
@@ -49,20 +51,13 @@ class GroupLayout:
             raise ValueError(f"samples are given for {len(samples)} groups, teacher for {len(teachers)}")
         if any(n < 0 for n in samples):
             raise ValueError(f"samples must be 0 or more in every group, are {list(samples)}")
-        group_offsets = [0, *accumulate(n + t for n, t in zip(samples, teachers, strict=True))]
-        sequences = group_offsets[-1]
-        token_offsets = None
-        if lengths is not None:
-            if len(lengths) != sequences or any(n < 0 for n in lengths):
-                raise ValueError(f"lengths must hold 0 or more for each of {sequences} sequences, are {list(lengths)}")
-            token_offsets = [0, *accumulate(lengths)]
-        return cls(
-            torch.tensor(group_offsets, dtype=torch.int64, device=device),
-            torch.tensor(teachers, dtype=torch.bool, device=device),
-            sequences,
-            None if token_offsets is None else torch.tensor(token_offsets, dtype=torch.int64, device=device),
-            None if token_offsets is None else token_offsets[-1],
-        )
+        group_offsets, sequences = _offsets([n + t for n, t in zip(samples, teachers, strict=True)], device)
+        has_teacher = torch.tensor(teachers, dtype=torch.bool, device=device)
+        if lengths is None:
+            return cls(group_offsets, has_teacher, sequences)
+        if len(lengths) != sequences or any(n < 0 for n in lengths):
+            raise ValueError(f"lengths must hold 0 or more for each of {sequences} sequences, are {list(lengths)}")
+        return cls(group_offsets, has_teacher, sequences, *_offsets(lengths, device))
 
     @property
     def group_of(self) -> Tensor:
@@ -89,6 +84,67 @@ class GroupLayout:
         return ~self.is_teacher & self.has_teacher[self.group_of]
 
 
+@dataclass(frozen=True)
+class PrefixLayout:
+    """G prompts, each followed by its responses, in one row of T tokens without padding. Made by `of`.
+
+    A segment is a prompt or a response. Prompts and responses may differ in length, prompts in the number of their
+    responses.
+
+    offsets: [K + 1] int64, segment k owns the tokens offsets[k] .. offsets[k + 1] - 1.
+    prompt_of: [K] int64, the segment of k's prompt; k itself where k is a prompt.
+    positions: [T] int64, the position of every token in its own sequence: those of a response go on where its prompt
+        ends.
+    tokens: T. longest: positions of the longest sequence, prompt and response together.
+    prompts, responses: the lengths as they were given, known on the host so that nothing waits for a GPU.
+    """
+
+    offsets: Tensor
+    prompt_of: Tensor
+    positions: Tensor
+    tokens: int
+    longest: int
+    prompts: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[int], responses: Sequence[Sequence[int]], device: Device = "cpu") -> PrefixLayout:
+        """Layout of prompts of prompts[g] tokens with responses of responses[g][i] tokens each.
+
+        Raises ValueError where there is no prompt, where the counts do not fit together, or where a segment is empty.
+        """
+        if not prompts or len(prompts) != len(responses):
+            raise ValueError(f"responses are given for {len(responses)} of {len(prompts)} prompts")
+        lengths: list[int] = []
+        prompt_of: list[int] = []
+        positions: list[Tensor] = []
+        longest = 0
+        for prompt, group in zip(prompts, responses, strict=True):
+            if prompt < 1 or any(length < 1 for length in group):
+                raise ValueError(f"prompts and responses have 1 or more tokens, got {prompt} and {list(group)}")
+            prompt_of += [len(lengths)] * (1 + len(group))
+            lengths += [prompt, *group]
+            positions += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in group)]
+            longest = max(longest, prompt + max(group, default=0))
+        offsets, tokens = _offsets(lengths, device)
+        return cls(
+            offsets,
+            torch.tensor(prompt_of, dtype=torch.int64, device=device),
+            torch.cat(positions).to(device),
+            tokens,
+            longest,
+            tuple(prompts),
+            tuple(map(tuple, responses)),
+        )
+
+
+def _offsets(lengths: Sequence[int], device: Device) -> tuple[Tensor, int]:
+    """(where each of n neighbours of these lengths begins, and the last one ends, [n + 1] int64; their sum)."""
+    offsets = [0, *accumulate(lengths)]
+    return torch.tensor(offsets, dtype=torch.int64, device=device), offsets[-1]
+
+
 def _owners(offsets: Tensor, items: int) -> Tensor:
+    """[items] int64, of every item the neighbour that owns it."""
     rows = torch.arange(len(offsets) - 1, device=offsets.device)
     return torch.repeat_interleave(rows, offsets.diff(), output_size=items)

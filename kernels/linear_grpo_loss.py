@@ -23,8 +23,7 @@ from torch import Tensor
 from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, without_autocast
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, check_tokens, group_advantages, ratio_terms
 from gadcore.kernels.layout import GroupLayout
-from gadcore.kernels.linear_logprob import check_head, head_gradients, linear_logprob_reference
-from gadcore.kernels.selected_logprob import IGNORED
+from gadcore.kernels.linear_logprob import IGNORED, check_head, head_gradients, linear_logprob_reference
 
 
 def linear_grpo_loss(
@@ -83,7 +82,7 @@ def linear_grpo_loss(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     per_token = advantages.to(dtype)[groups.sequence_of]
     check_tokens(tokens, dtype, per_token, ref_logprob, old_logprob, kl_coef)
-    chosen = choose("linear_grpo_loss", impl, hidden, native="cpu_linear_grpo")
+    chosen = choose("linear_grpo_loss", impl, hidden)
     if chosen != "cpu" and added is not None:
         raise ValueError(f'add_weight_gradient_to needs impl="cpu", "{chosen}" would compute')
     if chosen == "reference":
@@ -108,7 +107,7 @@ def linear_grpo_loss(
     return GRPOLoss(loss, metrics)
 
 
-@torch.library.custom_op("gadcore::linear_grpo", mutates_args=())
+@torch.library.custom_op("gadcore::linear_grpo_loss", mutates_args=())
 def _op(
     hidden: Tensor,
     weight: Tensor,
@@ -132,7 +131,7 @@ def _op(
 
     Rows of stats: loss per token, logprob, k3, ratio, clipped, entropy; 0 where the target is -100.
     """
-    compute = implementation(impl, "cpu_linear_grpo", "grpo_triton", "linear_grpo")
+    compute = implementation("linear_grpo_loss", impl)
     constants = (temperature, clip_low, clip_high, kl_coef, denominator)
     needs = (need_hidden, need_weight, need_bias)
     with without_autocast(hidden):
@@ -210,7 +209,7 @@ class _Adding(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, bias: Tensor | None, weight: Tensor, add_to: Tensor, others: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
-        compute = implementation("cpu", "cpu_linear_grpo", "", "")
+        compute = implementation("linear_grpo_loss", "cpu")
         need_hidden, need_bias = ctx.needs_input_grad[:2]
         stats, *gradients = compute(hidden, weight, bias, *others, need_hidden, True, need_bias, add_to)
         ctx.gradients = gradients[0], gradients[2]

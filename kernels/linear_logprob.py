@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, without_autocast
-from gadcore.kernels.selected_logprob import IGNORED, selected_logprob_reference
 
+# The target of a token that does not count.
+IGNORED = -100
 # Tokens whose logits the reference holds at a time.
 CHUNK_TOKENS = 1024
 
@@ -76,7 +77,7 @@ def linear_logprob(
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature)
-    chosen = choose("linear_logprob", impl, hidden, native="cpu_linear_logprob")
+    chosen = choose("linear_logprob", impl, hidden)
     if chosen == "reference":
         logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature, return_entropy)
     else:
@@ -101,7 +102,7 @@ def _chunk(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with without_autocast(hidden):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    logprob, _ = selected_logprob_reference(logits, targets, temperature)
+    logprob = _selected(logits, targets, temperature)
     if not return_entropy:
         return logprob, logprob.new_empty(0)
     with torch.no_grad():
@@ -111,6 +112,16 @@ def _chunk(
         # A logit of -inf has probability 0 and adds 0, not 0 * inf.
         entropy = z.logsumexp(-1) - (p * z.clamp(min=torch.finfo(z.dtype).min)).sum(-1)
         return logprob, entropy.masked_fill(targets == IGNORED, 0.0)
+
+
+def _selected(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probability [T] of the targets under softmax(logits [T, V] / temperature), 0 where ignored."""
+    z = logits / temperature
+    ignored = targets == IGNORED
+    picked = z.gather(1, targets.masked_fill(ignored, 0)[:, None])
+    # The difference of two large numbers that picked - log-sum-exp would be loses digits; shifted, it does not.
+    shift = z.detach().amax(1, keepdim=True)
+    return ((picked - shift)[:, 0] - (z - shift).logsumexp(1)).masked_fill(ignored, 0.0)
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> None:
@@ -148,7 +159,7 @@ def _op(
     row_max is the largest logit of a row, log_sum is log sum exp((z - row_max) / temperature). Kept apart, they let
     softmax be computed without losing the digits that a large log-sum-exp would cost.
     """
-    forward = implementation(impl, "cpu_linear_logprob", "logprob_triton", "forward")
+    forward = implementation("linear_logprob", impl)
     with without_autocast(hidden):
         return forward(hidden, weight, bias, targets, temperature, entropy)
 
@@ -186,7 +197,7 @@ def _op_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, d weight, d bias), empty where not needed."""
-    backward = implementation(impl, "cpu_linear_logprob_backward", "logprob_triton", "backward")
+    backward = implementation("linear_logprob", impl, "backward")
     return backward(
         grad_logprob,
         hidden,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gadcore.kernels.dispatch import Impl, choose, implementation, without_autocast
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 
 
 def prefix_attention(
@@ -45,10 +45,9 @@ def prefix_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     # A window that is longer than every sequence hides nothing.
     window = 0 if window is None or window >= layout.longest else window
-    dtypes = (torch.float32,) if query.device.type == "cpu" and impl in ("auto", "cpu") else _KERNEL_DTYPES
     if impl == "auto" and query.is_cuda and query.shape[-1] not in HEAD_SIZES:
         impl = "reference"
-    chosen = choose("prefix_attention", impl, query, native="cpu_prefix_attention", dtypes=dtypes)
+    chosen = choose("prefix_attention", impl, query)
     if chosen == "reference":
         return prefix_attention_reference(query, key, value, layout, scale, window)
     out, _ = _op(query, key, value, layout.offsets, layout.prompt_of, scale, window, layout.longest, chosen)
@@ -57,7 +56,6 @@ def prefix_attention(
 
 # What the Triton kernels are made for.
 HEAD_SIZES = (64, 96, 128)
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def prefix_attention_reference(
@@ -114,7 +112,7 @@ def _op(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), lse [T, Hq] float32 the natural log of the sum of exp(s[i, :]), for the backward pass."""
-    forward = implementation(impl, "cpu_prefix_attention", "prefix_triton", "forward")
+    forward = implementation("prefix_attention", impl)
     return forward(query, key, value, offsets, prompt_of, scale, window, longest)
 
 
@@ -149,7 +147,7 @@ def _op_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d query, d key, d value)."""
-    backward = implementation(impl, "cpu_prefix_attention_backward", "prefix_triton", "backward")
+    backward = implementation("prefix_attention", impl, "backward")
     return backward(grad_out, query, key, value, out, lse, offsets, prompt_of, scale, window, longest)
 
 

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from bench.paper.toy import WordTemplate
 from gadcore.data.groups import Group
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 
 LETTERS = tuple("abcdefgh")
 COUNTS = (2, 3, 4)

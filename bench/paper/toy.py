@@ -20,7 +20,7 @@ from gadcore.config.settings import Config, DiscriminatorSettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.template import ChatTemplate
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.student import Student
 from gadcore.rollout.engine import Engine, SampleRequest

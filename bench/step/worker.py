@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bench import memory
 from bench.step.problem import Problem
-from gadcore.kernels.linear import linear
+from gadcore.kernels.cpu.linear import linear
 
 # 17 GFLOP a product, 16 MiB a matrix: larger ones run no faster.
 PEAK_SIZE = 2048

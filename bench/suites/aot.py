@@ -187,10 +187,10 @@ def _head(shape: Shape, dtype: Any, bias: bool, aligned: bool = True) -> tuple[A
 
 def _logprob_forward(bias: bool = False, entropy: bool = False, aligned: bool = True) -> Callable[[Shape, Any], None]:
     def call(shape: Shape, dtype: Any) -> None:
-        from gadcore.kernels import logprob_triton
+        from gadcore.kernels.triton import linear_logprob
 
         hidden, weight, head, targets = _head(shape, dtype, bias, aligned)
-        logprob_triton.forward(hidden, weight, head, targets, TEMPERATURE, entropy)
+        linear_logprob.forward(hidden, weight, head, targets, TEMPERATURE, entropy)
 
     return call
 
@@ -199,11 +199,11 @@ def _logprob_backward(bias: bool = False, aligned: bool = True) -> Callable[[Sha
     def call(shape: Shape, dtype: Any) -> None:
         import torch
 
-        from gadcore.kernels import logprob_triton
+        from gadcore.kernels.triton import linear_logprob
 
         hidden, weight, head, targets = _head(shape, dtype, bias, aligned)
         grad, row_max, log_sum = (_meta(shape.T, dtype=torch.float32) for _ in range(3))
-        logprob_triton.backward(
+        linear_logprob.backward(
             grad, hidden, weight, head, targets, row_max, log_sum, TEMPERATURE, True, True, head is not None
         )
 
@@ -214,12 +214,12 @@ def _grpo(bias: bool = False, entropy: bool = False) -> Callable[[Shape, Any], N
     def call(shape: Shape, dtype: Any) -> None:
         import torch
 
-        from gadcore.kernels import grpo_triton
+        from gadcore.kernels.triton import linear_grpo_loss
 
         hidden, weight, head, targets = _head(shape, dtype, bias)
         advantages, ref = (_meta(shape.T, dtype=torch.float32) for _ in range(2))
         needs = (True, True, head is not None)
-        grpo_triton.linear_grpo(
+        linear_grpo_loss.forward(
             hidden, weight, head, targets, advantages, ref, None, TEMPERATURE, CLIP, CLIP, KL, 1.0, entropy, *needs
         )
 
@@ -229,10 +229,10 @@ def _grpo(bias: bool = False, entropy: bool = False) -> Callable[[Shape, Any], N
 def _ratio(shape: Shape, dtype: Any) -> None:
     import torch
 
-    from gadcore.kernels import grpo_triton
+    from gadcore.kernels.triton import grpo_ratio_loss
 
     logprob, advantages, ref, old = (_meta(shape.T, dtype=torch.float32) for _ in range(4))
-    grpo_triton.ratio_loss(logprob, advantages, ref, old, CLIP, CLIP, KL)
+    grpo_ratio_loss.forward(logprob, advantages, ref, old, CLIP, CLIP, KL)
 
 
 def _sequences(shape: Shape) -> tuple[int, int]:
@@ -243,10 +243,10 @@ def _sequences(shape: Shape) -> tuple[int, int]:
 def _bt_forward(shape: Shape, dtype: Any) -> None:
     import torch
 
-    from gadcore.kernels import bt_triton
+    from gadcore.kernels.triton import bt_score
 
     sequences, groups = _sequences(shape)
-    bt_triton.forward(
+    bt_score.forward(
         _meta(shape.T, shape.H, dtype=dtype),
         _meta(sequences, dtype=torch.int64),
         _meta(shape.H, dtype=torch.float32),
@@ -259,10 +259,10 @@ def _bt_forward(shape: Shape, dtype: Any) -> None:
 def _bt_backward(shape: Shape, dtype: Any) -> None:
     import torch
 
-    from gadcore.kernels import bt_triton
+    from gadcore.kernels.triton import bt_score
 
     sequences, _ = _sequences(shape)
-    bt_triton.backward(
+    bt_score.backward(
         _meta(sequences, dtype=torch.float32),
         _meta(shape.T, shape.H, dtype=dtype),
         _meta(sequences, dtype=torch.int64),
@@ -300,10 +300,10 @@ def _attention_inputs(heads: Heads, dtype: Any) -> tuple[tuple[Any, Any, Any], t
 
 def _attention_forward(window: int) -> Callable[[Heads, Any], None]:
     def call(heads: Heads, dtype: Any) -> None:
-        from gadcore.kernels import prefix_triton
+        from gadcore.kernels.triton import prefix_attention
 
         tensors, layout = _attention_inputs(heads, dtype)
-        prefix_triton.forward(*tensors, *layout, heads.D**-0.5, window, heads.P + heads.R)
+        prefix_attention.forward(*tensors, *layout, heads.D**-0.5, window, heads.P + heads.R)
 
     return call
 
@@ -312,12 +312,12 @@ def _attention_backward(window: int) -> Callable[[Heads, Any], None]:
     def call(heads: Heads, dtype: Any) -> None:
         import torch
 
-        from gadcore.kernels import prefix_triton
+        from gadcore.kernels.triton import prefix_attention
 
         tensors, layout = _attention_inputs(heads, dtype)
         out = _meta(heads.T, heads.query_heads, heads.D, dtype=dtype)
         lse = _meta(heads.T, heads.query_heads, dtype=torch.float32)
-        prefix_triton.backward(out, *tensors, out, lse, *layout, heads.D**-0.5, window, heads.P + heads.R)
+        prefix_attention.backward(out, *tensors, out, lse, *layout, heads.D**-0.5, window, heads.P + heads.R)
 
     return call
 

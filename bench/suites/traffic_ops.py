@@ -61,7 +61,7 @@ class _Bench:
 
 def production_grid(sizes: Sizes) -> list[Measured]:
     """linear_logprob forward with the programs and waves of a real model's: its addresses, without its numbers."""
-    from gadcore.kernels import logprob_triton
+    from gadcore.kernels.triton import linear_logprob
 
     T, H, V, l2_bytes = sizes.grid
     bench = _Bench(l2_bytes)
@@ -71,7 +71,7 @@ def production_grid(sizes: Sizes) -> list[Measured]:
             "linear_logprob forward on production's grid",
             "triton",
             f"T={T} H={H} V={V}",
-            lambda: logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False),
+            lambda: linear_logprob.forward(hidden, weight, None, targets, TEMPERATURE, False),
             None,
             _bytes(hidden, weight, targets) + 3 * 4 * T,
             limited=True,
@@ -84,12 +84,12 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     from liger_kernel.ops.grpo_loss import GrpoLossFunction, fused_selective_log_softmax
 
-    from gadcore.kernels import grpo_triton, logprob_triton
+    from gadcore.kernels.triton import linear_grpo_loss, linear_logprob
 
     bench = _Bench(sizes.cache_bytes)
     T, H, V, B = sizes.T, sizes.H, sizes.V, sizes.rows
-    logprob_triton.DLOGITS_BYTES = int(logprob_triton.DLOGITS_BYTES / SCALE**2)
-    grpo_triton.LOGITS_BYTES = int(grpo_triton.LOGITS_BYTES / SCALE**2)
+    linear_logprob.DLOGITS_BYTES = int(linear_logprob.DLOGITS_BYTES / SCALE**2)
+    linear_grpo_loss.LOGITS_BYTES = int(linear_grpo_loss.LOGITS_BYTES / SCALE**2)
     L, shape = T // B, f"T={T} H={H} V={V}"
     torch.manual_seed(0)
     hidden, weight = torch.randn(T, H).to(BF16), (torch.randn(V, H) / math.sqrt(H)).to(BF16)
@@ -113,7 +113,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
         "linear_logprob forward",
         "triton",
         shape,
-        lambda: logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False),
+        lambda: linear_logprob.forward(hidden, weight, None, targets, TEMPERATURE, False),
         (logprob, logits.max(1).values, torch.logsumexp(logits - logits.max(1).values[:, None], 1), torch.empty(0)),
         forward,
         limited=True,
@@ -152,8 +152,8 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     both = _bytes(hidden, weight, targets) + _bytes(hidden, weight) + 4 * T + 4 * T
 
     def ours() -> tuple[Tensor, ...]:
-        logprob, row_max, log_sum, _ = logprob_triton.forward(hidden, weight, None, targets, TEMPERATURE, False)
-        d_hidden, d_weight, _ = logprob_triton.backward(
+        logprob, row_max, log_sum, _ = linear_logprob.forward(hidden, weight, None, targets, TEMPERATURE, False)
+        d_hidden, d_weight, _ = linear_logprob.backward(
             slope, hidden, weight, None, targets, row_max, log_sum, TEMPERATURE, *GRADIENTS
         )
         return logprob, d_hidden, d_weight
@@ -176,7 +176,7 @@ def head_ops(sizes: Sizes) -> list[Measured]:
     least = 2 * _bytes(hidden, weight) + _bytes(targets, advantages, ref) + 6 * 4 * T
 
     def one_pass() -> tuple[Tensor, ...]:
-        stats, d_hidden, d_weight, _ = grpo_triton.linear_grpo(
+        stats, d_hidden, d_weight, _ = linear_grpo_loss.forward(
             hidden,
             weight,
             None,
@@ -224,9 +224,9 @@ def head_ops(sizes: Sizes) -> list[Measured]:
 
 def attention_ops(sizes: Sizes) -> list[Measured]:
     """prefix_attention on a group, beside the same kernels on rows that each hold a copy of the prompt."""
-    from gadcore.kernels import prefix_triton
+    from gadcore.kernels.layout import PrefixLayout
     from gadcore.kernels.prefix_attention import prefix_attention_reference
-    from gadcore.kernels.prefix_layout import PrefixLayout
+    from gadcore.kernels.triton import prefix_attention
 
     bench = _Bench(sizes.cache_bytes)
     P, R, Hq, Hk, D = sizes.attention
@@ -251,11 +251,11 @@ def attention_ops(sizes: Sizes) -> list[Measured]:
         outputs: list[Tensor] = []
 
         def attend() -> tuple[Tensor]:
-            outputs.extend(prefix_triton.forward(*tensors, *given))
+            outputs.extend(prefix_attention.forward(*tensors, *given))
             return (outputs[0],)
 
         def differentiate() -> tuple[Tensor, ...]:
-            return prefix_triton.backward(d_out, *tensors, outputs[0], outputs[1], *given)
+            return prefix_attention.backward(d_out, *tensors, outputs[0], outputs[1], *given)
 
         bench.meter("prefix_attention forward", impl, shape, attend, (true_out.detach(),), forward, limited=True)
         bench.meter("prefix_attention backward", impl, shape, differentiate, gradients, backward)
@@ -267,7 +267,7 @@ def attention_ops(sizes: Sizes) -> list[Measured]:
 
 def score_ops(sizes: Sizes) -> list[Measured]:
     """bt_score, each way, and grpo_ratio_loss. Liger has nothing for the same work."""
-    from gadcore.kernels import bt_triton, grpo_triton
+    from gadcore.kernels.triton import bt_score, grpo_ratio_loss
 
     bench = _Bench(sizes.cache_bytes)
     T, H, G, N = sizes.bt_tokens, sizes.bt_width, sizes.bt_groups, sizes.group
@@ -286,7 +286,7 @@ def score_ops(sizes: Sizes) -> list[Measured]:
         "bt_score forward",
         "triton",
         shape,
-        lambda: bt_triton.forward(hidden, last, weight, bias, offsets, taught),
+        lambda: bt_score.forward(hidden, last, weight, bias, offsets, taught),
         (scores, pair_loss.view(-1), margin.view(-1), slope.view(-1)),
         S * H * 2 + _bytes(weight, last, bias, offsets, taught) + 4 * 4 * S,
         limited=True,
@@ -299,7 +299,7 @@ def score_ops(sizes: Sizes) -> list[Measured]:
         "bt_score backward",
         "triton",
         shape,
-        lambda: bt_triton.backward(grad, hidden, last, weight),
+        lambda: bt_score.backward(grad, hidden, last, weight),
         (d_hidden, grad @ hidden[last].float(), grad.sum()),
         S * H * 2 + _bytes(grad, last, weight) + T * H * 2 + _bytes(weight) + 4,
         limited=True,
@@ -314,7 +314,7 @@ def score_ops(sizes: Sizes) -> list[Measured]:
         "grpo_ratio_loss",
         "triton",
         f"T={T}",
-        lambda: (grpo_triton.ratio_loss(logprob, advantages, ref, old, CLIP, CLIP, KL),),
+        lambda: (grpo_ratio_loss.forward(logprob, advantages, ref, old, CLIP, CLIP, KL),),
         (torch.stack([loss, k3, ratio, clipped.float(), slope]),),
         9 * 4 * T,
         limited=True,

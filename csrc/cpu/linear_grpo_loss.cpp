@@ -1,4 +1,4 @@
-// cpu_linear_grpo; kernels/linear_grpo_loss.py states the mathematics.
+// cpu_linear_grpo_loss; kernels/linear_grpo_loss.py states the mathematics.
 //
 // One pass over chunks of tokens. A chunk's logits, transposed, fill one reused buffer: block by block of the vocabulary
 // they are computed and, still in the cache, become exp((z - max of their segment) / T). Once the sums are known so are
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_grpo(
     double temperature, double clip_low, double clip_high, double kl_coef, double denominator, bool entropy,
     bool need_hidden, bool need_weight, bool need_bias, const std::optional<Tensor>& add_to) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const char* op = "cpu_linear_grpo";
+  const char* op = "cpu_linear_grpo_loss";
   check_head(op, hidden, weight, bias_in, targets_in, temperature);
   const int64_t tokens = hidden.size(0);
   check_vector(op, "advantages", advantages_in, tokens);
@@ -188,10 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_grpo(
 
 TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def(
-      "cpu_linear_grpo(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, "
+      "cpu_linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, "
       "Tensor? ref_logprob, Tensor? old_logprob, float temperature, float clip_low, float clip_high, float kl_coef, "
       "float denominator, bool entropy, bool need_hidden, bool need_weight, bool need_bias, Tensor(a!)? add_to=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_linear_grpo", &gadcore::linear_grpo); }
+TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_linear_grpo_loss", &gadcore::linear_grpo); }

@@ -166,49 +166,6 @@ struct Loops {
     }
   }
 
-  static GADCORE_INLINE float row_max(const float* x, int64_t n) {
-    F m0 = V::splat(-kInf), m1 = m0;
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-      m0 = V::max(V::load(x + i), m0);
-      m1 = V::max(V::load(x + i + W), m1);
-    }
-    m0 = V::max(m0, m1);
-    for (; i + W <= n; i += W) m0 = V::max(V::load(x + i), m0);
-    if (i < n) m0 = V::max(V::load_tail(x + i, n - i, -kInf), m0);
-    return V::largest(m0);
-  }
-
-  static GADCORE_INLINE double row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {
-    const F s = V::splat(shift), scale = V::splat(inv_t);
-    F a0 = V::splat(0.0f), a1 = a0;
-    int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-      a0 = a0 + V::exp_shifted((V::load(x + i) - s) * scale);
-      a1 = a1 + V::exp_shifted((V::load(x + i + W) - s) * scale);
-    }
-    for (; i + W <= n; i += W) a0 = a0 + V::exp_shifted((V::load(x + i) - s) * scale);
-    if (i < n) a1 = a1 + V::exp_shifted((V::load_tail(x + i, n - i, -kInf) - s) * scale);
-    // In double: beside the 1 of a sure model the rest of the vocabulary would be rounded away.
-    float lanes[2 * W];
-    V::store(lanes, a0);
-    V::store(lanes + W, a1);
-    double sum = 0;
-    for (float lane : lanes) sum += lane;
-    return sum;
-  }
-
-  static GADCORE_INLINE void row_softmax(const float* x, float* out, int64_t n, float shift, float inv_t,
-                                         float log_sum, float scale) {
-    const F s = V::splat(shift), inverse = V::splat(inv_t), l = V::splat(log_sum), c = V::splat(scale);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) V::store(out + i, c * V::exp_shifted((V::load(x + i) - s) * inverse - l));
-    if (i < n) {
-      const F last = V::load_tail(x + i, n - i, -kInf);
-      V::store_tail(out + i, n - i, c * V::exp_shifted((last - s) * inverse - l));
-    }
-  }
-
   static GADCORE_INLINE float dot(const float* a, const float* b, int64_t n) {
     F s0 = V::splat(0.0f), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
@@ -240,17 +197,9 @@ struct Loops {
     Loops<W>::lanes_exp(x, n, shift, inv_t);                                                                           \
   }                                                                                                                    \
   TARGET void ratio_loss(const RatioLoss& a, int64_t begin, int64_t end) { Loops<W>::ratio_loss(a, begin, end); }      \
-  TARGET float row_max(const float* x, int64_t n) { return Loops<W>::row_max(x, n); }                                  \
-  TARGET double row_exp_sum(const float* x, int64_t n, float shift, float inv_t) {                                     \
-    return Loops<W>::row_exp_sum(x, n, shift, inv_t);                                                                  \
-  }                                                                                                                    \
-  TARGET void row_softmax(const float* x, float* out, int64_t n, float shift, float inv_t, float log_sum,              \
-                          float scale) {                                                                               \
-    Loops<W>::row_softmax(x, out, n, shift, inv_t, log_sum, scale);                                                    \
-  }                                                                                                                    \
   TARGET float dot(const float* a, const float* b, int64_t n) { return Loops<W>::dot(a, b, n); }                       \
   constexpr VectorKernels kTable = {segment_exp, segment_softmax, segment_scale, segment_row_sums, lanes_exp,          \
-                                    ratio_loss,  row_max,         row_exp_sum,   row_softmax,      dot};               \
+                                    ratio_loss,  dot};                                                                 \
   }
 
 GADCORE_LEVELS(GADCORE_LEVEL)

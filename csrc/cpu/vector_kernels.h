@@ -1,8 +1,8 @@
 // The element-wise and reducing loops of the ops, one table of functions for each level (levels.h).
 //
-// Two layouts of logits. Rows: one token's vocabulary lies contiguous (selected_logprob). Lanes: z[v * stride + t], the
-// tokens of a block lie contiguous, so a vector holds one vocabulary entry of W tokens, sums never cross lanes, and the
-// matrix products that make and use z read the weight in its own order, which they do faster.
+// Logits lie in lanes: z[v * stride + t], the tokens of a block contiguous. So a vector holds one vocabulary entry of W
+// tokens, sums never cross lanes, and the matrix products that make and use z read the weight in its own order, which
+// they do faster.
 #pragma once
 
 #include <cstdint>
@@ -46,12 +46,6 @@ struct VectorKernels {
   // kernels/grpo_ratio_loss.py states the mathematics
   void (*ratio_loss)(const RatioLoss& a, int64_t begin, int64_t end);
 
-  // Rows.
-  float (*row_max)(const float* x, int64_t n);
-  // sum of exp((x - shift) / T)
-  double (*row_exp_sum)(const float* x, int64_t n, float shift, float inv_t);
-  // out = scale * exp((x - shift) / T - log_sum)
-  void (*row_softmax)(const float* x, float* out, int64_t n, float shift, float inv_t, float log_sum, float scale);
   float (*dot)(const float* a, const float* b, int64_t n);
 };
 

@@ -18,10 +18,10 @@ constexpr int kThreads = 256;
 constexpr int kUnitsPerThread = 8;
 // So many loads are in flight before the first store.
 constexpr int kBatch = 4;
-// Also in kernels/_cuda.py.
+// Also in kernels/cast_copy.py.
 constexpr int kChunkUnits = kThreads * kUnitsPerThread;
 
-// One copy, written by kernels/_cuda.py: eight 64-bit numbers. Strides count elements.
+// One copy, written by kernels/cast_copy.py: eight 64-bit numbers. Strides count elements.
 struct Copy {
   const void* source;
   void* target;

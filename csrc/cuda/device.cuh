@@ -1,4 +1,4 @@
-// What the kernels share: element types seen as float, 128-bit accesses, and sums whose order is fixed.
+// What kernels share: element types seen as float, and accesses of up to 128 bits.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,6 @@
 #include "simt.h"
 
 namespace gadcore {
-
-// The numbers of the wrapper, kernels/_cuda.py.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
-constexpr unsigned kFullWarp = ~0u;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -47,13 +42,6 @@ template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Vector<T, N>& values) {
   simt::check_aligned(to, sizeof(T) * N);
   *reinterpret_cast<Vector<T, N>*>(to) = values;
-}
-
-// The sum of a warp, in every lane.
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kFullWarp, x, lanes);
-  return x;
 }
 
 }  // namespace gadcore

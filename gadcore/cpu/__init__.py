@@ -68,7 +68,7 @@ def decoding_linear() -> Any:
     """(x, weight, bias) -> the product, as vLLM's layers call it on a CPU."""
     if not enabled():
         return F.linear
-    from gadcore.kernels.linear_few_rows import decoding_linear as fastest
+    from gadcore.kernels.cpu.linear_few_rows import decoding_linear as fastest
 
     return fastest()
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.cpu.recompute import recomputable
-from gadcore.kernels import _native, gated_mlp, rotary
-from gadcore.kernels.linear import linear, onednn_is_faster
-from gadcore.kernels.rms_norm import rms_norm
-from gadcore.kernels.swiglu import swiglu
+from gadcore.kernels.cpu import gated_mlp, native, rotary
+from gadcore.kernels.cpu.linear import linear, onednn_is_faster
+from gadcore.kernels.cpu.rms_norm import rms_norm
+from gadcore.kernels.cpu.swiglu import swiglu
 
 
 def fuse(model: PreTrainedModel) -> int:
@@ -94,12 +94,12 @@ def _linear(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
 
 
 def _fuse_rotation(file: ModuleType) -> None:
-    """Rotates queries and keys by kernels/rotary.py, where a model's file has the usual function for it.
+    """Rotates queries and keys by kernels/cpu/rotary.py, where a model's file has the usual function for it.
 
     The function is the file's: other models of the family in this process rotate by it as well.
     """
     own = getattr(file, "apply_rotary_pos_emb", None)
-    if own is None or isinstance(own, partial) or not _native.available("cpu_rotary"):
+    if own is None or isinstance(own, partial) or not native.available("cpu_rotary"):
         return
     q, k = torch.linspace(-1, 2, 48).view(1, 2, 3, 8), torch.linspace(-3, 1, 24).view(1, 1, 3, 8)
     cos, sin = torch.linspace(-1, 1, 24).view(1, 3, 8), torch.linspace(2, 0, 24).view(1, 3, 8)
@@ -153,7 +153,7 @@ def gradient_in_place(weight: Tensor, autocast: str) -> Tensor | None:
     elsewhere, under another autocast than "none", and over several processes.
     """
     fits = weight.dtype == torch.float32 and autocast == "none" and alone()
-    return weight.grad if fits and _native.available("cpu_linear_grpo") else None
+    return weight.grad if fits and native.available("cpu_linear_grpo_loss") else None
 
 
 def alone() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 
 # What the kernel takes: heads and blocks in multiples of this.
 _UNIT = 32
@@ -26,7 +26,7 @@ def share_prompts_in_decoding(runner: Any) -> int:
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    if not _native.available("cpu_decode_attention"):
+    if not native.available("cpu_decode_attention"):
         return 0
     count = 0
     probed: dict[tuple[Any, ...], bool] = {}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gadcore.cpu.decode_attention import is_installed, only_decodes
-from gadcore.kernels import _native
-from gadcore.kernels.linear_few_rows import MAX_ROWS
+from gadcore.kernels.cpu import native
+from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS
 
 Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _OPS = ("cpu_rms_norm", "cpu_swiglu")
@@ -28,7 +28,7 @@ def shorten_layers(model: nn.Module) -> int:
     """
     from vllm.model_executor.layers.attention import Attention
 
-    if not all(map(_native.available, _OPS)):
+    if not all(map(native.available, _OPS)):
         return 0
     layers = [layer for layer in model.modules() if _fits(layer)]
     for layer in layers:
@@ -105,9 +105,9 @@ def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tenso
     products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
     qkv_proj, o_proj, gate_up_proj, down_proj = products
     attend, rotary = attention.attn, attention.rotary_emb
-    if not (_native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
+    if not (native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
         return lambda *_: None
-    native, name = torch.ops.gadcore.cpu_decode_layer.default, attend.layer_name
+    decode, name = torch.ops.gadcore.cpu_decode_layer.default, attend.layer_name
 
     def forward(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if len(hidden) > MAX_ROWS or not is_installed(attend.impl):
@@ -118,7 +118,7 @@ def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tenso
             return None
         weights = [part.weight.data for part in (before, qkv_proj, o_proj, after, gate_up_proj, down_proj)]
         biases = [None if part.bias is None else part.bias.data for part in products]
-        return native(  # type: ignore[no-any-return]
+        return decode(  # type: ignore[no-any-return]
             hidden,
             residual,
             positions,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ def install() -> bool:
     False where there is no pool: without the native library, outside Linux, or where the system does not let a process
     reserve addresses of twice its memory. Everything else works the same then.
     """
-    return _native.available("_cpu_pool_install") and torch.ops.gadcore._cpu_pool_install()
+    return native.available("_cpu_pool_install") and torch.ops.gadcore._cpu_pool_install()
 
 
 def release() -> None:
     """Returns the memory that no tensor uses to the system."""
-    if _native.available("_cpu_pool_release"):
+    if native.available("_cpu_pool_release"):
         torch.ops.gadcore._cpu_pool_release()
 
 
 def sizes() -> PoolSizes:
     """Raises RuntimeError without the native library."""
-    _native.require("_cpu_pool_sizes")
+    native.require("_cpu_pool_sizes")
     return PoolSizes(*torch.ops.gadcore._cpu_pool_sizes())

@@ -2,7 +2,7 @@
 
 A product keeps its input for the gradient of its matrix. Where that input came from a norm or an activation, whose own
 inputs are kept in any case, a recipe is kept in its place: a third of what a layer of fp32 keeps, for about a hundredth
-of its time. kernels/gated_mlp.py, which takes most MLPs, makes its activation again by itself.
+of its time. kernels/cpu/gated_mlp.py, which takes most MLPs, makes its activation again by itself.
 """
 
 from __future__ import annotations

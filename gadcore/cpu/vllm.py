@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gadcore.cpu.decode_attention import share_prompts_in_decoding
 from gadcore.cpu.decoder_layers import shorten_layers
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 
 
 def adapt(llm: Any) -> None:
@@ -41,9 +41,9 @@ def fuse_layers(model: nn.Module) -> None:
     for layer in model.modules():
         # Subclasses compute something else.
         if type(layer) is RMSNorm and layer.variance_size_override is None and layer.has_weight:
-            if _native.available("cpu_rms_norm") and layer.weight.dtype == torch.float32:
+            if native.available("cpu_rms_norm") and layer.weight.dtype == torch.float32:
                 layer._forward_method = _rms_norm(layer)
-        elif type(layer) is SiluAndMul and _native.available("cpu_swiglu"):
+        elif type(layer) is SiluAndMul and native.available("cpu_swiglu"):
             layer._forward_method = _silu_and_mul
 
 
@@ -155,7 +155,7 @@ def sample_by_one_number(runner: Any) -> None:
     vLLM draws noise for every entry of the vocabulary, which takes longer than all other sampling together.
     """
     sampler = runner.sampler.topk_topp_sampler
-    native = torch.ops.gadcore.cpu_sample.default if _native.available("cpu_sample") else None
+    sample = torch.ops.gadcore.cpu_sample.default if native.available("cpu_sample") else None
 
     def forward(
         logits: Tensor, generators: dict[int, torch.Generator], k: Tensor | None, p: Tensor | None
@@ -163,8 +163,8 @@ def sample_by_one_number(runner: Any) -> None:
         if k is not None or p is not None or len(generators) != len(logits):
             return sampler.forward_cpu(logits, generators, k, p)
         numbers = torch.cat([torch.rand(1, 1, generator=generators[row]) for row in range(len(logits))])
-        if native is not None and logits.dtype == torch.float32:
-            return native(logits.contiguous(), numbers.flatten())  # type: ignore[no-any-return]
+        if sample is not None and logits.dtype == torch.float32:
+            return sample(logits.contiguous(), numbers.flatten())  # type: ignore[no-any-return]
         logprobs = logits.log_softmax(-1, dtype=torch.float32)
         sums = logprobs.exp().cumsum(-1)
         whole = sums[:, -1:]

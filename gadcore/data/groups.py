@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gadcore.kernels.layout import GroupLayout
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.layout import GroupLayout, PrefixLayout
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _products() -> set[Any]:
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,
-        # What kernels/linear.py multiplies by.
+        # What kernels/cpu/linear.py multiplies by.
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.gadcore.prefix_attention.default,
     }

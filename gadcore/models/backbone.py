@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 from gadcore.data.groups import Cost, GroupedBatch
 from gadcore.kernels.last_token_attention import last_token_attention
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
 from gadcore.models.shallow import close, decoder_layers, probe_batch, shallow
 
 ATTENTION = "gadcore"

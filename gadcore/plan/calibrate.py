@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.kernels.cpu.linear import linear
+from gadcore.kernels.cpu.linear_few_rows import decoding_linear
 from gadcore.kernels.layout import GroupLayout
-from gadcore.kernels.linear import linear
-from gadcore.kernels.linear_few_rows import decoding_linear
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.models.backbone import hidden_states, use_packed_attention
 from gadcore.models.fused import fuse_backbone

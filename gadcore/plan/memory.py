@@ -22,7 +22,8 @@ from gadcore.rollout.engine import Engine, engine_class
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
-# Logits that the head's kernels hold at a time on CUDA (kernels/grpo_triton.py); the CPU's hold blocks in the cache.
+# Logits that the head's kernels hold at a time on CUDA (kernels/triton/linear_grpo_loss.py); the CPU's hold blocks in
+# the cache.
 _LOGITS_BYTES = 2 << 30
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
 
 pytestmark = [
     pytest.mark.gpu,

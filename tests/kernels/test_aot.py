@@ -79,13 +79,13 @@ def head(T=1024, H=512, V=4096):
     return meta(T, H), meta(V, H), None, meta(T, dtype=torch.int64)
 
 def bt():
-    from gadcore.kernels import bt_triton
+    from gadcore.kernels.triton import bt_score
     last, offsets, taught = (meta(n, dtype=d) for n, d in ((18, torch.int64), (3, torch.int64), (2, torch.bool)))
-    bt_triton.forward(meta(512, 1024), last, meta(1024), None, offsets, taught)
+    bt_score.forward(meta(512, 1024), last, meta(1024), None, offsets, taught)
 
 def logprob():
-    from gadcore.kernels import logprob_triton
-    logprob_triton.forward(*head(), 1.0, False)
+    from gadcore.kernels.triton import linear_logprob
+    linear_logprob.forward(*head(), 1.0, False)
 
 def matrices(M, N, BK, warps, stages):
     product[(1,)](meta(M, 512), meta(N, 512), meta(M, N), 512, M=M, N=N, BK=BK, num_warps=warps, num_stages=stages)

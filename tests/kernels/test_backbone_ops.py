@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gadcore.kernels.rms_norm import rms_norm
-from gadcore.kernels.rotary import rotary
-from gadcore.kernels.swiglu import swiglu
+from gadcore.kernels.cpu.rms_norm import rms_norm
+from gadcore.kernels.cpu.rotary import rotary
+from gadcore.kernels.cpu.swiglu import swiglu
 
 SHAPES = [(1, 1), (5, 7), (64, 33), (130, 576), (2, 3, 40)]
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _cuda
 from gadcore.kernels.cast_copy import CastCopy, cast_copy, check, copy_table
+from gadcore.kernels.cuda import native
+from gadcore.kernels.cuda.cast_copy import launch
 from tests.support import cuda_emulation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +39,7 @@ def run_copies(pairs: list[tuple[Tensor, Tensor]], blocks: int | None = None) ->
     expected = {key: storage.clone() for key, storage in whole.items()}
     for key, storage in whole.items():
         storage.copy_(before[key])
-    cuda_emulation.library().cast_copy(copy_table(pairs), blocks)
+    launch(cuda_emulation.library(), copy_table(pairs), blocks)
     same_dtype = all(source.dtype == target.dtype for source, target in pairs)
     for key, storage in whole.items():
         assert_same(storage, expected[key], bits=same_dtype)
@@ -239,15 +240,15 @@ def test_overlaps_are_those_of_elements() -> None:
 
 def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason, once as a warning where it was not asked for by name, and as an error where it was."""
-    for function in (_cuda._load, _cuda.why_missing, _cuda._notice):
+    for function in (native._load, native.why_missing, native._notice):
         function.cache_clear()
-    monkeypatch.setattr(_cuda, "LIBRARY", _cuda.LIBRARY.with_name("nowhere.so"))
+    monkeypatch.setattr(native, "LIBRARY", native.LIBRARY.with_name("nowhere.so"))
     try:
         with pytest.warns(UserWarning, match="nowhere.so was not built: build it with"):
-            assert not _cuda.available("cast_copy")
-        assert not _cuda.available("cast_copy"), "a second warning would be an error here"
-        with pytest.raises(RuntimeError, match="the CUDA op bt_forward is not available: .*nowhere.so was not built"):
-            _cuda.require("bt_forward")
+            assert not native.available("cast_copy")
+        assert not native.available("cast_copy"), "a second warning would be an error here"
+        with pytest.raises(RuntimeError, match="the CUDA op cast_copy is not available: .*nowhere.so was not built"):
+            native.require("cast_copy")
     finally:
-        for function in (_cuda._load, _cuda.why_missing, _cuda._notice):
+        for function in (native._load, native.why_missing, native._notice):
             function.cache_clear()

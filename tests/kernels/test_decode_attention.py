@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 from tests.support.kernel_grid import F64
 
 pytestmark = pytest.mark.skipif(
-    _native.why_missing("cpu_decode_attention") is not None, reason="the native library was not built"
+    native.why_missing("cpu_decode_attention") is not None, reason="the native library was not built"
 )
 
 # A request: the blocks that it begins with, by name (requests with equal names share them), and its length in keys.

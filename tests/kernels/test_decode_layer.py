@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 from tests.support.kernel_grid import F64
 
-pytestmark = pytest.mark.skipif(_native.why_missing("cpu_decode_layer") is not None, reason="no native library")
+pytestmark = pytest.mark.skipif(native.why_missing("cpu_decode_layer") is not None, reason="no native library")
 
 HEADS, KEY_HEADS, WIDTH, BLOCK, HIDDEN, INNER = 6, 2, 32, 32, 40, 56
 EPS = 1e-5, 1e-6

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels import linear as module
-from gadcore.kernels.gated_mlp import gated_mlp
-from gadcore.kernels.linear import linear, weight_gradient
+from gadcore.kernels.cpu import linear as module
+from gadcore.kernels.cpu.gated_mlp import gated_mlp
+from gadcore.kernels.cpu.linear import linear, weight_gradient
 
 IMPLS = [("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
 
@@ -177,7 +177,7 @@ def test_a_weight_that_is_no_leaf_gets_its_gradient_from_autograd() -> None:
 @pytest.mark.parametrize(("hidden", "inner", "out"), [(4, 7, 4), (48, 130, 48), (20, 9, 5)])
 @pytest.mark.parametrize("onednn", [False, True])
 def test_gated_mlp(monkeypatch, shape, hidden, inner, out, onednn) -> None:
-    monkeypatch.setattr("gadcore.kernels.gated_mlp.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("gadcore.kernels.cpu.gated_mlp.onednn_is_faster", lambda: onednn)
     shapes = [(*shape, hidden), (inner, hidden), (inner, hidden), (out, inner)]
     operands = [leaf(*s, seed=i) for i, s in enumerate(shapes)]
     grad = leaf(*shape, out, seed=9).detach()

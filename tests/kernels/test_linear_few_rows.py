@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gadcore.kernels.linear_few_rows import MAX_ROWS, decoding_linear, linear_few_rows
+from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, decoding_linear, linear_few_rows
 from tests.support.kernel_grid import F64, RECORD
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gadcore.kernels.dispatch import Impl
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
 from tests.support.kernel_grid import F64, RECORD, gradients, pairs, weighted
 
 F32 = torch.float32

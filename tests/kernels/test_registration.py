@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels import _native, dispatch
+from gadcore.kernels import dispatch
 from gadcore.kernels.bt_score import bt_score
+from gadcore.kernels.cpu import native
+from gadcore.kernels.cpu.linear_few_rows import linear_few_rows
 from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
-from gadcore.kernels.layout import GroupLayout
-from gadcore.kernels.linear_few_rows import linear_few_rows
+from gadcore.kernels.layout import GroupLayout, PrefixLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
 
 T, H, V = 6, 8, 11
 LAYOUT = GroupLayout.of([2, 1], teacher=False, lengths=[3, 1, 2])
@@ -50,7 +50,7 @@ def grpo(hidden: Tensor, weight: Tensor, device: str = "cpu", layout: GroupLayou
 
 OPS: dict[str, Callable[[], tuple]] = {
     "linear_logprob": lambda: (leaf(T, H), leaf(V, H), leaf(V), targets(), 0.8, True, "cpu"),
-    "linear_grpo": lambda: (
+    "linear_grpo_loss": lambda: (
         *(leaf(T, H), leaf(V, H), leaf(V), targets(), torch.ones(T), torch.full((T,), -2.0), None),
         *(0.8, 0.2, 0.2, 0.1, 6.0, True, True, True, True, "cpu"),
     ),
@@ -59,7 +59,7 @@ OPS: dict[str, Callable[[], tuple]] = {
         *(leaf(T, H), torch.tensor([1, 3, 5]), leaf(H), leaf(1)),
         *(torch.tensor([0, 3]), torch.tensor([True]), 2.0, "cpu"),
     ),
-    "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None, "cpu"),
+    "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None),
     "prefix_attention": lambda: (
         *(leaf(T, 4, H), leaf(T, 2, H), leaf(T, 2, H), PACKED.offsets, PACKED.prompt_of),
         *(0.5, 2, PACKED.longest, "cpu"),
@@ -192,7 +192,7 @@ def test_an_implementation_asked_for_by_name_and_not_there_raises(monkeypatch: p
     monkeypatch.setattr(dispatch, "triton_missing", lambda: "the package triton is not installed")
     with pytest.raises(RuntimeError, match="not available: the package triton is not installed"):
         linear_logprob(hidden, weight, targets(), impl="triton")
-    monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
+    monkeypatch.setattr(native, "why_missing", lambda op: "it was not built")
     with pytest.raises(RuntimeError, match="cpu_linear_logprob is not available: it was not built"):
         linear_logprob(hidden, weight, targets(), impl="cpu")
 
@@ -201,5 +201,5 @@ def test_an_implementation_asked_for_by_name_and_not_there_raises(monkeypatch: p
 def test_auto_falls_back_to_the_reference_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
     expected = linear_logprob(hidden, weight, targets(), impl="reference")
-    monkeypatch.setattr(_native, "why_missing", lambda op: "it was not built")
+    monkeypatch.setattr(native, "why_missing", lambda op: "it was not built")
     assert torch.equal(linear_logprob(hidden, weight, targets()), expected)

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from gadcore.kernels import _cuda
+from gadcore.kernels.cuda.native import Library
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
@@ -30,15 +30,15 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def _built() -> tuple[_cuda.Library, ctypes.CDLL]:
+def _built() -> tuple[Library, ctypes.CDLL]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "emulated.so"
         build_module().build_emulated(path)
         # What is loaded stays when the file goes.
-        return _cuda.Library(path), ctypes.CDLL(str(path))
+        return Library(path), ctypes.CDLL(str(path))
 
 
-def library() -> _cuda.Library:
+def library() -> Library:
     return _built()[0]
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from gadcore.cpu import pool
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 from gadcore.memory import resident
 
 MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(
-    not _native.available("_cpu_pool_install"), reason="the native library is not built for this machine"
+    not native.available("_cpu_pool_install"), reason="the native library is not built for this machine"
 )
 
 

@@ -21,7 +21,7 @@ from bench.compare import Case, Setup, line, measure
 from bench.opponents.problem import Expected, grpo_expected, head_problem
 from bench.record import Result, Timing, ratio_of
 from bench.runner import Rounds, Side, interleave, order, wall
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 
 ONCE = Rounds(1, 1, 0.0)
 REFERENCE = Setup("kernels", "reference", torch.float32, "cpu", 1, wall, memory.extra_peak)
@@ -270,7 +270,7 @@ def test_quick_writes_no_results_unless_asked(
 
 
 def test_quick_suite_from_the_command_line(tmp_path: Path) -> None:
-    reason = _native.why_missing("cpu_linear_grpo")
+    reason = native.why_missing("cpu_linear_grpo_loss")
     if reason is not None:
         pytest.skip(reason)
     out = tmp_path / "kernels.json"

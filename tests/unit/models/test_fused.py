@@ -159,7 +159,7 @@ def later_gradients_stay(model: torch.nn.Module) -> bool:
 
 def test_gradients_of_several_processes_are_left_to_autograd(monkeypatch) -> None:
     monkeypatch.setattr("gadcore.cpu.backbone.onednn_is_faster", lambda: True)
-    monkeypatch.setattr("gadcore.kernels.linear.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("gadcore.kernels.cpu.linear.onednn_is_faster", lambda: True)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         assert not embed_in_place(tiny_model())

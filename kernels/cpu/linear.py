@@ -9,13 +9,13 @@ d x; at d W it is not, and csrc/cpu/product.cpp takes that.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels import _native
+from gadcore.kernels.cpu import native
 
 
 def linear(
@@ -23,7 +23,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    impl: Literal["auto", "reference", "cpu"] = "auto",
+    impl: native.Impl = "auto",
     in_place: bool = False,
 ) -> Tensor:
     """F.linear(x, weight, bias).
@@ -59,13 +59,13 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x [N, K] of float32 grad [.., N] and x [.., K] on a CPU, without gradients."""
     grad, x = _rows(grad), _rows(x)
-    return _weight_gradient(grad, x) if _native.available("cpu_weight_gradient") else grad.t().mm(x)
+    return _weight_gradient(grad, x) if native.available("cpu_weight_gradient") else grad.t().mm(x)
 
 
 def gradient_for(adds_to: Tensor | None, grad: Tensor, x: Tensor) -> Tensor | None:
     """weight_gradient(grad, x), for autograd to add; None where `adds_to`, a leaf, has a gradient and got it there."""
     into = adds_to.grad if adds_to is not None and adds_to.is_leaf else None
-    if into is None or not _native.available("cpu_add_weight_gradient"):
+    if into is None or not native.available("cpu_add_weight_gradient"):
         return weight_gradient(grad, x)
     torch.ops.gadcore.cpu_add_weight_gradient(into, _rows(grad), _rows(x))
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bench.offline.interpreter as interpreter
 from bench.offline.guard import Guard
-from gadcore.kernels import bt_triton
+from gadcore.kernels.triton import bt_score
 from tests.support import bt_problem
 from tests.support.bt_problem import DTYPES, Arguments, problem
 
@@ -20,7 +20,7 @@ Shuffled = Callable[[int], AbstractContextManager[None]]
 
 
 def check(arguments: Arguments) -> None:
-    bt_problem.check(bt_triton.forward, bt_triton.backward, arguments)
+    bt_problem.check(bt_score.forward, bt_score.backward, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,24 +57,24 @@ def test_strides(guarded: Guard, layout: str) -> None:
 
 def test_equal_rows_score_equally_to_the_bit() -> None:
     """In every place of a tile, and in the tiles of a group of more than one."""
-    bt_problem.check_equal_rows(bt_triton.forward, bt_problem.equal_rows(torch.bfloat16))
+    bt_problem.check_equal_rows(bt_score.forward, bt_problem.equal_rows(torch.bfloat16))
 
 
 def test_large_margins() -> None:
-    bt_problem.check_large_margins(bt_triton.forward, bt_problem.large_margins())
+    bt_problem.check_large_margins(bt_score.forward, bt_problem.large_margins())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_a_sequence_are_zero(guarded: Guard, dtype: torch.dtype) -> None:
-    bt_problem.check_untouched_rows(bt_triton.backward, dtype)
+    bt_problem.check_untouched_rows(bt_score.backward, dtype)
 
 
 def test_program_order_changes_no_bit(shuffled_programs: Shuffled) -> None:
     arguments = problem([9] * 12, [True] * 12, 200, torch.bfloat16, tokens=60)
 
     def run() -> list[Tensor]:
-        backward = bt_triton.backward(bt_problem.grad_scores(arguments), *bt_problem.operands(arguments))
-        return [*bt_triton.forward(**arguments), *backward]
+        backward = bt_score.backward(bt_problem.grad_scores(arguments), *bt_problem.operands(arguments))
+        return [*bt_score.forward(**arguments), *backward]
 
     first = run()
     for seed in range(3):
@@ -97,8 +97,8 @@ def test_one_launch_each_way(dtype: torch.dtype, columns: int) -> None:
     arguments = problem([3] * 5, [True] * 5, 130, dtype, tokens=50)
     seen = Launches()
     with interpreter.observe(seen):
-        bt_triton.forward(**arguments)
-        bt_triton.backward(torch.ones(15), *bt_problem.operands(arguments))
+        bt_score.forward(**arguments)
+        bt_score.backward(torch.ones(15), *bt_problem.operands(arguments))
     assert seen.grids == [(5, 1, 1), (-(-130 // columns) + 4, 1, 1)]
 
 
@@ -149,7 +149,7 @@ def test_writes_beyond_2_to_the_31_elements() -> None:
     observer = OnlyTheFirst(2)
     last_first = interpreter.program_order(lambda n: np.arange(n)[::-1])
     with interpreter.observe(observer), last_first, pytest.raises(EnoughPrograms):
-        bt_triton.backward(torch.tensor([2.0, -1.0, 4.0]), hidden, last_index, weight)
+        bt_score.backward(torch.tensor([2.0, -1.0, 4.0]), hidden, last_index, weight)
     (d_hidden,) = (t for t in observer.tensors if t.shape == hidden.shape and t.data_ptr() != hidden.data_ptr())
     expected = torch.zeros(32, width, dtype=torch.float16)
     expected[-1], expected[-19] = (2 * weight).half(), (-weight).half()

@@ -1,6 +1,6 @@
 """A gated MLP with its three products, for the CPU: y = (silu(x G^T) * (x U^T)) D^T.
 
-    h = silu(g) u        d h = d y D        d D = d y^T h        d g, d u: kernels/swiglu.py
+    h = silu(g) u        d h = d y D        d D = d y^T h        d g, d u: kernels/cpu/swiglu.py
     d G = d g^T x        d U = d u^T x      d x = d g G + d u U
 
 h is made again in backward instead of being kept, and d g and d u take the places of h and d h: the backward pass of a
@@ -15,27 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels import _native
-from gadcore.kernels.linear import gradient_for, onednn_is_faster, onednn_product
-from gadcore.kernels.swiglu import swiglu
+from gadcore.kernels.cpu import native
+from gadcore.kernels.cpu.linear import gradient_for, onednn_is_faster, onednn_product
+from gadcore.kernels.cpu.swiglu import swiglu
 
 _OPS = ("cpu_swiglu", "cpu_swiglu_backward_in_place", "cpu_weight_gradient")
 
 
 def available() -> bool:
     """Whether gated_mlp() can be called: where the native library is."""
-    return all(map(_native.available, _OPS))
+    return all(map(native.available, _OPS))
 
 
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, in_place: bool = False) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T.
 
     x: [.., H]; gate, up: [I, H]; down: [H', I]; all float32 on the CPU. Returns [.., H']. Gradients go to all four, but
-    none of second order. in_place: as in kernels/linear.py. Raises ValueError for other dtypes or devices, RuntimeError
-    without the native library.
+    none of second order. in_place: as in kernels/cpu/linear.py. Raises ValueError for other dtypes or devices,
+    RuntimeError without the native library.
     """
     for op in _OPS:
-        _native.require(op)
+        native.require(op)
     for name, tensor in {"x": x, "gate": gate, "up": up, "down": down}.items():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"gated_mlp: {name} must be float32 on the CPU, is {tensor.dtype} on {tensor.device}")

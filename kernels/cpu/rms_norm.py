@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gadcore.kernels.dispatch import Impl, choose, implementation
+from gadcore.kernels.cpu import native
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, shift: float = 0.0, impl: Impl = "auto") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, shift: float = 0.0, impl: native.Impl = "auto") -> Tensor:
     """x: [.., H]; weight: [H], of one dtype. Returns [.., H] in it; gradients go to both.
 
     "cpu" computes float32; "reference" everything, in float32 or above. Raises ValueError for arguments that do not
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, shift: float = 0.0, impl:
             f"weight must be [H] for x [.., H] of its dtype, got {list(weight.shape)} {weight.dtype} for "
             f"{list(x.shape)} {x.dtype}"
         )
-    chosen = choose("rms_norm", impl, x, native="cpu_rms_norm", triton=False, dtypes=(torch.float32,))
+    chosen = native.choose("rms_norm", impl, x)
     if chosen == "reference":
         return rms_norm_reference(x, weight, eps, shift)
     y, _ = _op(x.reshape(-1, x.shape[-1]), weight, eps, shift)
@@ -44,7 +44,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, shift: float) -> T
 @torch.library.custom_op("gadcore::rms_norm", mutates_args=())
 def _op(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tensor]:
     """(y, r): r [rows] for the backward pass."""
-    return implementation("cpu", "cpu_rms_norm", "", "")(x, weight, eps, shift)
+    return native.function("rms_norm")(x, weight, eps, shift)
 
 
 @_op.register_fake
@@ -55,7 +55,7 @@ def _(x: Tensor, weight: Tensor, eps: float, shift: float) -> tuple[Tensor, Tens
 @torch.library.custom_op("gadcore::rms_norm_backward", mutates_args=())
 def _op_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """(d x, d weight)."""
-    return implementation("cpu", "cpu_rms_norm_backward", "", "")(grad, x, weight, rstd, shift)
+    return native.function("rms_norm", "backward")(grad, x, weight, rstd, shift)
 
 
 @_op_backward.register_fake

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.offline.interpreter import Observer, observe
-from gadcore.kernels import _prefix_walk, prefix_triton
+from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
-from gadcore.kernels.prefix_layout import PrefixLayout
+from gadcore.kernels.triton import _prefix_tiles, _prefix_walk
+from gadcore.kernels.triton import prefix_attention as kernels
 from tests.support.kernel_grid import F64, relative_error
 
 BF16 = torch.bfloat16
@@ -25,7 +26,7 @@ DTYPES = [torch.float32, BF16, torch.float16]
 OUT = {torch.float32: 1e-5, BF16: 1e-2, torch.float16: 1e-3}
 GRADIENT = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 2e-3}
 KERNELS = ("_attention_kernel", "_d_query_kernel", "_d_key_value_kernel")
-TILES = (prefix_triton.FORWARD, prefix_triton.D_QUERY, prefix_triton.D_KEY_VALUE)
+TILES = (_prefix_tiles.FORWARD, _prefix_tiles.D_QUERY, _prefix_tiles.D_KEY_VALUE)
 
 # A prompt of one token, responses of one token, a prompt without responses, lengths on both sides of a tile.
 RAGGED = PrefixLayout.of([1, 19, 7], [[5], [17, 33, 1], []])
@@ -38,8 +39,8 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
     def choose(BM: int, BN: int) -> None:
         for name in KERNELS:
-            config = prefix_triton._config(BM, BN, 4, 1)
-            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [config])
+            config = _prefix_tiles.tile_config(BM, BN, 4, 1)
+            monkeypatch.setattr(getattr(kernels, name), "configs", [config])
 
     return choose
 
@@ -70,8 +71,8 @@ def run(tensors: Sequence[Tensor], layout: PrefixLayout, scale: float, window: i
     """out, lse, d query, d key, d value."""
     q, k, v, grad = tensors
     rest = (layout.offsets, layout.prompt_of, scale, window, layout.longest)
-    out, lse = prefix_triton.forward(q, k, v, *rest)
-    return out, lse, *prefix_triton.backward(grad, q, k, v, out, lse, *rest)
+    out, lse = kernels.forward(q, k, v, *rest)
+    return out, lse, *kernels.backward(grad, q, k, v, out, lse, *rest)
 
 
 def check(tensors: Sequence[Tensor], layout: PrefixLayout, *, scale: float = 0.125, window: int = 0) -> None:
@@ -131,13 +132,13 @@ def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
     every = [tiles.by_width[64] + tiles.by_width[128] for tiles in TILES]
     for i in range(max(map(len, every))):
         for name, configs in zip(KERNELS, every, strict=True):
-            monkeypatch.setattr(getattr(prefix_triton, name), "configs", [configs[i % len(configs)]])
+            monkeypatch.setattr(getattr(kernels, name), "configs", [configs[i % len(configs)]])
         check(tensors, layout)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_every_target_has_tiles(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
-    monkeypatch.setattr(prefix_triton, "capability", lambda: arch)
+    monkeypatch.setattr(_prefix_tiles, "capability", lambda: arch)
     for tiles in TILES:
         for width in (64, 128):
             assert tiles.fitting(width, 4) == [tiles.single]
@@ -145,7 +146,7 @@ def test_every_target_has_tiles(monkeypatch: pytest.MonkeyPatch, arch: int) -> N
             assert found and all(config in tiles.every() for config in found)
             # Out of registers a product of 128 rows in the backward pass spills.
             rows = {config.kwargs["BM"] for config in found}
-            assert tiles is not prefix_triton.D_QUERY or (128 in rows) == (arch in (90, 100))
+            assert tiles is not _prefix_tiles.D_QUERY or (128 in rows) == (arch in (90, 100))
 
 
 def test_program_order_changes_no_bit(tiles: Callable[[int, int], None], shuffled_programs: Shuffled) -> None:
@@ -179,7 +180,7 @@ def test_views_of_one_projection_are_read_in_place(tiles: Callable[[int, int], N
     views = [x.unflatten(1, (-1, D)) for x in fused[:, :-16].split([Hq * D, Hk * D, Hk * D], 1)]
     for view, x in zip(views, dense, strict=False):
         view.copy_(x)
-        assert prefix_triton._readable(view) is view
+        assert kernels._readable(view) is view
     results = run((*views, dense[3]), RAGGED, 0.125, 0)
     assert all(map(torch.equal, results, run(dense, RAGGED, 0.125, 0)))
     assert all(x.is_contiguous() for x in results)
@@ -201,7 +202,7 @@ def test_strides_that_are_not_readable(tiles: Callable[[int, int], None], kind: 
         return out.copy_(x)
 
     odd = [strided(x) for x in dense]
-    assert all(prefix_triton._readable(x) is not x for x in odd)
+    assert all(kernels._readable(x) is not x for x in odd)
     assert all(map(torch.equal, run(odd, RAGGED, 0.125, 0), run(dense, RAGGED, 0.125, 0)))
 
 
@@ -232,7 +233,7 @@ def test_offsets_beyond_32_bits(tiles: Callable[[int, int], None]) -> None:
     far = [sparse(4, stride, 64) for _ in near]
     for view, x in zip(far, near, strict=True):
         view.copy_(x)
-        assert prefix_triton._readable(view) is view and 3 * stride > 2**31
+        assert kernels._readable(view) is view and 3 * stride > 2**31
     torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, run(far, layout, 0.125, 0), run(near, layout, 0.125, 0)))
 
@@ -278,7 +279,7 @@ def test_every_tile_of_every_segment_has_one_program() -> None:
     lengths = torch.randint(1, 9, (27, 10), generator=torch.Generator().manual_seed(1)).tolist()
     layout = PrefixLayout.of([group[0] for group in lengths], [group[1:] for group in lengths])
     K = len(layout.prompt_of)
-    (programs,) = prefix_triton._grid(layout.tokens, K, per_token, "rows", heads)({"rows": rows})
+    (programs,) = kernels._grid(layout.tokens, K, per_token, "rows", heads)({"rows": rows})
     found = torch.empty(programs, 4, dtype=torch.int32)
     cut = {"HEADS": heads, "PER_TOKEN": per_token, "ROWS": rows}
     _places_kernel[(programs,)](layout.offsets, layout.prompt_of, found, K, **cut)

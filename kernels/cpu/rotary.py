@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gadcore.kernels.dispatch import Impl, choose, implementation
+from gadcore.kernels.cpu import native
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: native.Impl = "auto") -> Tensor:
     """x: [T, H, D] of an even D; cos, sin: [T, D], of one dtype. Returns [T, H, D] in it; the gradient goes to x.
 
     "cpu" computes float32, "reference" everything. Raises ValueError for arguments that do not fit, RuntimeError for an
@@ -25,7 +25,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, impl: Impl = "auto") -> Tenso
             "x must be [T, H, D] with an even D, cos and sin [T, D] of its dtype, got "
             + ", ".join(f"{list(t.shape)} {t.dtype}" for t in (x, cos, sin))
         )
-    chosen = choose("rotary", impl, x, native="cpu_rotary", triton=False, dtypes=(torch.float32,))
+    chosen = native.choose("rotary", impl, x)
     return rotary_reference(x, cos, sin) if chosen == "reference" else _op(x, cos, sin, False)
 
 
@@ -43,7 +43,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @torch.library.custom_op("gadcore::rotary", mutates_args=())
 def _op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    return implementation("cpu", "cpu_rotary", "", "")(x, cos, sin, back)
+    return native.function("rotary")(x, cos, sin, back)
 
 
 @_op.register_fake

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels.dispatch import Impl, choose, implementation
+from gadcore.kernels.cpu import native
 
 
-def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, impl: native.Impl = "auto") -> Tensor:
     """silu(gate) * up. Both of one shape and dtype, as the result; gradients go to both.
 
     "cpu" computes float32, "reference" everything. Raises ValueError for arguments that do not fit, RuntimeError for an
@@ -28,13 +28,13 @@ def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
             f"gate and up must be of one shape and dtype, are {list(gate.shape)} {gate.dtype} and "
             f"{list(up.shape)} {up.dtype}"
         )
-    chosen = choose("swiglu", impl, gate, native="cpu_swiglu", triton=False, dtypes=(torch.float32,))
+    chosen = native.choose("swiglu", impl, gate)
     return F.silu(gate) * up if chosen == "reference" else _op(gate, up)
 
 
 @torch.library.custom_op("gadcore::swiglu", mutates_args=())
 def _op(gate: Tensor, up: Tensor) -> Tensor:
-    return implementation("cpu", "cpu_swiglu", "", "")(gate, up)
+    return native.function("swiglu")(gate, up)
 
 
 @_op.register_fake
@@ -45,7 +45,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.custom_op("gadcore::swiglu_backward", mutates_args=())
 def _op_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(d gate, d up)."""
-    return implementation("cpu", "cpu_swiglu_backward", "", "")(grad, gate, up)
+    return native.function("swiglu", "backward")(grad, gate, up)
 
 
 @_op_backward.register_fake

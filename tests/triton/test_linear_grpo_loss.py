@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from bench.offline.interpreter import Observer, observe
-from gadcore.kernels import _triton, grpo_triton
+from gadcore.kernels.triton import _shared, grpo_ratio_loss, linear_grpo_loss
 from tests.support.kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +21,7 @@ TEMPERATURE, DENOMINATOR = 0.8, 1000.0
 
 
 class Case:
-    """Inputs of linear_grpo, and what it must give in float64."""
+    """Inputs of linear_grpo_loss, and what it must give in float64."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Case:
     def run(self, *, entropy: bool = True, needs: tuple[bool, bool, bool] | None = None) -> tuple[Tensor, ...]:
         needs = needs or (True, True, self.bias is not None)
         given = (self.hidden, self.weight, self.bias, self.targets, self.advantages, self.ref, self.old)
-        return grpo_triton.linear_grpo(*given, TEMPERATURE, *LOSS.values(), DENOMINATOR, entropy, *needs)
+        return linear_grpo_loss.forward(*given, TEMPERATURE, *LOSS.values(), DENOMINATOR, entropy, *needs)
 
     def check(self) -> None:
         stats, *gradients = self.run()
@@ -80,8 +80,8 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
     """`chunks(tokens, V, block)`: tokens of a chunk for a vocabulary of V, and columns that a row takes at a time."""
 
     def choose(tokens: int, V: int, block: int = 4096) -> None:
-        monkeypatch.setattr(grpo_triton, "LOGITS_BYTES", tokens * triton.cdiv(V, 64) * 64 * 4)
-        monkeypatch.setattr(grpo_triton, "BLOCK", block)
+        monkeypatch.setattr(linear_grpo_loss, "LOGITS_BYTES", tokens * triton.cdiv(V, 64) * 64 * 4)
+        monkeypatch.setattr(linear_grpo_loss, "BLOCK", block)
 
     return choose
 
@@ -106,8 +106,8 @@ def test_without_old_or_reference(chunks: Callable[..., None], dtype: torch.dtyp
 
 def test_chunks_are_alike_and_fit(chunks: Callable[..., None]) -> None:
     chunks(5, 320)
-    assert grpo_triton.chunk_tokens(13, 1280) == 5 and grpo_triton.chunk_tokens(6, 1280) == 3
-    assert grpo_triton.chunk_tokens(7, 10**9) == 1
+    assert linear_grpo_loss.chunk_tokens(13, 1280) == 5 and linear_grpo_loss.chunk_tokens(6, 1280) == 3
+    assert linear_grpo_loss.chunk_tokens(7, 10**9) == 1
 
 
 def test_only_what_is_asked_for(chunks: Callable[..., None]) -> None:
@@ -231,7 +231,7 @@ def test_half_precision_keeps_small_probabilities() -> None:
     weight = (8 + torch.randn(V, H, generator=generator)).half()
     targets, advantages = torch.arange(T), torch.ones(T)
     given = (hidden, weight, None, targets, advantages, None, None)
-    _, d_hidden, *_ = grpo_triton.linear_grpo(*given, 1.0, 0.2, 0.2, 0.0, denominator, False, True, False, False)
+    _, d_hidden, *_ = linear_grpo_loss.forward(*given, 1.0, 0.2, 0.2, 0.0, denominator, False, True, False, False)
     leaves = leaves64(hidden, weight)
     logprob, _ = logprob64(*leaves, None, targets, 1.0)
     (expected,) = torch.autograd.grad(-logprob.sum() / denominator, leaves[:1])
@@ -252,7 +252,7 @@ def test_offsets_beyond_32_bits() -> None:
     targets, stats = torch.arange(T), torch.empty(6, T)
     advantages = torch.ones(T)
     assert (T - 1) * stride > 2**31
-    grpo_triton._rows_kernel[(T,)](
+    linear_grpo_loss._rows_kernel[(T,)](
         logits,
         dlogits,
         None,
@@ -265,7 +265,7 @@ def test_offsets_beyond_32_bits() -> None:
         V,
         logits.stride(0),
         dlogits.stride(0),
-        _triton.LOG2E.value,
+        _shared.LOG2E.value,
         1.0,
         0.8,
         1.2,
@@ -289,7 +289,7 @@ def test_ratio_loss(T: int, old: bool, ref: bool) -> None:
     advantages = torch.randn(T, 2, generator=generator)[:, 0]
     near = [logprob + 0.4 * torch.randn(T, generator=generator) for _ in range(2)]
     before, reference = (x if wanted else None for x, wanted in zip(near, (old, ref), strict=True))
-    stats = grpo_triton.ratio_loss(logprob, advantages, reference, before, *LOSS.values())
+    stats = grpo_ratio_loss.forward(logprob, advantages, reference, before, *LOSS.values())
 
     leaf = logprob.to(F64).requires_grad_()
     ratio = torch.exp(leaf - (leaf.detach() if before is None else before))
@@ -305,14 +305,14 @@ def test_ratio_loss(T: int, old: bool, ref: bool) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ratio_loss_in_any_program_order(shuffled_programs: Callable, seed: int) -> None:
     rows = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
-    expected = grpo_triton.ratio_loss(*rows, *LOSS.values())
+    expected = grpo_ratio_loss.forward(*rows, *LOSS.values())
     with shuffled_programs(seed):
-        assert torch.equal(grpo_triton.ratio_loss(*rows, *LOSS.values()), expected)
+        assert torch.equal(grpo_ratio_loss.forward(*rows, *LOSS.values()), expected)
 
 
 def test_a_log_prob_of_nan_shows() -> None:
     rows = torch.zeros(4, 3)
     rows[0, 1] = torch.nan
     for old in (rows[3], None):
-        stats = grpo_triton.ratio_loss(rows[0], rows[1], rows[2], old, *LOSS.values())
+        stats = grpo_ratio_loss.forward(rows[0], rows[1], rows[2], old, *LOSS.values())
         assert stats[0].isnan().tolist() == [False, True, False]

@@ -15,20 +15,19 @@ counting, and nothing about the layout has to be known on the host. Some program
 formed by one program in a fixed order.
 """
 
-# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gadcore.kernels._prefix_walk import (
+from gadcore.kernels.prefix_attention import HEAD_SIZES
+from gadcore.kernels.triton._prefix_tiles import D_KEY_VALUE, D_QUERY, FORWARD, autotune
+from gadcore.kernels.triton._prefix_walk import (
     key_tokens,
     load_rows,
     members_of,
@@ -40,65 +39,16 @@ from gadcore.kernels._prefix_walk import (
     store_rows,
     walk_bounds,
 )
-from gadcore.kernels._triton import INTERPRETED, LN2, LOG2E, capability, on_its_device
-from gadcore.kernels.prefix_attention import HEAD_SIZES
+from gadcore.kernels.triton._shared import LN2, LOG2E, on_its_device
 
 # Below every logit, and still a number: rows that have seen no key yet need no care.
 LOWEST = tl.constexpr(-3.0e38)
 
 
-def _config(BM: int, BN: int, num_warps: int, num_stages: int) -> triton.Config:
-    """BM rows by BN keys."""
-    return triton.Config({"BM": BM, "BN": BN}, num_warps=num_warps, num_stages=num_stages)
-
-
-class Tiles(NamedTuple):
-    """Configurations of a kernel that do not spill: for 16 bits by the padded head size, and the one for fp32.
-
-    Exact fp32 products run on the FMA units, with operands in registers: their tiles are small.
-    """
-
-    by_width: dict[int, list[triton.Config]]
-    single: triton.Config
-
-    def fitting(self, width: int, itemsize: int) -> list[triton.Config]:
-        if itemsize == 4:
-            return [self.single]
-        # Only sm_90 and sm_100 multiply out of shared memory; elsewhere operands take registers.
-        few = self is D_QUERY and capability() // 10 not in (9, 10)
-        return [config for config in self.by_width[width] if not few or config.kwargs["BM"] <= 64]
-
-    def every(self) -> list[triton.Config]:
-        return [*(config for configs in self.by_width.values() for config in configs), self.single]
-
-
-_SMALL = _config(64, 64, 4, 2)
-FORWARD = Tiles({64: [_config(128, 128, 8, 2), _SMALL], 128: [_config(128, 64, 8, 3), _SMALL]}, _config(32, 32, 8, 1))
-D_QUERY = Tiles({width: [_config(128, 64, 8, 2), _SMALL] for width in (64, 128)}, _config(16, 16, 8, 1))
-D_KEY_VALUE = Tiles({64: [_config(32, 64, 4, 2)], 128: [_config(64, 64, 8, 2)]}, _config(32, 32, 4, 1))
-
-
-def _autotune(tiles: Tiles) -> Callable[[Any], Any]:
-    """Over the tiles that fit; not anew for another number of tokens, since every step has another one.
-
-    The interpreter, which cannot time anything, gets the first one alone.
-    """
-
-    def prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-        args = {**args, **kwargs}
-        return tiles.fitting(args["WIDTH"], args["query"].element_size())
-
-    return triton.autotune(
-        configs=tiles.by_width[128][:1] if INTERPRETED else tiles.every(),
-        key=["HEADS", "GROUP", "D", "WINDOWED"],
-        prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
-    )
-
-
 # ---- forward ----------------------------------------------------------------------------------------------------
 
 
-@_autotune(FORWARD)
+@autotune(FORWARD)
 @triton.jit(do_not_specialize=["segments", "window"])
 def _attention_kernel(
     query,
@@ -165,7 +115,7 @@ def _attention_kernel(
 # ---- backward ---------------------------------------------------------------------------------------------------
 
 
-@_autotune(D_QUERY)
+@autotune(D_QUERY)
 @triton.jit(do_not_specialize=["segments", "window"])
 def _d_query_kernel(
     grad_out,
@@ -228,7 +178,7 @@ def _d_query_kernel(
     store_rows(d_query, at * D, acc * scale, inside, D, WIDTH)
 
 
-@_autotune(D_KEY_VALUE)
+@autotune(D_KEY_VALUE)
 @triton.jit(do_not_specialize=["segments", "window"])
 def _d_key_value_kernel(
     grad_out,

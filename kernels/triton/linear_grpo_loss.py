@@ -1,16 +1,12 @@
-"""The GRPO loss over tokens in Triton: with its log-probs and gradients in one pass, and alone over given log-probs.
+"""The GRPO loss over tokens with its log-probs and gradients in one pass, in Triton: the GPU side of linear_grpo_loss.
 
-    rho    = exp(logprob - old)                   k3 = exp(ref - logprob) - (ref - logprob) - 1
-    loss   = -min(rho A, clamp(rho, 1 - clip_low, 1 + clip_high) A) + kl_coef k3
-    slope  = d loss / d logprob = -(0 where clipped, else rho A) + kl_coef (1 - exp(ref - logprob))
+    z      = hidden @ weight.T + bias             logprob_t = log softmax(z_t / temperature)[y_t]
     d z_tv = slope_t / denominator (1[v = y_t] - p_tv) / temperature
 
-linear_grpo goes through the tokens in chunks: cuBLAS writes the fp32 logits of a chunk, one kernel turns them into the
-loss and, in place, into d logits, and cuBLAS makes both gradients of those: three products in all, and no [T, V].
+with the loss and the slope of grpo_ratio_loss.py. It goes through the tokens in chunks: cuBLAS writes the fp32 logits
+of a chunk, one kernel turns them into the loss and, in place, into d logits, and cuBLAS makes both gradients of those:
+three products in all, and no [T, V].
 """
-
-# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
-# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -19,33 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gadcore.kernels._triton import IGNORED, LN2, LOG2E, mm_into, on_its_device
+from gadcore.kernels.triton._shared import IGNORED, LN2, LOG2E, contiguous, mm_into, on_its_device
+from gadcore.kernels.triton.grpo_ratio_loss import loss_terms
 
 # Scratch for the logits of a chunk. Each chunk after the first reads and writes the fp32 d_weight once more, which at
 # 4096 tokens a chunk takes about a fifteenth of the time of its products.
 LOGITS_BYTES = 2 << 30
 BLOCK = 4096
-
-
-@triton.jit
-def _loss_terms(logprob, advantage, ref, old, at, clip_min, clip_max, kl_coef):
-    """(loss, k3, ratio, clipped, slope) of tokens `at`; ref and old are pointers or None."""
-    # Without `old`, logprob - logprob and not 0: a log-prob that is NaN must show.
-    before = logprob if old is None else tl.load(old + at)
-    ratio = tl.exp(logprob - before)
-    whole = ratio * advantage
-    bounded = tl.minimum(tl.maximum(ratio, clip_min), clip_max) * advantage
-    clipped = bounded < whole
-    loss = -tl.where(clipped, bounded, whole)
-    slope = -tl.where(clipped, 0.0, whole)
-    k3 = tl.zeros_like(ratio)
-    if ref is not None:
-        log_ratio = tl.load(ref + at) - logprob
-        ref_ratio = tl.exp(log_ratio)
-        k3 = ref_ratio - log_ratio - 1.0
-        loss += kl_coef * k3
-        slope += kl_coef * (1.0 - ref_ratio)
-    return loss, k3, ratio, clipped.to(tl.float32), slope
 
 
 @triton.jit
@@ -80,7 +56,7 @@ def _rows_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a chunk: its six statistics, and slope (1[v = y] - p) over its logits (see `linear_grpo`)."""
+    """One row of a chunk: its six statistics, and slope (1[v = y] - p) over its logits (see `forward`)."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride_logits
     y = tl.load(targets + row)
@@ -118,7 +94,7 @@ def _rows_kernel(
         picked += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
     logprob = (picked - row_max) * inverse_temperature - log_sum
     advantage = tl.load(advantages + row)
-    loss, k3, ratio, clipped, slope = _loss_terms(logprob, advantage, ref, old, row, clip_min, clip_max, kl_coef)
+    loss, k3, ratio, clipped, slope = loss_terms(logprob, advantage, ref, old, row, clip_min, clip_max, kl_coef)
     # Rows of `stats` lie T apart: T is the number of all tokens, not of this chunk's.
     out = stats + row
     tl.store(out, tl.where(kept, loss, 0.0))
@@ -144,47 +120,14 @@ def _rows_kernel(
             tl.store(dlogits + columns, dz.to(dlogits.dtype.element_ty), mask=columns < V)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _ratio_kernel(
-    logprob,
-    advantages,
-    ref,
-    old,
-    stats,
-    T,
-    clip_min,
-    clip_max,
-    kl_coef,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < T
-    # Tokens past the end compute the last one again: no mask on any load.
-    read = tl.minimum(at, T - 1)
-    advantage = tl.load(advantages + read)
-    loss, k3, ratio, clipped, slope = _loss_terms(
-        tl.load(logprob + read), advantage, ref, old, read, clip_min, clip_max, kl_coef
-    )
-    out = stats + at
-    tl.store(out, loss, mask=inside)
-    tl.store(out + T, k3, mask=inside)
-    tl.store(out + 2 * T, ratio, mask=inside)
-    tl.store(out + 3 * T, clipped, mask=inside)
-    tl.store(out + 4 * T, slope, mask=inside)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def chunk_tokens(T: int, row_bytes: int) -> int:
-    """Tokens of a chunk of linear_grpo: as many rows of logits as LOGITS_BYTES hold, all chunks about alike."""
+    """Tokens of a chunk of `forward`: as many rows of logits as LOGITS_BYTES hold, all chunks about alike."""
     chunks = triton.cdiv(T, max(LOGITS_BYTES // row_bytes, 1))
     return triton.cdiv(T, chunks)
 
 
 @on_its_device
-def linear_grpo(
+def forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -212,8 +155,8 @@ def linear_grpo(
     Logits may be -inf, as long as each row has a finite one. d logits is rounded to the dtype of `hidden`, before the
     division by the denominator, so that fp16 does not lose it; everything is added up in fp32.
     """
-    bias, targets, advantages = _contiguous(bias), targets.contiguous(), advantages.contiguous()
-    ref_logprob, old_logprob = _contiguous(ref_logprob), _contiguous(old_logprob)
+    bias, targets, advantages = contiguous(bias), targets.contiguous(), advantages.contiguous()
+    ref_logprob, old_logprob = contiguous(ref_logprob), contiguous(old_logprob)
     (T, H), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype
     gradient = need_hidden or need_weight or need_bias
     stats = torch.empty(6, T, dtype=torch.float32, device=device)
@@ -267,34 +210,3 @@ def linear_grpo(
             d_bias += dz.sum(0, dtype=torch.float32)
     d_bias = (d_bias * alpha).to(weight.dtype if bias is None else bias.dtype)
     return stats, d_hidden, d_weight.to(weight.dtype), d_bias
-
-
-@on_its_device
-def ratio_loss(
-    logprob: Tensor,
-    advantages: Tensor,
-    ref_logprob: Tensor | None,
-    old_logprob: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-) -> Tensor:
-    """stats [5, T] fp32 of tokens: loss, k3 (0 without ref), ratio (1 without old), clipped (0 or 1), slope.
-
-    logprob, advantages, ref_logprob, old_logprob: [T] fp32, T >= 1.
-    """
-    T = logprob.shape[0]
-    stats = torch.empty(5, T, dtype=torch.float32, device=logprob.device)
-    _ratio_kernel[(triton.cdiv(T, 128),)](
-        logprob.contiguous(),
-        advantages.contiguous(),
-        _contiguous(ref_logprob),
-        _contiguous(old_logprob),
-        stats,
-        T,
-        1.0 - clip_low,
-        1.0 + clip_high,
-        kl_coef,
-        BLOCK=128,
-    )
-    return stats

@@ -1,8 +1,5 @@
 """What the Triton kernels share: device facts, autotuning, operands, products with fp32 accumulation."""
 
-# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import functools
@@ -261,6 +258,11 @@ def operands(hidden: Tensor, weight: Tensor, T: int) -> Operands:
         "TOKENS": token_bucket(T),
     }
     return Operands(a, b, *strides, constants)
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """The same where it is None or contiguous, else a contiguous copy."""
+    return None if x is None else x.contiguous()
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:

@@ -12,9 +12,6 @@ fixed order. Backward computes the logits again, a chunk of the vocabulary at a 
 with d z to cuBLAS. Nothing is added up by atomics.
 """
 
-# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
-# mypy: disable-error-code="no-untyped-def"
-
 from __future__ import annotations
 
 import functools
@@ -24,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gadcore.kernels._triton import (
+from gadcore.kernels.triton._shared import (
     HALF_SM_TILE,
     IGNORED,
     LN2,

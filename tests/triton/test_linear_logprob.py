@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gadcore.kernels import _triton, logprob_triton
+from gadcore.kernels.triton import _shared, linear_logprob
 from tests.support.kernel_grid import F64, FORWARD, GRADIENT, leaves64, logprob64, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,11 +23,11 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`tiles(BT, BV, BK, descriptors=True, sms=132)`: how the kernels cut their work."""
 
     def choose(BT: int, BV: int, BK: int, *, descriptors: bool = True, sms: int = 132) -> None:
-        configs = [_triton.tile_config(BT, BV, BK, 4, 2)]
-        monkeypatch.setattr(logprob_triton._partials_kernel, "configs", configs)
-        monkeypatch.setattr(logprob_triton._dlogits_kernel, "configs", configs)
-        monkeypatch.setattr(_triton, "has_descriptors", lambda dtype: descriptors and dtype.itemsize == 2)
-        monkeypatch.setattr(logprob_triton, "num_sms", lambda device: sms)
+        configs = [_shared.tile_config(BT, BV, BK, 4, 2)]
+        monkeypatch.setattr(linear_logprob._partials_kernel, "configs", configs)
+        monkeypatch.setattr(linear_logprob._dlogits_kernel, "configs", configs)
+        monkeypatch.setattr(_shared, "has_descriptors", lambda dtype: descriptors and dtype.itemsize == 2)
+        monkeypatch.setattr(linear_logprob, "num_sms", lambda device: sms)
 
     return choose
 
@@ -48,8 +48,8 @@ def gradient_of(T: int) -> Tensor:
 def check(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, entropy: bool = True) -> None:
     """Forward and all gradients against float64."""
     grad = gradient_of(len(targets))
-    logprob, row_max, log_sum, entropies = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, entropy)
-    gradients = logprob_triton.backward(
+    logprob, row_max, log_sum, entropies = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, entropy)
+    gradients = linear_logprob.backward(
         grad, hidden, weight, bias, targets, row_max, log_sum, TEMPERATURE, True, True, bias is not None
     )
     leaves = leaves64(hidden, weight, bias)
@@ -82,7 +82,7 @@ def test_block_shapes(
     check(*inputs(T, 72, V, dtype, bias=bias), entropy=bias)
 
 
-@pytest.mark.parametrize("config", _triton.TILE_CONFIGS, ids=str)
+@pytest.mark.parametrize("config", _shared.TILE_CONFIGS, ids=str)
 def test_the_tiles_of_production(tiles: Callable[..., None], config: triton.Config) -> None:
     tiles(*config.kwargs.values())
     check(*inputs(130, 128, 530, torch.bfloat16))
@@ -92,7 +92,7 @@ def test_the_tiles_of_production(tiles: Callable[..., None], config: triton.Conf
 def test_shares_of_the_vocabulary(tiles: Callable[..., None], monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     """11 tiles: one share of all of them, shares of different sizes, shares of one."""
     tiles(16, 32, 32)
-    monkeypatch.setattr(logprob_triton, "forward_grid", lambda *_: (3, splits))
+    monkeypatch.setattr(linear_logprob, "forward_grid", lambda *_: (3, splits))
     check(*inputs(37, 40, 333, torch.float32, bias=True))
 
 
@@ -106,9 +106,9 @@ def test_unusual_rows(tiles: Callable[..., None], kind: str) -> None:
     elif kind == "all ignored":
         targets[:] = -100
         grad = torch.full((37,), torch.nan)
-        logprob, row_max, log_sum, entropy = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+        logprob, row_max, log_sum, entropy = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
         assert not logprob.any() and not entropy.any()
-        gradients = logprob_triton.backward(
+        gradients = linear_logprob.backward(
             grad, hidden, weight, bias, targets, row_max, log_sum, TEMPERATURE, True, True, True
         )
         assert not any(gradient.any() for gradient in gradients)
@@ -123,7 +123,7 @@ def test_unusual_rows(tiles: Callable[..., None], kind: str) -> None:
         hidden[:, 0], weight[:, 0] = 128, torch.arange(200.0).flip(0) % 160 - 80
     elif kind == "one column":
         # All gradients are 0: nothing to be relative to.
-        logprob, row_max, log_sum, entropy = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+        logprob, row_max, log_sum, entropy = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
         assert not logprob.any() and not log_sum.any() and not entropy.any()
         return
     check(hidden, weight, bias, targets)
@@ -134,12 +134,12 @@ def test_unusual_rows(tiles: Callable[..., None], kind: str) -> None:
 def test_a_target_outside_the_vocabulary_is_nan(tiles: Callable[..., None], wrong: int) -> None:
     tiles(16, 32, 32)
     hidden, weight, bias, targets = inputs(5, 64, 200, torch.float32, bias=True)
-    before = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+    before = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
     targets[2] = wrong
-    after = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+    after = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
     assert after[0].isnan().tolist() == [False, False, True, False, False]
     assert torch.equal(after[0][[0, 1, 3, 4]], before[0][[0, 1, 3, 4]])
-    logprob_triton.backward(
+    linear_logprob.backward(
         gradient_of(5), hidden, weight, bias, targets, after[1], after[2], TEMPERATURE, True, True, True
     )
 
@@ -149,7 +149,7 @@ def test_nan_spreads_no_further_than_its_row(tiles: Callable[..., None]) -> None
     tiles(16, 32, 32)
     hidden, weight, bias, targets = inputs(5, 64, 200, torch.float32)
     hidden[3, 7] = torch.nan
-    logprob, _, log_sum, entropy = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+    logprob, _, log_sum, entropy = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
     for result in (logprob, log_sum, entropy):
         assert result.isnan().tolist() == [False, False, False, True, False]
 
@@ -157,28 +157,28 @@ def test_nan_spreads_no_further_than_its_row(tiles: Callable[..., None]) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_of_backward(tiles: Callable[..., None], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     tiles(16, 64, 64)
-    monkeypatch.setattr(logprob_triton, "DLOGITS_BYTES", 1)
-    assert logprob_triton.chunk_columns(20, 600, 4) == 256
+    monkeypatch.setattr(linear_logprob, "DLOGITS_BYTES", 1)
+    assert linear_logprob.chunk_columns(20, 600, 4) == 256
     check(*inputs(20, 64, 600, dtype, bias=True))
 
 
 def test_chunks_fill_the_scratch_and_are_alike() -> None:
-    assert logprob_triton.chunk_columns(1, 151936, 2) == 152064  # one chunk
-    columns = logprob_triton.chunk_columns(12288, 151936, 2)
-    assert columns % logprob_triton.COLUMNS == 0
-    assert 0.9 * logprob_triton.DLOGITS_BYTES < 12288 * columns * 2 <= logprob_triton.DLOGITS_BYTES
-    assert triton.cdiv(151936, columns) * columns - 151936 < 7 * logprob_triton.COLUMNS
+    assert linear_logprob.chunk_columns(1, 151936, 2) == 152064  # one chunk
+    columns = linear_logprob.chunk_columns(12288, 151936, 2)
+    assert columns % linear_logprob.COLUMNS == 0
+    assert 0.9 * linear_logprob.DLOGITS_BYTES < 12288 * columns * 2 <= linear_logprob.DLOGITS_BYTES
+    assert triton.cdiv(151936, columns) * columns - 151936 < 7 * linear_logprob.COLUMNS
 
 
 def test_only_the_gradients_asked_for(tiles: Callable[..., None]) -> None:
     tiles(16, 64, 64)
     hidden, weight, bias, targets = inputs(20, 64, 300, torch.bfloat16, bias=True)
-    _, row_max, log_sum, _ = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, False)
+    _, row_max, log_sum, _ = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, False)
     given = (gradient_of(20), hidden, weight, bias, targets, row_max, log_sum, TEMPERATURE)
-    every = logprob_triton.backward(*given, True, True, True)
+    every = linear_logprob.backward(*given, True, True, True)
     for wanted in range(8):
         needs = [bool(wanted >> i & 1) for i in range(3)]
-        for need, some, full in zip(needs, logprob_triton.backward(*given, *needs), every, strict=True):
+        for need, some, full in zip(needs, linear_logprob.backward(*given, *needs), every, strict=True):
             assert torch.equal(some, full) if need else some.shape == (0,)
 
 
@@ -195,8 +195,8 @@ def test_no_access_out_of_bounds_and_no_race(
     bias: bool,
 ) -> None:
     tiles(16, 32, 32, descriptors=descriptors, sms=3)
-    monkeypatch.setattr(logprob_triton, "COLUMNS", 64)
-    monkeypatch.setattr(logprob_triton, "DLOGITS_BYTES", 1)
+    monkeypatch.setattr(linear_logprob, "COLUMNS", 64)
+    monkeypatch.setattr(linear_logprob, "DLOGITS_BYTES", 1)
     check(*inputs(T, H, V, torch.bfloat16, bias=bias))
 
 
@@ -209,7 +209,7 @@ def test_gaps_of_strided_operands_are_not_read(tiles: Callable[..., None]) -> No
         views = [x[:, :width] for x in wide]
         for view, x in zip(views, (hidden, weight), strict=True):
             view.copy_(x)
-        assert (_triton.aligned(views[0]) is views[0]) == (gap != 3)
+        assert (_shared.aligned(views[0]) is views[0]) == (gap != 3)
         check(*views, bias, targets)
 
 
@@ -219,9 +219,9 @@ def test_program_order_changes_no_bit(tiles: Callable[..., None], shuffled_progr
     hidden, weight, bias, targets = inputs(70, 64, 333, torch.bfloat16, bias=True)
 
     def run() -> list[Tensor]:
-        forward = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+        forward = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
         given = (gradient_of(70), hidden, weight, bias, targets, forward[1], forward[2], TEMPERATURE)
-        return [*forward, *logprob_triton.backward(*given, True, True, True)]
+        return [*forward, *linear_logprob.backward(*given, True, True, True)]
 
     expected = run()
     with shuffled_programs(seed):
@@ -243,14 +243,14 @@ def test_offsets_beyond_32_bits(tiles: Callable[..., None], descriptors: bool) -
     hidden, weight, bias, targets = inputs(4, 64, 4, torch.bfloat16)
     for view, x in zip(far, (hidden, weight), strict=True):
         view.copy_(x)
-        assert _triton.aligned(view) is view and 3 * stride > 2**31
-    near = logprob_triton.forward(hidden, weight, bias, targets, TEMPERATURE, True)
-    results = logprob_triton.forward(*far, bias, targets, TEMPERATURE, True)
+        assert _shared.aligned(view) is view and 3 * stride > 2**31
+    near = linear_logprob.forward(hidden, weight, bias, targets, TEMPERATURE, True)
+    results = linear_logprob.forward(*far, bias, targets, TEMPERATURE, True)
     assert all(map(torch.equal, results, near))
 
     out = sparse(4, stride, 16, torch.bfloat16)
-    operands = _triton.operands(*far, 4)
-    logprob_triton._dlogits_kernel[(1,)](
+    operands = _shared.operands(*far, 4)
+    linear_logprob._dlogits_kernel[(1,)](
         operands.hidden,
         operands.weight,
         torch.zeros(4),
@@ -266,7 +266,7 @@ def test_offsets_beyond_32_bits(tiles: Callable[..., None], descriptors: bool) -
         operands.stride_weight,
         out.stride(0),
         128,
-        _triton.LOG2E.value,
+        _shared.LOG2E.value,
         1.0,
         **operands.constants,
     )
@@ -279,7 +279,7 @@ def test_offsets_beyond_32_bits(tiles: Callable[..., None], descriptors: bool) -
 
 @triton.jit
 def _places_kernel(out, T, tiles, group_tokens, BT: tl.constexpr):
-    block, tile = _triton.place(T, tiles, group_tokens, BT)
+    block, tile = _shared.place(T, tiles, group_tokens, BT)
     tl.store(out + 2 * tl.program_id(0), block)
     tl.store(out + 2 * tl.program_id(0) + 1, tile)
 
@@ -300,7 +300,7 @@ def test_every_place_is_taken_once_and_shares_are_neighbours(T: int, tiles: int,
 def test_groups_of_tokens_fit_half_of_l2() -> None:
     l2 = 50 << 20
     for T, row_bytes in ((4096, 7168), (12288, 10240), (1, 7168), (5000, 16384)):
-        tokens = _triton.group_tokens(T, row_bytes, l2)
+        tokens = _shared.group_tokens(T, row_bytes, l2)
         assert tokens % 128 == 0 and (tokens - 128) * row_bytes <= l2 // 2
         groups = triton.cdiv(T, tokens)
         assert T - (groups - 1) * tokens > tokens - 128 * groups  # all about alike
@@ -311,7 +311,7 @@ def test_the_chip_is_filled(sms: int) -> None:
     for V in (128256, 151936):
         for T in (1, 64, 100, 512, 4096, 12288, 50000):
             BT, BV = (64, 128) if T <= 64 else (128, 256)
-            blocks, splits = logprob_triton.forward_grid(T, V, sms, BT, BV)
+            blocks, splits = linear_logprob.forward_grid(T, V, sms, BT, BV)
             assert blocks == triton.cdiv(T, BT) and splits <= triton.cdiv(V, BV)
             slots = sms * (2 if BT * BV <= 128 * 128 else 1)
             busiest = triton.cdiv(blocks * splits, slots) * triton.cdiv(triton.cdiv(V, BV), splits)
@@ -322,12 +322,12 @@ def test_the_chip_is_filled(sms: int) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruning_leaves_tiles_that_fit(monkeypatch: pytest.MonkeyPatch, arch: int, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(_triton, "capability", lambda: arch)
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_shared, "capability", lambda: arch)
+    monkeypatch.setattr(_shared, "INTERPRETED", False)
     for T in (1, 64, 65, 4096, 12288):
-        operands = _triton.operands(torch.empty(T, 128, dtype=dtype), torch.empty(256, 128, dtype=dtype), T)
+        operands = _shared.operands(torch.empty(T, 128, dtype=dtype), torch.empty(256, 128, dtype=dtype), T)
         assert operands.constants["DESCRIPTORS"] == (arch >= 90 and dtype != torch.float32)
-        left = _triton.prune_tiles(_triton.TILE_CONFIGS, {"hidden": operands.hidden}, **operands.constants)
+        left = _shared.prune_tiles(_shared.TILE_CONFIGS, {"hidden": operands.hidden}, **operands.constants)
         assert left
         for config in left:
             BT, BV, BK = config.kwargs.values()
@@ -336,8 +336,8 @@ def test_pruning_leaves_tiles_that_fit(monkeypatch: pytest.MonkeyPatch, arch: in
 
 
 def test_a_ragged_batch_does_not_tune_anew() -> None:
-    assert len({_triton.token_bucket(T) for T in range(1100, 16384, 13)}) == 1
-    assert len({_triton.token_bucket(T) for T in range(1, 200000, 7)}) <= 4
+    assert len({_shared.token_bucket(T) for T in range(1100, 16384, 13)}) == 1
+    assert len({_shared.token_bucket(T) for T in range(1, 200000, 7)}) <= 4
 
 
 def test_products_take_the_cuda_way_with_fp32_results() -> None:
@@ -345,4 +345,4 @@ def test_products_take_the_cuda_way_with_fp32_results() -> None:
     a, b = torch.empty(8, 16, dtype=torch.bfloat16, device="meta"), torch.empty(16, 4, device="meta").bfloat16()
     for dtype in (torch.float32, torch.bfloat16):
         for add in (False, True):
-            _triton.mm_into(torch.empty(8, 9, dtype=dtype, device="meta")[:, :4], a, b, alpha=0.5, add=add)
+            _shared.mm_into(torch.empty(8, 9, dtype=dtype, device="meta")[:, :4], a, b, alpha=0.5, add=add)

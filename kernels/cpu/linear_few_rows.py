@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels import _native
-from gadcore.kernels.dispatch import Impl, choose, implementation
-from gadcore.kernels.linear import onednn_is_faster, onednn_product
+from gadcore.kernels.cpu import native
+from gadcore.kernels.cpu.linear import onednn_is_faster, onednn_product
 
 MAX_ROWS = 64
 
 
-def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: native.Impl = "auto") -> Tensor:
     """F.linear(x, weight, bias) for inference.
 
     x: [M, K]; weight: [N, K]; bias: [N] or None. Returns [M, N] in their dtype. "cpu" computes float32 on the CPU for
@@ -34,14 +33,14 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, im
     few = 1 <= len(x) <= MAX_ROWS
     if impl == "auto" and (wants_gradient or not few):
         return F.linear(x, weight, bias)
-    chosen = choose("linear_few_rows", impl, x, native="cpu_linear_few_rows", triton=False, dtypes=(torch.float32,))
+    chosen = native.choose("linear_few_rows", impl, x)
     if chosen == "reference":
         return F.linear(x, weight, bias)
     if not few:
         raise ValueError(f'linear_few_rows: impl="cpu" takes 1 to {MAX_ROWS} rows, got {len(x)}')
     if wants_gradient:
         raise ValueError('linear_few_rows: impl="cpu" has no gradient: call it under torch.no_grad()')
-    return _op(x, weight, bias, chosen)
+    return _op(x, weight, bias)
 
 
 def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -52,23 +51,23 @@ def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     step. All tensors must be of one dtype.
     """
     many = onednn_product if onednn_is_faster() else F.linear
-    native = torch.ops.gadcore.cpu_linear_few_rows.default if _native.available("cpu_linear_few_rows") else None
+    few = torch.ops.gadcore.cpu_linear_few_rows.default if native.available("cpu_linear_few_rows") else None
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.dtype != torch.float32:
             return F.linear(x, weight, bias)
-        if native is not None and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS:
-            return native(x, weight, bias)  # type: ignore[no-any-return]
+        if few is not None and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS:
+            return few(x, weight, bias)  # type: ignore[no-any-return]
         return many(x, weight, bias)
 
     return product
 
 
 @torch.library.custom_op("gadcore::linear_few_rows", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
-    return implementation(impl, "cpu_linear_few_rows", "", "")(x, weight, bias)
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return native.function("linear_few_rows")(x, weight, bias)
 
 
 @_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, impl: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))

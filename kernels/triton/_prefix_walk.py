@@ -1,7 +1,4 @@
-"""How a program of prefix_triton.py finds its tile, the keys that its rows see, and where they lie."""
-
-# A kernel has no types to annotate: its arguments are tl.tensor, or int where they are constexpr.
-# mypy: disable-error-code="no-untyped-def"
+"""How a program of prefix_attention.py finds its tile, the keys that its rows see, and where they lie."""
 
 from __future__ import annotations
 
