@@ -23,6 +23,7 @@ from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
+from gadcore.files import checksum
 from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
 from gadcore.rollout.engine import Engine, SampleRequest, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
@@ -92,8 +93,7 @@ def identity(path: str) -> str:
     files = sorted(Path(path).glob(pattern))
     digest = hashlib.sha256(path.encode() if not files else b"")
     for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(checksum(file, "sha256")))
     return digest.hexdigest()[:32]
 
 

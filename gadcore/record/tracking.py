@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
+from gadcore.files import write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -101,12 +102,7 @@ class MetricsLog:
                 raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
             if row["step"] <= step:
                 kept.append(line + b"\n")
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        write_whole(self.path, b"".join(kept), synced=True)
         return len(found.lines) - len(kept) + found.torn
 
     def close(self) -> None:
@@ -305,7 +301,7 @@ def _identity(run_dir: Path, kind: str, make: Callable[[], str]) -> str:
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kind not in known:
         known[kind] = make()
-        path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(known) + "\n")
     return known[kind]
 
 
