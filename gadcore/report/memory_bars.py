@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from gadcore.record.tracking import Row
-from gadcore.report.charts import nice_ticks
+from gadcore.report import svg
 from gadcore.report.curves import STATES
 from gadcore.report.files import RunFiles
+from gadcore.report.svg import nice_ticks, percent
 
 OWNERS = {
     "process": "var(--soft)",
@@ -121,18 +122,15 @@ def _notes(states: Sequence[State], told: Row, longest: float, amount: Callable[
     return notes
 
 
-def _style(holder: str) -> tuple[str, float]:
-    """Colour and opacity."""
+def _style(holder: str) -> dict[str, object]:
     owner, _, what = holder.partition(".")
-    return OWNERS.get(owner, OTHERS), SHADES.get(what, OTHER_SHADE)
+    color = OWNERS.get(owner, OTHERS)
+    return {"fill": color, "fill_opacity": SHADES.get(what, OTHER_SHADE), "stroke": color}
 
 
 def _swatch(holder: str) -> Markup:
-    color, shade = _style(holder)
-    return Markup(
-        f'<svg width="16" height="12" aria-hidden="true"><rect x=".5" y=".5" width="15" height="11" fill="{color}" '
-        f'fill-opacity="{shade}" stroke="{color}"/></svg>'
-    )
+    square = svg.rect(x=".5", y=".5", width=15, height=11, **_style(holder))
+    return svg.element("svg", square, width=16, height=12, aria_hidden="true")
 
 
 def _draw(states: Sequence[State], holders: Sequence[str], limit: int | None, unit: str, size: int) -> Markup:
@@ -143,50 +141,37 @@ def _draw(states: Sequence[State], holders: Sequence[str], limit: int | None, un
     bottom = TOP + ROW * len(states) - 8
     parts = []
     for tick in ticks:
-        x, anchor = f"{tick / ticks[-1]:.2%}", "start" if tick == 0 else "end" if tick == ticks[-1] else "middle"
+        x, anchor = percent(tick / ticks[-1]), "start" if tick == 0 else "end" if tick == ticks[-1] else "middle"
         label = f"{tick:g} {unit}" if tick == ticks[-1] else f"{tick:g}"
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{bottom + 16}" text-anchor="{anchor}">{label}</text>')
+        parts.append(svg.vertical(x, TOP, bottom, class_="grid"))
+        parts.append(svg.text(label, class_="tick", x=x, y=bottom + 16, text_anchor=anchor))
     for i, state in enumerate(states):
         parts += _bar(state, holders, TOP + ROW * i, width, unit, size)
     if shown:
-        x = f"{shown / width:.2%}"
-        parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{TOP - 10}" y2="{bottom}"/>')
-        parts.append(f'<text class="guide-label" x="{x}" dx="-5" y="{TOP - 4}" text-anchor="end">limit</text>')
-    html = (
-        f'<svg class="memory" role="img" aria-labelledby="memory-title memory-desc" height="{bottom + 24}">'
-        f'<title id="memory-title">Memory by state in {unit}</title>'
-        f'<desc id="memory-desc">{escape(_describe(states, unit, size))}</desc>{"".join(parts)}</svg>'
-    )
-    # Every text in it went through escape().
-    return Markup(html)
+        x = percent(shown / width)
+        parts.append(svg.vertical(x, TOP - 10, bottom, class_="limit"))
+        parts.append(svg.text("limit", class_="guide-label", x=x, dx=-5, y=TOP - 4, text_anchor="end"))
+    title, description = f"Memory by state in {unit}", _describe(states, unit, size)
+    return svg.picture("memory", title, description, svg.join(parts), class_="memory", height=bottom + 24)
 
 
-def _bar(state: State, holders: Sequence[str], top: int, width: float, unit: str, size: int) -> list[str]:
-    parts = [f'<text class="state-name" x="0" y="{top + 14}">{escape(state.name)}</text>']
+def _bar(state: State, holders: Sequence[str], top: int, width: float, unit: str, size: int) -> list[Markup]:
+    parts = [svg.text(state.name, class_="state-name", x=0, y=top + 14)]
     y, start = top + 20, 0.0
     for number, holder in enumerate(holders, 1):
         held = state.holders.get(holder, 0)
         if not held:
             continue
-        color, shade = _style(holder)
-        parts.append(
-            f'<rect class="holder" x="{start / width:.2%}" width="{held / width:.2%}" y="{y}" height="{BAR}" '
-            f'fill="{color}" fill-opacity="{shade}" stroke="{color}">'
-            f"<title>{escape(state.name)}, {escape(holder)}: {held / size:,.2f} {unit}</title></rect>"
-        )
+        title = svg.element("title", f"{state.name}, {holder}: {held / size:,.2f} {unit}")
+        place = {"x": percent(start / width), "width": percent(held / width), "y": y, "height": BAR}
+        parts.append(svg.element("rect", title, class_="holder", **place, **_style(holder)))
         if held / width >= NUMBERED_FROM:
-            parts.append(
-                f'<text class="tick" x="{(start + held / 2) / width:.2%}" y="{y + BAR + 14}" text-anchor="middle">'
-                f"{number}</text>"
-            )
+            x = percent((start + held / 2) / width)
+            parts.append(svg.text(str(number), class_="tick", x=x, y=y + BAR + 14, text_anchor="middle"))
         start += held
     if state.peak:
-        x = f"{state.peak / width:.2%}"
-        parts.append(
-            f'<line class="peak" x1="{x}" x2="{x}" y1="{y - 5}" y2="{y + BAR + 5}">'
-            f"<title>{escape(state.name)}, peak resident: {state.peak / size:,.2f} {unit}</title></line>"
-        )
+        title = svg.element("title", f"{state.name}, peak resident: {state.peak / size:,.2f} {unit}")
+        parts.append(svg.vertical(percent(state.peak / width), y - 5, y + BAR + 5, title, class_="peak"))
     return parts
 
 
