@@ -29,7 +29,7 @@ from gadcore.rollout.engine import Engine, SampleRequest, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
 from gadcore.rollout.weights import PlainWeights
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def find_model(value: str) -> str:
@@ -48,7 +48,7 @@ def find_model(value: str) -> str:
     return resolve_model(value)
 
 
-def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
+def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
     """Draws every response that is missing in eval.out."""
     out = Path(config.eval.out)
     sets = {name: _load(name, settings, config) for name, settings in all_sets(config).items()}
@@ -64,8 +64,8 @@ def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
             with as_directory(path, exported(out, model)) as directory:
                 sampler.use(directory)
                 for name in missing:
-                    tell(f"sampling {len(sets[name])} responses of {model} to {name}")
-                    _sample(sampler, sets[name], out / name, model, made_from[name], tell)
+                    log(f"sampling {len(sets[name])} responses of {model} to {name}")
+                    _sample(sampler, sets[name], out / name, model, made_from[name], log)
     finally:
         sampler.close()
 
@@ -188,7 +188,7 @@ def _kind_of(model: PreTrainedModel, template: ChatTemplate) -> tuple[str, str]:
 
 
 def _sample(
-    sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], tell: Tell
+    sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], log: Log
 ) -> None:
     groups, report = build_prompts(rows, sampler.template, sampler.run_config.data)
     requests = [
@@ -216,6 +216,6 @@ def _sample(
     write_responses(folder / f"{model}.jsonl", made)
     record = {"made_from": made_from, "notes": report.sentences(), "tokens": tokens, "seconds": round(seconds, 3)}
     write_json(folder / f"sampled-{model}.json", record)
-    tell(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
+    log(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
     for sentence in report.sentences():
-        tell(f"  {sentence}")
+        log(f"  {sentence}")

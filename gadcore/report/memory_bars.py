@@ -37,7 +37,7 @@ NUMBERED_FROM = 0.035  # of the width
 
 @dataclass(frozen=True)
 class State:
-    """Bytes: per holder, and the most that was resident; None where no row tells it."""
+    """Bytes: per holder, and the most that was resident; None where no row has it."""
 
     name: str
     holders: Mapping[str, int]
@@ -50,11 +50,11 @@ class State:
 
 def memory_of(run: RunFiles) -> dict[str, Any] | None:
     """The variables of the report's part on memory, None where the run has recorded nothing of it."""
-    told = (run.summary or {}).get("memory") or {}
-    states = _states(told.get("states") or {}, run.metrics)
+    recorded = (run.summary or {}).get("memory") or {}
+    states = _states(recorded.get("states") or {}, run.metrics)
     if not states:
         return None
-    limit = told.get("limit_bytes")
+    limit = recorded.get("limit_bytes")
     longest = max(max(state.held, state.peak or 0) for state in states)
     unit, size = ("GiB", 2**30) if max(longest, limit or 0) >= 2**30 else ("MiB", 2**20)
 
@@ -78,16 +78,16 @@ def memory_of(run: RunFiles) -> dict[str, Any] | None:
         "held": [amount(state.held) for state in states],
         "peaks": [amount(state.peak) for state in states] if any(state.peak for state in states) else [],
         "unit": unit,
-        "notes": _notes(states, told, longest, lambda value: f"{amount(value)} {unit}"),
+        "notes": _notes(states, recorded, longest, lambda value: f"{amount(value)} {unit}"),
     }
 
 
-def _states(told: Mapping[str, Mapping[str, int]], rows: Sequence[Row]) -> list[State]:
-    names = dict.fromkeys([*STATES, *told])
+def _states(recorded: Mapping[str, Mapping[str, int]], rows: Sequence[Row]) -> list[State]:
+    names = dict.fromkeys([*STATES, *recorded])
     states = []
     for name in names:
         held, peak = _largest(rows, f"memory/{name}_held"), _largest(rows, f"memory/{name}_peak")
-        holders = {holder: size for holder, size in told.get(name, {}).items() if size > 0}
+        holders = {holder: size for holder, size in recorded.get(name, {}).items() if size > 0}
         if not holders and held:
             holders = {UNKNOWN: round(held)}
         if holders or peak:
@@ -109,16 +109,16 @@ def _order(holder: str) -> tuple[int, int, str]:
     )
 
 
-def _notes(states: Sequence[State], told: Row, longest: float, amount: Callable[[float], str]) -> list[str]:
+def _notes(states: Sequence[State], recorded: Row, longest: float, amount: Callable[[float], str]) -> list[str]:
     notes = []
-    limit, process = told.get("limit_bytes"), told.get("process_bytes")
+    limit, process = recorded.get("limit_bytes"), recorded.get("process_bytes")
     if limit:
         beyond = " It lies beyond the right edge of the bars." if limit > LIMIT_WITHIN * longest else ""
         notes.append(f"The limit is {amount(limit)}.{beyond}")
     if process and not any("process" in state.holders for state in states):
         notes.append(f"The process itself, its libraries included, takes {amount(process)} more.")
     if any(UNKNOWN in state.holders for state in states):
-        notes.append("Who holds what is told by summary.json, which has none of it yet.")
+        notes.append("Who holds what is in summary.json, which has none of it yet.")
     return notes
 
 
