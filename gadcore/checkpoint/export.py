@@ -23,6 +23,7 @@ from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
+from gadcore.files import whole_folder
 from gadcore.models.loading import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -78,14 +79,8 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
     tokenizer = load_tokenizer(resolve_model(_name(config, which)))
     model = _untrained(config, which, tokenizer)
     restore_parameters(dict(model.named_parameters()), tensors[which], which)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_model(model, tokenizer, partial)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out) as folder:
+        save_model(model, tokenizer, folder)
 
 
 @contextmanager

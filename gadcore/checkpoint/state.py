@@ -122,7 +122,7 @@ def rng_state() -> RngState:
 
 
 def restore_rng(rng: RngState) -> None:
-    """Sets what rng_state() gave. A GPU that is not here, or was not there, is told of in a warning."""
+    """Sets what rng_state() gave. A GPU that is not here, or was not there, is named in a warning."""
     version, words, gauss = rng.state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(rng.state["numpy"]))

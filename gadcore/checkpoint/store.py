@@ -12,7 +12,6 @@ at any moment leaves the whole checkpoint or none. One process writes to a check
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gadcore.errors import UserError
+from gadcore.files import checksum, sync
 
 JSON = Any
 FORMAT = 1
@@ -153,11 +152,11 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
         file = folder / f"{name}.safetensors"
         save_file(_separate(group), file)
         file.chmod(mode)
-    files = {file.name: {"size": file.stat().st_size, "xxh3_128": _checksum(file)} for file in sorted(folder.iterdir())}
+    files = {file.name: {"size": file.stat().st_size, "xxh3_128": checksum(file)} for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync(file)
+    sync(folder)
 
 
 def _put_in_place(root: Path, temporary: Path, target: Path, step: int) -> None:
@@ -176,7 +175,7 @@ def _put_in_place(root: Path, temporary: Path, target: Path, step: int) -> None:
         if replaced.exists():
             replaced.rename(target)
         raise
-    _sync(root)
+    sync(root)
 
 
 def _clean(root: Path) -> None:
@@ -235,13 +234,13 @@ def _verify(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged") from None
-    for name, (size, checksum) in expected.items():
+    for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{file} is missing")
         if file.stat().st_size != size:
             raise UserError(f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {size}")
-        if _checksum(file) != checksum:
+        if checksum(file) != digest:
             raise UserError(f"{file} is damaged (its checksum is not the one in {MANIFEST})")
     return manifest
 
@@ -257,19 +256,6 @@ def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             end[storage] = tensor.data_ptr() + tensor.nbytes
     return result
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(path: Path) -> Path:

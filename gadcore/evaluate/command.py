@@ -59,10 +59,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if config.fresh.enabled:
             base = find_model(config.fresh.model or config.eval.models[names[0]])
             path = stack.enter_context(as_directory(base, exported(out, "fresh-base")))
-            fresh = TextTest(path, config.fresh, device, _tell).run
-        sample_all(config, device, _tell)
+            fresh = TextTest(path, config.fresh, device, _log).run
+        sample_all(config, device, _log)
         for name, chosen in all_sets(config).items():
-            _tell(f"measuring {name}")
+            _log(f"measuring {name}")
             results, differences, prompts = measure_set(out / name, names, resamples=config.eval.resamples, fresh=fresh)
             sets[name] = {
                 "domain": "in" if name in config.eval.in_domain else "out",
@@ -80,22 +80,22 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     }
     write_json(out / f"{NAME}.json", evaluation)
     write_whole(out / f"{NAME}.md", markdown(evaluation))
-    _tell(f"{out / NAME}.md")
+    _log(f"{out / NAME}.md")
     return evaluation
 
 
 def _notes(folder: Path, models: Sequence[str]) -> list[str]:
     """What happened to a set's rows, said once where it happened to all models alike."""
-    told: dict[str, list[str]] = {}
+    noted: dict[str, list[str]] = {}
     for model in models:
         record = folder / f"sampled-{model}.json"
         for note in read_json(record)["notes"] if record.is_file() else ():
-            told.setdefault(note, []).append(model)
+            noted.setdefault(note, []).append(model)
     return [
         f"{folder.name}: {note}" if who == list(models) else f"{folder.name}, {' and '.join(who)}: {note}"
-        for note, who in told.items()
+        for note, who in noted.items()
     ]
 
 
-def _tell(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)

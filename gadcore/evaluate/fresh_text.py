@@ -14,7 +14,7 @@ from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json
-from gadcore.evaluate.sampling import Tell, identity
+from gadcore.evaluate.sampling import Log, identity
 from gadcore.evaluate.settings import FreshModelSettings
 from gadcore.measure.fresh import fresh_discriminator
 from gadcore.models.discriminator import Discriminator
@@ -28,11 +28,11 @@ class TextTest:
     themselves: texts cross, not tokens, so the student may have another vocabulary.
     """
 
-    def __init__(self, path: str, settings: FreshModelSettings, device: torch.device, tell: Tell) -> None:
+    def __init__(self, path: str, settings: FreshModelSettings, device: torch.device, log: Log) -> None:
         self.path = path
         self.settings = settings
         self.device = device
-        self.tell = tell
+        self.log = log
         self.template = ChatTemplate(load_tokenizer(path))
         self.weights = identity(path)
 
@@ -44,7 +44,7 @@ class TextTest:
         begin = time.perf_counter()
         result = fresh_discriminator(self.groups(rows), self.maker(), self.settings)
         seconds = time.perf_counter() - begin
-        self.tell(f"  {kept.stem}: {result.steps} steps, tells {100 * result.accuracy:.0f} % apart, {seconds:.0f} s")
+        self.log(f"  {kept.stem}: {result.steps} steps, tells {100 * result.accuracy:.0f} % apart, {seconds:.0f} s")
         found = {**vars(result), "of": of}
         write_json(kept, found)
         return found

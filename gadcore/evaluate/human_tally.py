@@ -134,7 +134,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             f"{kappa} over the {agreed['prompts_by_all']} prompts that every rater answered."
         )
     elif agreed:
-        lines.append("Agreement cannot be told: no prompt was answered by more than one rater.")
+        lines.append("There is no measure of agreement: no prompt was answered by more than one rater.")
     return "\n".join(lines).rstrip() + "\n"
 
 

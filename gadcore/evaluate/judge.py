@@ -127,8 +127,8 @@ def ask_both_orders(
             reason = tally.failed.get(key) or tally.stopped
             unanswered.append({"row": row, "order": order, "reason": reason})
         elif (verdict := parse(reply.text)) is None:
-            told = reply.refusal or reply.text
-            unparsable.append({"row": row, "order": order, "outcome": reply.outcome, "reply": told})
+            text = reply.refusal or reply.text
+            unparsable.append({"row": row, "order": order, "outcome": reply.outcome, "reply": text})
         else:
             read[row, order] = verdict
     both = {row: (read[row, 0], read[row, 1]) for row in range(len(texts)) if (row, 0) in read and (row, 1) in read}

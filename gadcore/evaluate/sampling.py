@@ -23,12 +23,13 @@ from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
+from gadcore.files import checksum
 from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
 from gadcore.rollout.engine import Engine, SampleRequest, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
 from gadcore.rollout.weights import PlainWeights
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def find_model(value: str) -> str:
@@ -47,7 +48,7 @@ def find_model(value: str) -> str:
     return resolve_model(value)
 
 
-def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
+def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
     """Draws every response that is missing in eval.out."""
     out = Path(config.eval.out)
     sets = {name: _load(name, settings, config) for name, settings in all_sets(config).items()}
@@ -63,8 +64,8 @@ def sample_all(config: EvalConfig, device: torch.device, tell: Tell) -> None:
             with as_directory(path, exported(out, model)) as directory:
                 sampler.use(directory)
                 for name in missing:
-                    tell(f"sampling {len(sets[name])} responses of {model} to {name}")
-                    _sample(sampler, sets[name], out / name, model, made_from[name], tell)
+                    log(f"sampling {len(sets[name])} responses of {model} to {name}")
+                    _sample(sampler, sets[name], out / name, model, made_from[name], log)
     finally:
         sampler.close()
 
@@ -92,8 +93,7 @@ def identity(path: str) -> str:
     files = sorted(Path(path).glob(pattern))
     digest = hashlib.sha256(path.encode() if not files else b"")
     for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(checksum(file, "sha256")))
     return digest.hexdigest()[:32]
 
 
@@ -188,7 +188,7 @@ def _kind_of(model: PreTrainedModel, template: ChatTemplate) -> tuple[str, str]:
 
 
 def _sample(
-    sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], tell: Tell
+    sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], log: Log
 ) -> None:
     groups, report = build_prompts(rows, sampler.template, sampler.run_config.data)
     requests = [
@@ -216,6 +216,6 @@ def _sample(
     write_responses(folder / f"{model}.jsonl", made)
     record = {"made_from": made_from, "notes": report.sentences(), "tokens": tokens, "seconds": round(seconds, 3)}
     write_json(folder / f"sampled-{model}.json", record)
-    tell(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
+    log(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
     for sentence in report.sentences():
-        tell(f"  {sentence}")
+        log(f"  {sentence}")

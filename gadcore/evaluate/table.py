@@ -1,4 +1,4 @@
-"""The table of an evaluation: one part per set, a row per measure, a column per model and per difference.
+"""The table of an evaluation: one section per set, a row per measure, a column per model and per difference.
 
 evaluation.json holds every figure; Markdown and the report's part are made from it.
 """
@@ -22,7 +22,7 @@ DOMAINS = {"in": "in domain", "out": "out of domain"}
 
 
 @dataclass(frozen=True)
-class Part:
+class TableSection:
     """The table of one set, as text. rows: (measure, cells, better when); a cell per column."""
 
     title: str
@@ -30,11 +30,11 @@ class Part:
     rows: tuple[tuple[str, tuple[str, ...], str], ...]
 
 
-def parts_of(evaluation: Mapping[str, Any]) -> list[Part]:
+def sections_of(evaluation: Mapping[str, Any]) -> list[TableSection]:
     """The tables of evaluation.json's content, in the order of its sets."""
     first, *others = evaluation["models"]
     columns = (TEACHER, first, *others, *(f"{name} − {first}" for name in others))
-    parts = []
+    sections = []
     for name, found in evaluation["sets"].items():
         rows = []
         for measure in MEASURES:
@@ -44,8 +44,8 @@ def parts_of(evaluation: Mapping[str, Any]) -> list[Part]:
             if any(key in found["results"][who] for who in (TEACHER, first, *others)):
                 rows.append((measure.label, tuple(cells), measure.better))
         title = f"{name} ({DOMAINS[found['domain']]}, {found['prompts']} prompts of {found['source']})"
-        parts.append(Part(title, columns, tuple(rows)))
-    return parts
+        sections.append(TableSection(title, columns, tuple(rows)))
+    return sections
 
 
 def _cell(measure: Measure, found: Mapping[str, Any] | None, *, signed: bool = False) -> str:
@@ -76,10 +76,10 @@ def markdown(evaluation: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", "", LEGEND, ""]
     for name, source in evaluation["models"].items():
         lines.append(f"- {name}: `{source}`")
-    for part in parts_of(evaluation):
-        lines += ["", f"## {part.title}", "", _line(["measure", *part.columns, "better"])]
-        lines.append(_line(["---", *("---:" for _ in part.columns), "---"]))
-        lines += [_line([label, *cells, better]) for label, cells, better in part.rows]
+    for section in sections_of(evaluation):
+        lines += ["", f"## {section.title}", "", _line(["measure", *section.columns, "better"])]
+        lines.append(_line(["---", *("---:" for _ in section.columns), "---"]))
+        lines += [_line([label, *cells, better]) for label, cells, better in section.rows]
     if evaluation["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in evaluation["notes"])]
     return "\n".join(lines) + "\n"
@@ -93,14 +93,15 @@ _SECTION = """\
 <section aria-labelledby="evaluation">
   <h2 id="evaluation">Evaluation</h2>
   <p class="lead">{{ legend }}</p>
-  {% for part in parts %}
-  <div class="card scroll" tabindex="0" role="region" aria-label="{{ part.title }}">
+  {% for section in sections %}
+  <div class="card scroll" tabindex="0" role="region" aria-label="{{ section.title }}">
   <table class="figures">
-    <caption>{{ part.title }}</caption>
+    <caption>{{ section.title }}</caption>
     <thead><tr><th scope="col">Measure</th>\
-{% for name in part.columns %}<th scope="col">{{ name }}</th>{% endfor %}<th scope="col">Better when</th></tr></thead>
+{% for name in section.columns %}<th scope="col">{{ name }}</th>{% endfor %}\
+<th scope="col">Better when</th></tr></thead>
     <tbody>
-    {% for label, cells, better in part.rows %}
+    {% for label, cells, better in section.rows %}
     <tr><th scope="row">{{ label }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}<td>{{ better }}</td></tr>
     {% endfor %}
     </tbody>
@@ -121,4 +122,4 @@ def evaluation_section(folder: Path) -> Markup | None:
     evaluation = read_json(path)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_SECTION)
-    return Markup(page.render(legend=LEGEND, parts=parts_of(evaluation), notes=evaluation["notes"]))
+    return Markup(page.render(legend=LEGEND, sections=sections_of(evaluation), notes=evaluation["notes"]))

@@ -37,7 +37,7 @@ class Measure:
         return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
 
     def change(self, first: float | None, last: float | None) -> str | None:
-        """ "better", "worse", or "same" where no difference shows; None where that cannot be told."""
+        """ "better", "worse", or "same" where no difference shows; None where that is unknown."""
         if first is None or last is None or self.better == "discriminator":
             return None
         if self.show(first) == self.show(last):

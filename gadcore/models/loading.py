@@ -6,13 +6,10 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,6 +23,7 @@ from transformers import (
 )
 
 from gadcore.errors import UserError
+from gadcore.files import checksum, whole_folder
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing
 
@@ -78,26 +76,17 @@ def _bundled(name: str) -> Path:
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
-    save_model(plain, tokenizer, work)
-    sums = {f.name: _checksum(f) for f in sorted(work.iterdir())}
-    (work / "checksums.json").write_text(json.dumps(sums, indent=1))
     try:
-        work.rename(target)
+        with whole_folder(target, shared=True) as folder:
+            save_model(plain, tokenizer, folder)
+            sums = {f.name: checksum(f) for f in sorted(folder.iterdir())}
+            (folder / "checksums.json").write_text(json.dumps(sums, indent=1))
     except OSError:
+        if not target.is_dir():
+            raise
         # Another run converted it meanwhile; its result is the same.
-        shutil.rmtree(work)
         _verify(target)
     return target
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as f:
-        while block := f.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _verify(directory: Path) -> None:
@@ -108,7 +97,7 @@ def _verify(directory: Path) -> None:
     if "model.safetensors" not in sums:
         raise UserError(f"{directory} lacks its checksums: delete it and start again")
     for name, expected in sums.items():
-        if not (directory / name).is_file() or _checksum(directory / name) != expected:
+        if not (directory / name).is_file() or checksum(directory / name) != expected:
             raise UserError(f"{directory / name} does not match its checksum: delete {directory} and start again")
 
 

@@ -37,15 +37,15 @@ _FILE_BYTES = 256 << 20
 _COPY_BYTES = 256 << 20
 
 
-def measure(d: Dimensions, config: PreTrainedConfig, tell: Callable[[str], None]) -> dict[str, float]:
+def measure(d: Dimensions, config: PreTrainedConfig, log: Callable[[str], None]) -> dict[str, float]:
     """Figures by the names that gadcore.plan.machine gives them.
 
-    tell: gets a line about every part as it begins.
+    log: gets a line about every part as it begins.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = _Clock(device)
     figures: dict[str, float] = {}
-    tell("products and layers")
+    log("products and layers")
     dtypes = ("float32", "bfloat16")
     for dtype in dtypes:
         figures[f"product_flops_{dtype}"] = _products(d, clock, getattr(torch, dtype))
@@ -53,13 +53,13 @@ def measure(d: Dimensions, config: PreTrainedConfig, tell: Callable[[str], None]
     rate = figures[f"product_flops_{main}"]
     figures["product_share"] = 1.0
     figures["elementwise_share"] = _elementwise(d, config, clock, rate, getattr(torch, main))
-    tell("output head")
+    log("output head")
     figures["head_share"] = min(1.0, _head(d, clock, getattr(torch, main)) / rate)
-    tell("memory")
+    log("memory")
     figures["memory_bandwidth"], figures["memory_share"] = _copy(clock), 1.0
-    tell("decoding")
+    log("decoding")
     figures |= _decode(d, clock, rate, getattr(torch, main))
-    tell("files")
+    log("files")
     figures["file_write"], figures["file_read"] = _files()
     return figures
 

@@ -137,7 +137,7 @@ def with_checked_activations(case: Case) -> tuple[Case, list[str]]:
     from gadcore.plan.activations import fake_layer_bytes, layer_bytes
     from gadcore.plan.dimensions import read_config
 
-    told, checked = [], {}
+    sentences, checked = [], {}
     for d in dict.fromkeys((case.student.name, case.discriminator.name)):
         dimensions = case.student if d == case.student.name else case.discriminator
         _, settings_of_model = read_config(d)
@@ -147,11 +147,11 @@ def with_checked_activations(case: Case) -> tuple[Case, list[str]]:
         figures = ", ".join(
             f"{mode} {formula[mode]} / {real[mode]:.0f} = {formula[mode] / real[mode]:.3f}" for mode in MODES
         )
-        told.append(
+        sentences.append(
             f"activations of {d}, bytes of a layer and token in float32, by formula / in a fake-tensor run of the "
             f"code: {figures}; the latter is used"
         )
-    return replace(case, student=checked[case.student.name], discriminator=checked[case.discriminator.name]), told
+    return replace(case, student=checked[case.student.name], discriminator=checked[case.discriminator.name]), sentences
 
 
 def _calibrate(config: Config, console: Console) -> None:

@@ -53,7 +53,7 @@ def warnings(window: Rows) -> list[Warning]:
     return [found for check in CHECKS if (found := check(window)) is not None]
 
 
-class Monitor:
+class HealthMonitor:
     """Follows a run row by row. Its state is a function of the rows alone: a resumed run feeds it the old ones.
 
     episodes: every warning so far. A warning that flickers is one episode: it ends only when it was away for TAIL rows.
@@ -108,9 +108,9 @@ class Monitor:
             self.episodes[at] = replace(self.episodes[at], last=seen)
 
 
-def watched(rows: Rows) -> Monitor:
+def watched(rows: Rows) -> HealthMonitor:
     """A monitor that has seen these rows of metrics.jsonl."""
-    monitor = Monitor()
+    monitor = HealthMonitor()
     for row in rows:
         monitor.look(row)
     return monitor

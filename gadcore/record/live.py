@@ -139,7 +139,7 @@ class LiveView:
         text = f"elapsed {clock(time.monotonic() - self._began)}"
         pace = self._seconds.get(self._stage)
         if not pace or not self._row:
-            return Text(text + " · time left is told after the first step", style="dim", no_wrap=True)
+            return Text(text + " · time left is known after the first step", style="dim", no_wrap=True)
         each = fmean(pace)
         stage = each * max(self._stage_steps - self._row["stage_step"], 0)
         names = [name for name, _ in self._plan.stages]

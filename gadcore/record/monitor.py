@@ -2,7 +2,7 @@
 
 A thread looks at utilisation, memory, power and clocks once per interval. What only grows (CPU seconds, page faults,
 energy) is read at both ends of a step, so that the difference is exact. Nothing here may end a run: a figure that
-cannot be read is told once and left out from then on.
+cannot be read is reported once and left out from then on.
 
     machine/cpu_load              CPU seconds of this process per second: 2.0 is two cores at work
     machine/rss_gib               resident memory of this process, the largest seen
@@ -58,20 +58,20 @@ class MachineMonitor:
         self,
         device: torch.device,
         interval: float,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         on_sample: Callable[[float, Mapping[str, float]], None] | None = None,
         *,
         rapl: Path = RAPL,
     ) -> None:
         """interval: seconds between two looks, above 0.
 
-        tell: takes sentences for the log, and is called only by begin_step(), take_step() and close().
+        log: takes sentences, and is called only by begin_step(), take_step() and close().
         on_sample: takes the time (time.perf_counter()) and the figures of every look, without "machine/" before their
         names, in the monitor's thread.
         Raises UserError where the device is a CUDA device and NVML cannot be used.
         """
         self._interval = interval
-        self._tell = tell
+        self._log = log
         self._on_sample = on_sample
         self._messages: list[str] = []
         process = psutil.Process()
@@ -172,7 +172,7 @@ class MachineMonitor:
         return figures
 
     def _read(self, readings: dict[str, Reading]) -> dict[str, float]:
-        """All readings; those that fail are told and dropped."""
+        """All readings; those that fail are reported and dropped."""
         values = {}
         for name, reading in list(readings.items()):
             try:
@@ -187,7 +187,7 @@ class MachineMonitor:
 
     def _deliver(self) -> None:
         while self._messages:
-            self._tell(self._messages.pop(0))
+            self._log(self._messages.pop(0))
 
 
 class Rapl:
@@ -228,10 +228,10 @@ def _counts(folder: Path) -> bool:
 class Gpu:
     """NVML's view of a CUDA device of torch's. gauges, counters: figures by name, in the units of the module."""
 
-    def __init__(self, device: torch.device, tell: Callable[[str], None]) -> None:
-        """tell: takes the sentence that a reason for low clocks was seen, once per reason."""
-        self._tell = tell
-        self._told: set[int] = set()
+    def __init__(self, device: torch.device, log: Callable[[str], None]) -> None:
+        """log: takes the sentence that a reason for low clocks was seen, once per reason."""
+        self._log = log
+        self._reported: set[int] = set()
         switch_off = "or set tracking.monitor_interval = 0"
         try:
             import pynvml
@@ -271,7 +271,7 @@ class Gpu:
     def _throttled(self) -> float:
         bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle)
         reasons = {bit for bit in SLOWDOWNS if bits & bit}
-        for bit in sorted(reasons - self._told):
-            self._tell(f"the GPU's clocks are held down: {SLOWDOWNS[bit]} (machine/gpu_throttled_share says how often)")
-        self._told |= reasons
+        for bit in sorted(reasons - self._reported):
+            self._log(f"the GPU's clocks are held down: {SLOWDOWNS[bit]} (machine/gpu_throttled_share says how often)")
+        self._reported |= reasons
         return float(bool(reasons))

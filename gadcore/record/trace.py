@@ -42,11 +42,11 @@ class Trace:
         self._event(name, "X", ts=self._at(start), dur=round((end - start) * 1e6, 3), tid=tid, args=args)
 
     def phase(self, name: str, start: float, end: float) -> None:
-        """A phase of the run, as Phases tells it."""
+        """A phase of the run, as Phases reports it."""
         self.span(name, "phases", start, end)
 
     def copy(self, what: str, start: float, end: float, size: int) -> None:
-        """A holding of `size` bytes that moved, as Colocation tells it."""
+        """A holding of `size` bytes that moved, as Colocation reports it."""
         self.span(what, "copies", start, end, bytes=size)
 
     def counter(self, name: str, when: float, values: Mapping[str, float]) -> None:
@@ -74,7 +74,7 @@ class Trace:
     def _event(self, name: str, kind: str, **fields: Any) -> None:
         line = json.dumps({"name": name, "ph": kind, "pid": PID, **fields}).encode()
         with self._lock:
-            # A thread that outlived close() has nothing to tell any more.
+            # A thread that outlived close() has nothing to write any more.
             if not self._file.closed:
                 # The comma comes first: whatever is on disk then ends with a whole event.
                 self._file.write((b"[\n" if self._empty else b",\n") + line)

@@ -2,7 +2,7 @@
 
 The JSONL files are the record; report.html, resume and the tests read them. A tracker is a copy for people who look
 at several runs side by side. So a tracker that cannot start stops the run before any work is done, and a tracker
-that fails later is told once and switched off, while the run goes on: its figures are all in metrics.jsonl.
+that fails later is reported once and switched off, while the run goes on: its figures are all in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
+from gadcore.files import write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class MetricsLog:
         self._file.flush()
 
     def truncate_after(self, step: int) -> int:
-        """Drops the rows with a "step" greater than `step`, and a torn last line; tells how many lines went.
+        """Drops the rows with a "step" greater than `step`, and a torn last line; returns how many lines went.
 
         The rows that stay keep their bytes. The file is replaced in one move, so a crash leaves the old or the new
         one, never a part. A missing file is an empty one. Raises UserError as scan does, and for a row without "step".
@@ -101,12 +102,7 @@ class MetricsLog:
                 raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
             if row["step"] <= step:
                 kept.append(line + b"\n")
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        write_whole(self.path, b"".join(kept), synced=True)
         return len(found.lines) - len(kept) + found.torn
 
     def close(self) -> None:
@@ -229,8 +225,8 @@ class MlflowTracker:
 class _Guarded:
     """Switches a tracker off at its first error, and says so once."""
 
-    def __init__(self, kind: str, tracker: Tracker, tell: Callable[[str], None]) -> None:
-        self._kind, self._tracker, self._tell = kind, tracker, tell
+    def __init__(self, kind: str, tracker: Tracker, log: Callable[[str], None]) -> None:
+        self._kind, self._tracker, self._report = kind, tracker, log
         self._on = True
 
     def log(self, row: Row, step: int) -> None:
@@ -247,7 +243,7 @@ class _Guarded:
             call()
         except Exception as error:
             self._on = False
-            self._tell(
+            self._report(
                 f"The tracker {self._kind} failed {when} ({type(error).__name__}: {error}) and is switched off; the "
                 "run goes on, and metrics.jsonl holds every figure."
             )
@@ -261,13 +257,13 @@ def make_tracker(
     config_dict: Row,
     *,
     resume_step: int = 0,
-    tell: Callable[[str], None] = logger.warning,
+    log: Callable[[str], None] = logger.warning,
 ) -> Tracker:
     """The tracker of that kind: none, tensorboard, wandb, trackio or mlflow.
 
     resume_step: the last step that is kept when a run goes on; 0 for a new run. A resumed run goes on in the same
     run of wandb, trackio and mlflow, whose id is kept in <run folder>/tracker.json.
-    tell: receives one sentence when the tracker fails after its start; it is switched off then.
+    log: receives one sentence when the tracker fails after its start; it is switched off then.
     Raises UserError for an unknown kind, a package that is missing, and a tracker that cannot start.
     """
     starts: dict[str, Callable[[], Tracker]] = {
@@ -287,7 +283,7 @@ def make_tracker(
         raise UserError(
             f'tracking.tracker = "{kind}" cannot start ({type(error).__name__}: {error}): mend that, or use "none"'
         ) from error
-    return tracker if kind == "none" else _Guarded(kind, tracker, tell)
+    return tracker if kind == "none" else _Guarded(kind, tracker, log)
 
 
 def _package(name: str, module: str | None = None) -> Any:
@@ -305,7 +301,7 @@ def _identity(run_dir: Path, kind: str, make: Callable[[], str]) -> str:
     known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if kind not in known:
         known[kind] = make()
-        path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(known) + "\n")
     return known[kind]
 
 

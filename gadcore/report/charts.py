@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from gadcore.measure.figures import number
+from gadcore.report import svg
+from gadcore.report.svg import Point, Scale, nice_ticks, percent
 
 SIZE = 1000.0  # of the inner, stretched drawing
 MAX_POINTS = 1000
 SMOOTH_FROM = 200
 DASHES = ("", "7 4", "1.5 4", "10 3 2 3", "4 2")
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -66,44 +66,28 @@ class Chart:
     stacked: bool = False
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Maps values to 0..1, upwards; ticks lie inside."""
-
-    low: float
-    high: float
-    ticks: Sequence[float]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        if self.log:
-            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
-        return (value - self.low) / (self.high - self.low)
-
-
 def draw(chart: Chart, bands: Sequence[Band]) -> Markup:
     """The chart as HTML: plot, read-out and legend. `bands` are the stages; they span the axis of steps."""
     first, last = bands[0].first - 0.5, bands[-1].last + 0.5
     x = Scale(first, last, _step_ticks(bands[0].first, bands[-1].last))
     y = _value_scale(chart)
-    curves = _stack(chart, x, y) if chart.stacked else _lines(chart, x, y)
-    parts = [*_bands(bands, x), *_grid(chart, x, y)]
-    parts.append(
-        f'<svg viewBox="0 0 {SIZE:.0f} {SIZE:.0f}" preserveAspectRatio="none" width="100%" height="100%" '
-        f'class="curves">{curves}</svg><line class="cursor" y1="0" y2="100%"/>'
+    curves = svg.element(
+        "svg",
+        svg.join(_stack(chart, x, y) if chart.stacked else _lines(chart, x, y)),
+        viewBox=f"0 0 {SIZE:.0f} {SIZE:.0f}",
+        preserveAspectRatio="none",
+        width="100%",
+        height="100%",
+        class_="curves",
     )
+    cursor = svg.element("line", class_="cursor", y1=0, y2="100%")
+    drawing = svg.join([*_bands(bands, x), *_grid(chart, x, y), curves, cursor])
+    canvas = svg.picture(f"chart-{chart.key}", chart.title, describe(chart), drawing, class_="canvas")
     values, latest = _values(chart, bands)
-    name = f"chart-{chart.key}"
-    html = (
-        f'<div class="plot" data-chart="{escape(values)}" data-first="{first}" data-last="{last}" '
-        f'aria-label="{escape(chart.title)}">'
-        f'<svg class="canvas" role="img" aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(chart.title)}</title>'
-        f'<desc id="{name}-desc">{escape(describe(chart))}</desc>{"".join(parts)}</svg></div>'
-        f'<p class="readout">{escape(latest)}</p>{_legend(chart)}'
+    plot = svg.element(
+        "div", canvas, class_="plot", data_chart=values, data_first=first, data_last=last, aria_label=chart.title
     )
-    # Every text in it went through escape().
-    return Markup(html)
+    return plot + svg.element("p", latest, class_="readout") + _legend(chart)
 
 
 def describe(chart: Chart) -> str:
@@ -119,15 +103,6 @@ def describe(chart: Chart) -> str:
                 f"at step {low[0]:.0f}, highest {_show(high[1], chart.unit)} at step {high[0]:.0f}."
             )
     return " ".join(parts)
-
-
-def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round values (1, 2 or 5 times a power of ten apart) that enclose low..high."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(start, end + 1)]
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -187,18 +162,17 @@ def _step_ticks(first: int, last: int) -> list[float]:
     return [float(first), *(t for t in ticks if t - first > 0.08 * (last - first))]
 
 
-def _lines(chart: Chart, x: Scale, y: Scale) -> str:
+def _lines(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
     parts = []
     for i, series in enumerate(chart.series):
         if series.spread is not None:
-            parts.append(_spread(series, i, x, y))
+            parts += _spread(series, i, x, y)
         noisy = len(series.points) >= SMOOTH_FROM
-        style = f'stroke="var(--s{i % 5})" stroke-dasharray="{DASHES[i % 5]}"'
-        raw = ' class="raw"' if noisy else ""
-        parts.append(f'<path d="{_path(thin(series.points), x, y)}" {style}{raw}/>')
+        style = {"stroke": _colour(i), "stroke_dasharray": DASHES[i % 5]}
+        parts.append(svg.path(_path(thin(series.points), x, y), **style, **({"class_": "raw"} if noisy else {})))
         if noisy:
-            parts.append(f'<path d="{_path(thin(smooth(series.points)), x, y)}" {style}/>')
-    return "".join(parts)
+            parts.append(svg.path(_path(thin(smooth(series.points)), x, y), **style))
+    return parts
 
 
 def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:
@@ -214,20 +188,22 @@ def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:
     return "".join(parts)
 
 
-def _spread(series: Series, i: int, x: Scale, y: Scale) -> str:
+def _spread(series: Series, i: int, x: Scale, y: Scale) -> list[Markup]:
     edges = [
         (step, value - spread, value + spread)
         for (step, value), spread in zip(series.points, series.spread or (), strict=True)
         if math.isfinite(value) and math.isfinite(spread)
     ]
+    if not edges:
+        return []
     low = thin([(step, low) for step, low, _ in edges])
     high = thin([(step, high) for step, _, high in edges])
     corners = [*high, *reversed(low)]
     d = "L".join(f"{_place(x.at(step))} {_place(1 - y.at(value))}" for step, value in corners)
-    return f'<path class="area" d="M{d}Z" fill="var(--s{i % 5})" fill-opacity=".16"/>' if edges else ""
+    return [svg.path(f"M{d}Z", class_="area", fill=_colour(i), fill_opacity=".16")]
 
 
-def _stack(chart: Chart, x: Scale, y: Scale) -> str:
+def _stack(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
     """One stepped area a series, each step as wide as one step."""
     base: dict[float, float] = {}
     parts = []
@@ -242,39 +218,36 @@ def _stack(chart: Chart, x: Scale, y: Scale) -> str:
             boxes.append(
                 f"M{left} {_place(1 - y.at(bottom))}V{_place(1 - y.at(top))}H{right}V{_place(1 - y.at(bottom))}Z"
             )
-        parts.append(f'<path class="area" d="{"".join(boxes)}" fill="var(--s{i % 5})"/>')
-    return "".join(parts)
+        parts.append(svg.path("".join(boxes), class_="area", fill=_colour(i)))
+    return parts
 
 
-def _bands(bands: Sequence[Band], x: Scale) -> list[str]:
+def _bands(bands: Sequence[Band], x: Scale) -> list[Markup]:
     parts = []
     for i, band in enumerate(bands):
         start, end = x.at(band.first - 0.5), x.at(band.last + 0.5)
         if i % 2:
-            parts.append(f'<rect class="band" x="{start:.2%}" width="{end - start:.2%}" y="0" height="100%"/>')
+            parts.append(svg.rect(class_="band", x=percent(start), width=percent(end - start), y=0, height="100%"))
         if i:
-            parts.append(f'<line class="boundary" x1="{start:.2%}" x2="{start:.2%}" y1="-16" y2="100%"/>')
+            parts.append(svg.vertical(percent(start), -16, "100%", class_="boundary"))
         if end - start > 0.12:
-            parts.append(f'<text class="stage" x="{start:.2%}" dx="5" y="-6">{escape(band.name)}</text>')
+            parts.append(svg.text(band.name, class_="stage", x=percent(start), dx=5, y=-6))
     return parts
 
 
-def _grid(chart: Chart, x: Scale, y: Scale) -> list[str]:
+def _grid(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
     parts = []
     for tick, label in zip(y.ticks, _labels(y, chart.unit), strict=True):
-        place = 1 - y.at(tick)
-        parts.append(f'<line class="grid" x1="0" x2="100%" y1="{place:.2%}" y2="{place:.2%}"/>')
-        parts.append(f'<text class="tick" x="-8" y="{place:.2%}" dy=".35em" text-anchor="end">{label}</text>')
+        place = percent(1 - y.at(tick))
+        parts.append(svg.horizontal(place, class_="grid"))
+        parts.append(svg.text(label, class_="tick", x=-8, y=place, dy=".35em", text_anchor="end"))
     for tick in x.ticks:
-        parts.append(
-            f'<text class="tick" x="{x.at(tick):.2%}" y="100%" dy="1.6em" text-anchor="middle">{tick:.0f}</text>'
-        )
+        place = percent(x.at(tick))
+        parts.append(svg.text(f"{tick:.0f}", class_="tick", x=place, y="100%", dy="1.6em", text_anchor="middle"))
     for value, label in chart.guides:
-        place = 1 - y.at(value)
-        parts.append(f'<line class="guide" x1="0" x2="100%" y1="{place:.2%}" y2="{place:.2%}"/>')
-        parts.append(
-            f'<text class="guide-label" x="100%" y="{place:.2%}" dy="-4" text-anchor="end">{escape(label)}</text>'
-        )
+        place = percent(1 - y.at(value))
+        parts.append(svg.horizontal(place, class_="guide"))
+        parts.append(svg.text(label, class_="guide-label", x="100%", y=place, dy=-4, text_anchor="end"))
     return parts
 
 
@@ -323,19 +296,23 @@ def _texts(series: Series, unit: str) -> dict[float, str]:
     return texts
 
 
-def _legend(chart: Chart) -> str:
+def _legend(chart: Chart) -> Markup:
     if len(chart.series) < 2:
-        return ""
+        return Markup("")
     items = []
     for i, series in enumerate(chart.series):
-        color, dash = f"var(--s{i % 5})", DASHES[i % 5]
-        mark = (
-            f'<rect width="22" height="8" y="1" fill="{color}"/>'
-            if chart.stacked
-            else f'<line x1="0" x2="22" y1="5" y2="5" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        )
-        items.append(f'<li><svg width="22" height="10" aria-hidden="true">{mark}</svg>{escape(series.name)}</li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
+        if chart.stacked:
+            mark = svg.rect(width=22, height=8, y=1, fill=_colour(i))
+        else:
+            style = {"stroke": _colour(i), "stroke_width": 2, "stroke_dasharray": DASHES[i % 5]}
+            mark = svg.element("line", x1=0, x2=22, y1=5, y2=5, **style)
+        sample = svg.element("svg", mark, width=22, height=10, aria_hidden="true")
+        items.append(svg.element("li", sample + series.name))
+    return svg.element("ul", svg.join(items), class_="legend")
+
+
+def _colour(i: int) -> str:
+    return f"var(--s{i % 5})"
 
 
 def _show(value: float, unit: str) -> str:

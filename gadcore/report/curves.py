@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadcore.record.tracking import Row
-from gadcore.report.charts import Chart, Point, Series
+from gadcore.report.charts import Chart, Series
+from gadcore.report.svg import Point
 
 STAGE_KEYS = {"step", "stage_step", "stage_steps"}
 

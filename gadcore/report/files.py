@@ -58,8 +58,8 @@ def load(run_dir: Path) -> RunFiles:
         return found.rows
 
     paths = {path.stem: path for path in (folder / "evaluations").glob("*.jsonl")}
-    told = list((summary or {}).get("evaluations") or ())
-    order = [*told, *KNOWN_ORDER, *sorted(paths, key=lambda name: paths[name].stat().st_mtime)]
+    evaluated = list((summary or {}).get("evaluations") or ())
+    order = [*evaluated, *KNOWN_ORDER, *sorted(paths, key=lambda name: paths[name].stat().st_mtime)]
     names = [name for name in dict.fromkeys(order) if name in paths]
     answers = ("prompt", "teacher", "student")
     evaluations = {name: rows(paths[name], *answers, "rouge_l", "length_ratio") for name in names}

@@ -48,7 +48,7 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
     """Sentences on the held-out prompts, the most important one first.
 
     evaluations: figures by name, in the order in which they were made (E of summary.json).
-    rows: the rows of evaluations/<name>.jsonl; a name may lack them, and its differences are then told without
+    rows: the rows of evaluations/<name>.jsonl; a name may lack them, and its differences are then given without
     their margin of error.
     """
     names = list(evaluations)
@@ -63,10 +63,11 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
         steps = [_step(a, b, evaluations, rows) for a, b in pairwise(names)]
         sentences.append("Stage by stage: " + "; ".join(steps) + ".")
     if last.get("accuracy") is not None:
-        told = f"The discriminator tells {percent(last['accuracy'])} of the held-out pairs apart (50 % is guessing)"
+        sentence = f"The discriminator tells {percent(last['accuracy'])} of the held-out pairs apart (50 % is guessing)"
         if len(names) > 1 and evaluations[names[-2]].get("accuracy") is not None:
-            told += f"; {pretty(names[-2])} it was {percent(evaluations[names[-2]]['accuracy'])}"
-        sentences.append(told + ". It learns along with the student, so a lower share alone proves no better student.")
+            sentence += f"; {pretty(names[-2])} it was {percent(evaluations[names[-2]]['accuracy'])}"
+        sentence += ". It learns along with the student, so a lower share alone proves no better student."
+        sentences.append(sentence)
     if last.get("length_ratio") is not None:
         text = f"Responses are on average {last['length_ratio']:.2f} times as long as the teacher's"
         if last.get("cut_share") is not None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from gadcore.record.tracking import Row
-from gadcore.report.charts import nice_ticks
+from gadcore.report import svg
 from gadcore.report.curves import STATES
 from gadcore.report.files import RunFiles
+from gadcore.report.svg import nice_ticks, percent
 
 OWNERS = {
     "process": "var(--soft)",
@@ -36,7 +37,7 @@ NUMBERED_FROM = 0.035  # of the width
 
 @dataclass(frozen=True)
 class State:
-    """Bytes: per holder, and the most that was resident; None where no row tells it."""
+    """Bytes: per holder, and the most that was resident; None where no row has it."""
 
     name: str
     holders: Mapping[str, int]
@@ -49,11 +50,11 @@ class State:
 
 def memory_of(run: RunFiles) -> dict[str, Any] | None:
     """The variables of the report's part on memory, None where the run has recorded nothing of it."""
-    told = (run.summary or {}).get("memory") or {}
-    states = _states(told.get("states") or {}, run.metrics)
+    recorded = (run.summary or {}).get("memory") or {}
+    states = _states(recorded.get("states") or {}, run.metrics)
     if not states:
         return None
-    limit = told.get("limit_bytes")
+    limit = recorded.get("limit_bytes")
     longest = max(max(state.held, state.peak or 0) for state in states)
     unit, size = ("GiB", 2**30) if max(longest, limit or 0) >= 2**30 else ("MiB", 2**20)
 
@@ -77,16 +78,16 @@ def memory_of(run: RunFiles) -> dict[str, Any] | None:
         "held": [amount(state.held) for state in states],
         "peaks": [amount(state.peak) for state in states] if any(state.peak for state in states) else [],
         "unit": unit,
-        "notes": _notes(states, told, longest, lambda value: f"{amount(value)} {unit}"),
+        "notes": _notes(states, recorded, longest, lambda value: f"{amount(value)} {unit}"),
     }
 
 
-def _states(told: Mapping[str, Mapping[str, int]], rows: Sequence[Row]) -> list[State]:
-    names = dict.fromkeys([*STATES, *told])
+def _states(recorded: Mapping[str, Mapping[str, int]], rows: Sequence[Row]) -> list[State]:
+    names = dict.fromkeys([*STATES, *recorded])
     states = []
     for name in names:
         held, peak = _largest(rows, f"memory/{name}_held"), _largest(rows, f"memory/{name}_peak")
-        holders = {holder: size for holder, size in told.get(name, {}).items() if size > 0}
+        holders = {holder: size for holder, size in recorded.get(name, {}).items() if size > 0}
         if not holders and held:
             holders = {UNKNOWN: round(held)}
         if holders or peak:
@@ -108,31 +109,28 @@ def _order(holder: str) -> tuple[int, int, str]:
     )
 
 
-def _notes(states: Sequence[State], told: Row, longest: float, amount: Callable[[float], str]) -> list[str]:
+def _notes(states: Sequence[State], recorded: Row, longest: float, amount: Callable[[float], str]) -> list[str]:
     notes = []
-    limit, process = told.get("limit_bytes"), told.get("process_bytes")
+    limit, process = recorded.get("limit_bytes"), recorded.get("process_bytes")
     if limit:
         beyond = " It lies beyond the right edge of the bars." if limit > LIMIT_WITHIN * longest else ""
         notes.append(f"The limit is {amount(limit)}.{beyond}")
     if process and not any("process" in state.holders for state in states):
         notes.append(f"The process itself, its libraries included, takes {amount(process)} more.")
     if any(UNKNOWN in state.holders for state in states):
-        notes.append("Who holds what is told by summary.json, which has none of it yet.")
+        notes.append("Who holds what is in summary.json, which has none of it yet.")
     return notes
 
 
-def _style(holder: str) -> tuple[str, float]:
-    """Colour and opacity."""
+def _style(holder: str) -> dict[str, object]:
     owner, _, what = holder.partition(".")
-    return OWNERS.get(owner, OTHERS), SHADES.get(what, OTHER_SHADE)
+    color = OWNERS.get(owner, OTHERS)
+    return {"fill": color, "fill_opacity": SHADES.get(what, OTHER_SHADE), "stroke": color}
 
 
 def _swatch(holder: str) -> Markup:
-    color, shade = _style(holder)
-    return Markup(
-        f'<svg width="16" height="12" aria-hidden="true"><rect x=".5" y=".5" width="15" height="11" fill="{color}" '
-        f'fill-opacity="{shade}" stroke="{color}"/></svg>'
-    )
+    square = svg.rect(x=".5", y=".5", width=15, height=11, **_style(holder))
+    return svg.element("svg", square, width=16, height=12, aria_hidden="true")
 
 
 def _draw(states: Sequence[State], holders: Sequence[str], limit: int | None, unit: str, size: int) -> Markup:
@@ -143,50 +141,37 @@ def _draw(states: Sequence[State], holders: Sequence[str], limit: int | None, un
     bottom = TOP + ROW * len(states) - 8
     parts = []
     for tick in ticks:
-        x, anchor = f"{tick / ticks[-1]:.2%}", "start" if tick == 0 else "end" if tick == ticks[-1] else "middle"
+        x, anchor = percent(tick / ticks[-1]), "start" if tick == 0 else "end" if tick == ticks[-1] else "middle"
         label = f"{tick:g} {unit}" if tick == ticks[-1] else f"{tick:g}"
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{bottom + 16}" text-anchor="{anchor}">{label}</text>')
+        parts.append(svg.vertical(x, TOP, bottom, class_="grid"))
+        parts.append(svg.text(label, class_="tick", x=x, y=bottom + 16, text_anchor=anchor))
     for i, state in enumerate(states):
         parts += _bar(state, holders, TOP + ROW * i, width, unit, size)
     if shown:
-        x = f"{shown / width:.2%}"
-        parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{TOP - 10}" y2="{bottom}"/>')
-        parts.append(f'<text class="guide-label" x="{x}" dx="-5" y="{TOP - 4}" text-anchor="end">limit</text>')
-    html = (
-        f'<svg class="memory" role="img" aria-labelledby="memory-title memory-desc" height="{bottom + 24}">'
-        f'<title id="memory-title">Memory by state in {unit}</title>'
-        f'<desc id="memory-desc">{escape(_describe(states, unit, size))}</desc>{"".join(parts)}</svg>'
-    )
-    # Every text in it went through escape().
-    return Markup(html)
+        x = percent(shown / width)
+        parts.append(svg.vertical(x, TOP - 10, bottom, class_="limit"))
+        parts.append(svg.text("limit", class_="guide-label", x=x, dx=-5, y=TOP - 4, text_anchor="end"))
+    title, description = f"Memory by state in {unit}", _describe(states, unit, size)
+    return svg.picture("memory", title, description, svg.join(parts), class_="memory", height=bottom + 24)
 
 
-def _bar(state: State, holders: Sequence[str], top: int, width: float, unit: str, size: int) -> list[str]:
-    parts = [f'<text class="state-name" x="0" y="{top + 14}">{escape(state.name)}</text>']
+def _bar(state: State, holders: Sequence[str], top: int, width: float, unit: str, size: int) -> list[Markup]:
+    parts = [svg.text(state.name, class_="state-name", x=0, y=top + 14)]
     y, start = top + 20, 0.0
     for number, holder in enumerate(holders, 1):
         held = state.holders.get(holder, 0)
         if not held:
             continue
-        color, shade = _style(holder)
-        parts.append(
-            f'<rect class="holder" x="{start / width:.2%}" width="{held / width:.2%}" y="{y}" height="{BAR}" '
-            f'fill="{color}" fill-opacity="{shade}" stroke="{color}">'
-            f"<title>{escape(state.name)}, {escape(holder)}: {held / size:,.2f} {unit}</title></rect>"
-        )
+        title = svg.element("title", f"{state.name}, {holder}: {held / size:,.2f} {unit}")
+        place = {"x": percent(start / width), "width": percent(held / width), "y": y, "height": BAR}
+        parts.append(svg.element("rect", title, class_="holder", **place, **_style(holder)))
         if held / width >= NUMBERED_FROM:
-            parts.append(
-                f'<text class="tick" x="{(start + held / 2) / width:.2%}" y="{y + BAR + 14}" text-anchor="middle">'
-                f"{number}</text>"
-            )
+            x = percent((start + held / 2) / width)
+            parts.append(svg.text(str(number), class_="tick", x=x, y=y + BAR + 14, text_anchor="middle"))
         start += held
     if state.peak:
-        x = f"{state.peak / width:.2%}"
-        parts.append(
-            f'<line class="peak" x1="{x}" x2="{x}" y1="{y - 5}" y2="{y + BAR + 5}">'
-            f"<title>{escape(state.name)}, peak resident: {state.peak / size:,.2f} {unit}</title></line>"
-        )
+        title = svg.element("title", f"{state.name}, peak resident: {state.peak / size:,.2f} {unit}")
+        parts.append(svg.vertical(percent(state.peak / width), y - 5, y + BAR + 5, title, class_="peak"))
     return parts
 
 

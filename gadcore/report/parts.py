@@ -77,33 +77,33 @@ def parts_of(run: RunFiles) -> dict[str, Any]:
 
 def _figures(run: RunFiles) -> dict[str, Row]:
     """E by name: from summary.json, and for evaluations that it does not know (yet) from their rows."""
-    told: dict[str, Row] = dict((run.summary or {}).get("evaluations") or {})
+    figures: dict[str, Row] = dict((run.summary or {}).get("evaluations") or {})
     for name, rows in run.evaluations.items():
-        if name not in told and rows:
-            told[name] = {"rows": len(rows)} | {
+        if name not in figures and rows:
+            figures[name] = {"rows": len(rows)} | {
                 key: fmean(row[key] for row in rows) for key in ("rouge_l", "length_ratio")
             }
             pairs = [(r["teacher_score"], r["student_score"]) for r in rows if r.get("student_score") is not None]
             if pairs:
-                told[name] |= {"margin": fmean(t - s for t, s in pairs), "accuracy": fmean(t > s for t, s in pairs)}
-    order = [*run.evaluations, *(name for name in told if name not in run.evaluations)]
-    return {name: told[name] for name in order if name in told}
+                figures[name] |= {"margin": fmean(t - s for t, s in pairs), "accuracy": fmean(t > s for t, s in pairs)}
+    order = [*run.evaluations, *(name for name in figures if name not in run.evaluations)]
+    return {name: figures[name] for name in order if name in figures}
 
 
 def _decisions(run: RunFiles) -> list[str]:
-    """What the gate and the convergence rule decided, once summary.json tells it."""
-    summary, told = run.summary or {}, []
+    """What the gate and the convergence rule decided, once it stands in summary.json."""
+    summary, sentences = run.summary or {}, []
     if summary.get("gate"):
         gate = Gate.of(summary["gate"])
-        told.append(gate.told(GateSettings(**run.config.get("gate", {}))))
+        sentences.append(gate.message(GateSettings(**run.config.get("gate", {}))))
         if gate.measured[:-1]:
-            told[-1] += f" Before: {', '.join(f'{accuracy:.3f}' for _, accuracy in gate.measured[:-1])}."
+            sentences[-1] += f" Before: {', '.join(f'{accuracy:.3f}' for _, accuracy in gate.measured[:-1])}."
     if summary.get("convergence"):
         convergence = Convergence.of(summary["convergence"])
-        told.append(convergence.told())
+        sentences.append(convergence.message())
         if convergence.best:
-            told[-1] += f" The final student is that of step {convergence.best[0]}."
-    return told
+            sentences[-1] += f" The final student is that of step {convergence.best[0]}."
+    return sentences
 
 
 def _bands(rows: Sequence[Row]) -> list[Band]:
@@ -268,11 +268,11 @@ def _notes(run: RunFiles) -> list[str]:
     if summary and not notes:
         notes.append("No row was truncated or left out.")
     if run.summary is None:
-        notes.append("summary.json is not written yet: what it tells about data and machine is missing here.")
+        notes.append("summary.json is not written yet: what it says about data and machine is missing here.")
     lengths = {len(rows) for rows in run.evaluations.values()}
     if len(lengths) > 1:
-        told = ", ".join(f"{pretty(name)} {len(rows)}" for name, rows in run.evaluations.items())
-        notes.append(f"The evaluations differ in their number of rows: {told}.")
+        counts = ", ".join(f"{pretty(name)} {len(rows)}" for name, rows in run.evaluations.items())
+        notes.append(f"The evaluations differ in their number of rows: {counts}.")
     notes += [f"The last line of {name} is torn (being written, or cut off) and is left out." for name in run.torn]
     return notes
 

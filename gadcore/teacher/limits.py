@@ -1,4 +1,4 @@
-"""Limits per minute, and the budget. Both are asked before a request and told afterwards what it really took."""
+"""Limits per minute, and the budget. Both are asked before a request and corrected by what it took."""
 
 from __future__ import annotations
 

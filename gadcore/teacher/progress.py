@@ -16,7 +16,7 @@ LINE_EVERY_S = 10.0
 
 @contextmanager
 def progress(console: Console, name: str) -> Iterator[Callable[[Tally], None]]:
-    """Gives the function that is to be told of every change (`watch` of ask_all). name: of what is done, a word."""
+    """Gives the function that is called at every change (`watch` of ask_all). name: of what is done, a word."""
     if console.is_terminal:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[figures]}"), console=console) as bar:

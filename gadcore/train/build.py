@@ -153,7 +153,7 @@ def _tracker(config: Config, folder: RunFolder, view: View, *, resume_step: int)
         folder.path,
         config.model_dump(),
         resume_step=resume_step,
-        tell=view.message,
+        log=view.message,
     )
 
 

@@ -70,7 +70,7 @@ class Convergence:
         measured = (*self.measured, (step, accuracy, *interval))
         return replace(self, measured=measured, stopped=stop_reason([a for _, a, _, _ in measured], settings) or "")
 
-    def told(self) -> str:
+    def message(self) -> str:
         """One sentence on the latest measurement and what follows from it; at least one is needed."""
         step, accuracy, low, high = self.measured[-1]
         text = f"Convergence: accuracy of a fresh discriminator {accuracy:.3f} ({low:.3f} to {high:.3f}) at step {step}"

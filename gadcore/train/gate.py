@@ -63,7 +63,7 @@ class Gate:
             'gate.extra_steps, or with gate.when_closed = "go_on"'
         )
 
-    def told(self, settings: GateSettings) -> str:
+    def message(self, settings: GateSettings) -> str:
         """One sentence on the latest measurement and what follows from it."""
         step, accuracy = self.measured[-1]
         where = f"held-out accuracy of the discriminator {accuracy:.3f} after step {step}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gadcore.config.settings import Config
-from gadcore.record.health import Monitor, watched
+from gadcore.record.health import HealthMonitor, watched
 from gadcore.record.monitor import MachineMonitor
 from gadcore.record.run_folder import RunFolder
 from gadcore.record.trace import Trace
@@ -68,7 +68,7 @@ class RunRecords(Records):
         self.folder, self.view, self.tracker = folder, view, tracker
         self._machine, self._trace = machine, trace
         self._began = 0.0
-        self._health = Monitor()
+        self._health = HealthMonitor()
 
     @property
     def episodes(self) -> Sequence[Any]:

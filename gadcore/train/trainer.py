@@ -216,7 +216,7 @@ class Trainer:
         if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
             self.records.status("measuring the discriminator at the gate")
             progress.gate = progress.gate.look(progress.step, self.heldout.accuracy(settings.rows))
-        self.records.message(progress.gate.told(settings))
+        self.records.message(progress.gate.message(settings))
         if progress.gate.fails(settings):
             self.save()
             raise UserError(progress.gate.advice(settings))
@@ -238,7 +238,7 @@ class Trainer:
         self.records.status("training a fresh discriminator on held-out pairs")
         found = self.heldout.fresh(settings, self.config.run.seed)
         progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
-        self.records.message(progress.convergence.told())
+        self.records.message(progress.convergence.message())
         if progress.stage_step == 0:
             self.phases.take_step()
             self.save()

@@ -1,4 +1,4 @@
-"""Win / Tie / Loss by a judge: a win counts where both orders agree, and bias is told."""
+"""Win / Tie / Loss by a judge: a win counts where both orders agree, and bias is reported."""
 
 from __future__ import annotations
 

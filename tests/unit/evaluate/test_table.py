@@ -10,7 +10,7 @@ import pytest
 from gadcore.errors import UserError
 from gadcore.evaluate.measure import measure_set
 from gadcore.evaluate.responses import ResponseRow, write_json, write_responses
-from gadcore.evaluate.table import evaluation_section, markdown, parts_of
+from gadcore.evaluate.table import evaluation_section, markdown, sections_of
 
 REFERENCES = ["Paris is a city on the Seine.", "Water boils.", "Zero degrees", "A short answer of five words"]
 
@@ -84,7 +84,7 @@ def evaluation(folder: Path, name: str = "test|<b>") -> dict:
 
 
 def test_a_part_has_a_column_per_model_and_per_difference(folder: Path) -> None:
-    (part,) = parts_of(evaluation(folder))
+    (part,) = sections_of(evaluation(folder))
     assert part.columns == ("teacher", "before", "gad", "gad − before")
     rows = {label: cells for label, cells, _ in part.rows}
     assert rows["ROUGE-L"] == ("–", "0.000 [0.000, 0.000]", "1.000 [1.000, 1.000]", "+1.000 [+1.000, +1.000] *")
@@ -96,7 +96,7 @@ def test_a_part_has_a_column_per_model_and_per_difference(folder: Path) -> None:
 def test_a_judge_without_a_usable_verdict_is_shown_as_such(folder: Path) -> None:
     write_json(folder / "judge-before.json", {"score": None, "interval": None, "n": 0, "unparsable": 8})
     write_json(folder / "judge-gad.json", {"score": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 0})
-    (part,) = parts_of(evaluation(folder))
+    (part,) = sections_of(evaluation(folder))
     rows = {label: cells for label, cells, _ in part.rows}
     assert rows["judge score"] == ("–", "– (8 unparsable)", "48.500 [40.000, 55.000]", "–")
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from gadcore.errors import UserError
+from gadcore.files import checksum
 from gadcore.models.loading import (
     BUNDLED,
-    _checksum,
     load_causal_lm,
     load_discriminator,
     load_tokenizer,
@@ -78,7 +78,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir(parents=True)
     for name in ("config.json", "model.safetensors"):
         (directory / name).write_bytes(name.encode() * 100)
-    sums = {file.name: _checksum(file) for file in directory.iterdir()}
+    sums = {file.name: checksum(file) for file in directory.iterdir()}
     (directory / "checksums.json").write_text(json.dumps(sums))
     return directory
 

@@ -11,7 +11,7 @@ import pytest
 
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.models.discriminator import Scores
-from gadcore.record.health import TAIL, WINDOW, Monitor, warnings, watched
+from gadcore.record.health import TAIL, WINDOW, HealthMonitor, warnings, watched
 from gadcore.report import findings
 from gadcore.train.metrics import sample_traits
 from gadcore.train.step import StepResult
@@ -88,11 +88,11 @@ def test_a_sick_run_is_told_once_with_the_setting_to_look_at(title, sick, settin
     onset = 100
     for i, row in enumerate(rows[onset:]):
         row |= sick(i)
-    monitor, told = Monitor(), []
+    monitor, begun = HealthMonitor(), []
     for row in rows:
-        told += [(row["step"], warning) for warning in monitor.look(row)]
-    (step, warning) = told[0]
-    assert [w.title for _, w in told] == [title]
+        begun += [(row["step"], warning) for warning in monitor.look(row)]
+    (step, warning) = begun[0]
+    assert [w.title for _, w in begun] == [title]
     assert onset < step <= onset + TAIL + 20
     assert setting in warning.text
     assert [w.title for w in findings.warnings(rows)] == [title]
@@ -118,9 +118,9 @@ def test_an_illness_that_passes_is_kept_and_a_new_one_is_told_anew() -> None:
     rows = healthy(gad=400)
     for row in (*rows[100:150], *rows[300:350]):
         row["reward/length_corr"] = 0.9
-    monitor = Monitor()
-    told = [row["step"] for row in rows for _ in monitor.look(row)]
-    assert len(told) == 2 and 100 < told[0] < 150 and 300 < told[1] < 350
+    monitor = HealthMonitor()
+    begun = [row["step"] for row in rows for _ in monitor.look(row)]
+    assert len(begun) == 2 and 100 < begun[0] < 150 and 300 < begun[1] < 350
     first, second = monitor.episodes
     assert first.last is not None and 150 <= first.last < 180 and second.last is not None
     (past,) = findings.warnings(rows)
@@ -131,7 +131,7 @@ def test_a_flickering_value_is_told_once() -> None:
     rows = healthy()
     for i, row in enumerate(rows[60:]):
         row["reward/length_corr"] = 0.65 if i % 8 < 6 else 0.1
-    monitor = Monitor()
+    monitor = HealthMonitor()
     assert sum(len(monitor.look(row)) for row in rows) == 1
 
 
@@ -139,7 +139,7 @@ def test_a_monitor_that_is_fed_the_old_rows_goes_on_as_the_first_did() -> None:
     rows = healthy()
     for row in rows[90:]:
         row["length/ratio"] = 4.0
-    whole, resumed = Monitor(), watched(rows[:110])
+    whole, resumed = HealthMonitor(), watched(rows[:110])
     for row in rows:
         whole.look(row)
     assert [warning for row in rows[110:] for warning in resumed.look(row)] == []

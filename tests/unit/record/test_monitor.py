@@ -94,17 +94,17 @@ Make = Callable[..., MachineMonitor]
 
 
 @pytest.fixture
-def told() -> list[str]:
+def messages() -> list[str]:
     return []
 
 
 @pytest.fixture
-def make(told: list[str], tmp_path: Path) -> Iterator[Make]:
+def make(messages: list[str], tmp_path: Path) -> Iterator[Make]:
     """Monitors that see no RAPL counters of the machine of the test and are closed after it."""
     made: list[MachineMonitor] = []
 
     def monitor(device: torch.device = CPU, interval: float = NEVER, **more: Any) -> MachineMonitor:
-        made.append(MachineMonitor(device, interval, told.append, **{"rapl": tmp_path / "none"} | more))
+        made.append(MachineMonitor(device, interval, messages.append, **{"rapl": tmp_path / "none"} | more))
         return made[-1]
 
     yield monitor
@@ -131,7 +131,7 @@ def clocks() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def test_on_a_cpu(make: Make, told: list[str]) -> None:
+def test_on_a_cpu(make: Make, messages: list[str]) -> None:
     pages = 3000
     block = mmap.mmap(-1, pages * mmap.PAGESIZE)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -153,7 +153,7 @@ def test_on_a_cpu(make: Make, told: list[str]) -> None:
     assert values["machine/minor_faults"] >= pages
     # The next step starts anew.
     assert monitor.take_step()["machine/minor_faults"] < pages
-    assert told == []
+    assert messages == []
 
 
 def test_rss_is_that_of_this_process(make: Make) -> None:
@@ -162,7 +162,7 @@ def test_rss_is_that_of_this_process(make: Make) -> None:
     assert make().take_step()["machine/rss_gib"] == pytest.approx(resident, rel=0.1)
 
 
-def test_on_a_gpu(make: Make, nvml: FakeNvml, told: list[str]) -> None:
+def test_on_a_gpu(make: Make, nvml: FakeNvml, messages: list[str]) -> None:
     monitor = make(CUDA)
     looks = [(20, 3 * 2**30, 300_000, 1980), (40, 9 * 2**30, 600_000, 1800), (90, 6 * 2**30, 300_000, 1710)]
     for util, used, power, clock in looks:
@@ -183,7 +183,7 @@ def test_on_a_gpu(make: Make, nvml: FakeNvml, told: list[str]) -> None:
     short = monitor.take_step(0)
     assert (short["machine/gpu_util"], short["machine/gpu_energy_j"]) == (0.3, 100)
     assert "energy/j_per_sampled_token" not in short
-    assert told == []
+    assert messages == []
 
 
 def test_what_lies_between_two_steps_is_in_neither(make: Make, nvml: FakeNvml) -> None:
@@ -196,7 +196,9 @@ def test_what_lies_between_two_steps_is_in_neither(make: Make, nvml: FakeNvml) -
     assert (values["machine/gpu_util"], values["machine/gpu_energy_j"]) == (0.1, 1)
 
 
-def test_slow_clocks_are_counted_and_every_reason_is_told_once(make: Make, nvml: FakeNvml, told: list[str]) -> None:
+def test_slow_clocks_are_counted_and_every_reason_is_reported_once(
+    make: Make, nvml: FakeNvml, messages: list[str]
+) -> None:
     monitor = make(CUDA)
     # Idle, and clocks set by hand: nothing is wrong.
     for reasons in (0x01, 0x02, 0x04 | 0x01, 0x04 | 0x40):
@@ -204,11 +206,11 @@ def test_slow_clocks_are_counted_and_every_reason_is_told_once(make: Make, nvml:
         monitor._look()
     assert monitor.take_step()["machine/gpu_throttled_share"] == 0.5
     assert monitor.take_step()["machine/gpu_throttled_share"] == 1
-    assert [message.split(": ")[1].split()[0] for message in told] == ["SwPowerCap", "HwThermalSlowdown"]
+    assert [message.split(": ")[1].split()[0] for message in messages] == ["SwPowerCap", "HwThermalSlowdown"]
 
 
 def test_a_figure_that_fails_is_told_once_and_left_out_from_then_on(
-    make: Make, nvml: FakeNvml, told: list[str]
+    make: Make, nvml: FakeNvml, messages: list[str]
 ) -> None:
     monitor = make(CUDA)
     monitor._look()
@@ -219,8 +221,8 @@ def test_a_figure_that_fails_is_told_once_and_left_out_from_then_on(
         left = GPU_FIGURES - {"gpu_power_w", "gpu_energy_j"}
         assert {name for name in values if "gpu" in name} == {f"machine/{name}" for name in left}
         assert "energy/j_per_sampled_token" not in values
-    assert sorted(message.split()[0] for message in told) == ["machine/gpu_energy_j", "machine/gpu_power_w"]
-    assert all("left out from now on (NVMLError: Not Supported)" in message for message in told)
+    assert sorted(message.split()[0] for message in messages) == ["machine/gpu_energy_j", "machine/gpu_power_w"]
+    assert all("left out from now on (NVMLError: Not Supported)" in message for message in messages)
 
 
 def test_a_part_of_a_gpu_is_found_too(make: Make, nvml: FakeNvml) -> None:
@@ -292,7 +294,7 @@ def test_the_thread_looks_every_interval_and_passes_its_figures_on(make: Make, n
     assert monitor.take_step()["machine/gpu_power_w"] == 400
 
 
-def test_a_listener_that_fails_is_told_and_the_looks_go_on(make: Make, told: list[str]) -> None:
+def test_a_listener_that_fails_is_reported_and_the_looks_go_on(make: Make, messages: list[str]) -> None:
     calls: list[float] = []
 
     def fail(when: float, figures: object) -> None:
@@ -304,7 +306,7 @@ def test_a_listener_that_fails_is_told_and_the_looks_go_on(make: Make, told: lis
     time.sleep(0.1)
     assert monitor.take_step()["machine/rss_gib"] > 0
     assert len(calls) == 1
-    assert told == ["samples of the machine are no longer passed on (OSError: disk full)"]
+    assert messages == ["samples of the machine are no longer passed on (OSError: disk full)"]
 
 
 def test_close_ends_the_thread_and_nvml(make: Make, nvml: FakeNvml) -> None:

@@ -163,11 +163,12 @@ def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch)
     folder = RunFolder.create(config("mine"))
     folder.write_summary({"step": 1})
 
-    def torn(path: Path, text: str, encoding: str, errors: str) -> None:
-        path.write_bytes(text.encode(encoding)[:5])
+    def torn(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:5])
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="disk full"):
         folder.write_summary({"step": 2})
     assert json.loads(Path("mine/summary.json").read_text()) == {"step": 1}

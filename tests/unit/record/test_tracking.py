@@ -120,7 +120,7 @@ def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
 
 
 class FakeWandb:
-    """Stands for the wandb package: remembers its runs, and fails where it is told to."""
+    """Stands for the wandb package: remembers its runs, and fails where it is asked to."""
 
     def __init__(self, fail_at: int | None = None, refuse: bool = False) -> None:
         self.fail_at, self.refuse = fail_at, refuse
@@ -148,14 +148,14 @@ def test_a_tracker_that_fails_later_is_told_once_and_switched_off(
 ) -> None:
     fake = FakeWandb(fail_at=2)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    told: list[str] = []
-    tracker = tracker_of("wandb", tmp_path, tell=told.append)
+    logged: list[str] = []
+    tracker = tracker_of("wandb", tmp_path, log=logged.append)
     for step in (1, 2, 3):
         tracker.log({"step": step}, step)
     tracker.close()
     assert [row["step"] for row in fake.rows] == [1]
-    assert len(told) == 1
-    assert "wandb failed at step 2 (ConnectionError: gone) and is switched off" in told[0]
+    assert len(logged) == 1
+    assert "wandb failed at step 2 (ConnectionError: gone) and is switched off" in logged[0]
 
 
 def test_a_tracker_that_cannot_start_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

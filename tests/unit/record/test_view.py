@@ -95,7 +95,7 @@ def test_the_run_is_estimated_from_the_stages_to_come() -> None:
 def test_the_panel_before_the_first_step_has_no_figures() -> None:
     text = "\n".join(panel(live()))
     assert "step 0/8" in text
-    assert "time left is told after the first step" in text
+    assert "time left is known after the first step" in text
     assert "nan" not in text
 
 

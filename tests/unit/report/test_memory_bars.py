@@ -45,8 +45,8 @@ def memory(limit: int | None = 7 * GIB, states: dict[str, dict[str, int]] = STAT
     return {"process_bytes": 1 * GIB, "limit_bytes": limit, "states": states}
 
 
-def part(path: Path, rows: list[dict[str, Any]] = ROWS, told: dict[str, Any] | None = None) -> dict[str, Any]:
-    found = memory_of(load(folder(path / "run", rows, told)))
+def part(path: Path, rows: list[dict[str, Any]] = ROWS, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    found = memory_of(load(folder(path / "run", rows, recorded)))
     assert found is not None
     return found
 
@@ -58,7 +58,7 @@ def bars(html: str) -> list[tuple[str, float, float]]:
 
 
 def test_bars_begin_at_zero_in_every_state_and_are_to_scale(tmp_path: Path) -> None:
-    found = part(tmp_path, told=memory())
+    found = part(tmp_path, recorded=memory())
     # The axis ends at 8 GiB: a GiB is 12.5 %.
     assert bars(found["html"]) == [
         ("rollout, process: 1.00 GiB", 0.0, 12.5),
@@ -74,7 +74,7 @@ def test_bars_begin_at_zero_in_every_state_and_are_to_scale(tmp_path: Path) -> N
 
 
 def test_the_table_holds_what_the_bars_show(tmp_path: Path) -> None:
-    found = part(tmp_path, told=memory())
+    found = part(tmp_path, recorded=memory())
     assert found["states"] == ["rollout", "student"] and found["unit"] == "GiB"
     assert [(r["number"], ".".join(r["label"]), r["values"]) for r in found["rows"]] == [
         (1, "process", ["1.00", "1.00"]),
@@ -87,20 +87,20 @@ def test_the_table_holds_what_the_bars_show(tmp_path: Path) -> None:
 
 
 def test_the_bars_in_words(tmp_path: Path) -> None:
-    (desc,) = re.findall(r'<desc id="memory-desc">(.*?)</desc>', part(tmp_path, told=memory())["html"])
+    (desc,) = re.findall(r'<desc id="memory-desc">(.*?)</desc>', part(tmp_path, recorded=memory())["html"])
     assert "student: 4.00 GiB held (student.optimizer 2.00, student.parameters 1.00, process 1.00)" in desc
     assert "peak resident 7.00." in desc
 
 
 @pytest.mark.parametrize(("limit", "line", "note"), [(14, True, ""), (15, False, "beyond the right edge")])
 def test_a_limit_far_out_is_told_and_not_drawn(tmp_path: Path, limit: int, line: bool, note: str) -> None:
-    found = part(tmp_path, told=memory(limit * GIB))
+    found = part(tmp_path, recorded=memory(limit * GIB))
     assert ('class="limit"' in found["html"]) == line
     assert f"The limit is {limit}.00 GiB." in found["notes"][0] and note in found["notes"][0]
 
 
 def test_without_a_limit_none_is_told(tmp_path: Path) -> None:
-    found = part(tmp_path, told=memory(None))
+    found = part(tmp_path, recorded=memory(None))
     assert 'class="limit"' not in found["html"] and found["notes"] == []
 
 
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_has_bars_without_holders(tmp_path: Path) -> None:
         "rollout, all holders: 4.00 GiB",
         "student, all holders: 4.00 GiB",
     ]
-    assert "Who holds what is told by summary.json" in found["notes"][0]
+    assert "Who holds what is in summary.json" in found["notes"][0]
 
 
 def test_the_process_is_told_where_no_state_counts_it(tmp_path: Path) -> None:

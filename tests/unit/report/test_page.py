@@ -13,9 +13,10 @@ import pytest
 
 from gadcore.errors import UserError
 from gadcore.report import findings
-from gadcore.report.charts import Band, Chart, Series, describe, draw, nice_ticks, smooth, thin
+from gadcore.report.charts import Band, Chart, Series, describe, draw, smooth, thin
 from gadcore.report.curves import STATES, groups_of
 from gadcore.report.page import write_report
+from gadcore.report.svg import nice_ticks
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> \' & {{ 7 * 7 }}'
 

@@ -50,15 +50,16 @@ def test_the_minimum_is_the_earliest_of_equals() -> None:
 def test_a_rise_names_the_step_to_go_back_to() -> None:
     state = walk([0.9, 0.7, 0.75, 0.82])
     assert state.stopped == "rise"
-    assert state.told().endswith(
+    assert state.message().endswith(
         "0.820 (0.770 to 0.870) at step 30, up from 0.700 at step 10: the GAD stage ends, back to step 10."
     )
 
 
 def test_what_is_said_on_the_way() -> None:
-    assert walk([0.9, 0.7]).told().endswith("at step 10, a new minimum.")
-    assert walk([0.9, 0.7, 0.75]).told().endswith("at step 20, minimum 0.700 at step 10.")
-    assert "no longer falls, the GAD stage ends with the student of step 10" in walk([0.9, 0.7, 0.75, 0.7, 0.71]).told()
+    assert walk([0.9, 0.7]).message().endswith("at step 10, a new minimum.")
+    assert walk([0.9, 0.7, 0.75]).message().endswith("at step 20, minimum 0.700 at step 10.")
+    ended = walk([0.9, 0.7, 0.75, 0.7, 0.71]).message()
+    assert "no longer falls, the GAD stage ends with the student of step 10" in ended
 
 
 def test_the_state_comes_back_from_json() -> None:

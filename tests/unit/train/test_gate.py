@@ -21,7 +21,7 @@ def test_it_opens_between_its_bounds(accuracy: float, is_open: bool) -> None:
     assert gate.is_open(SETTINGS) is is_open
     assert gate.further_steps(SETTINGS) == (0 if is_open else 5)
     assert not gate.fails(SETTINGS)
-    assert ("the GAD stage begins" in gate.told(SETTINGS)) is is_open
+    assert ("the GAD stage begins" in gate.message(SETTINGS)) is is_open
 
 
 def walk(accuracies: list[float], settings: GateSettings) -> Gate:
@@ -37,10 +37,10 @@ def walk(accuracies: list[float], settings: GateSettings) -> Gate:
 def test_extra_steps_come_in_portions_and_end() -> None:
     gate = walk([0.5, 0.5, 0.5], SETTINGS)
     assert [step for step, _ in gate.measured] == [10, 15, 20] and gate.extra == 12
-    assert "goes on" not in gate.told(SETTINGS)
+    assert "goes on" not in gate.message(SETTINGS)
     gate = walk([0.5] * 4, SETTINGS)
     assert [step for step, _ in gate.measured] == [10, 15, 20, 22] and gate.extra == 12
-    assert gate.fails(SETTINGS) and "the run stops" in gate.told(SETTINGS)
+    assert gate.fails(SETTINGS) and "the run stops" in gate.message(SETTINGS)
     assert "raise discriminator.lr" in gate.advice(SETTINGS) and "gate.extra_steps" in gate.advice(SETTINGS)
 
 
@@ -48,14 +48,14 @@ def test_it_may_be_told_to_go_on() -> None:
     settings = SETTINGS.model_copy(update={"when_closed": "go_on"})
     gate = walk([1.0] * 4, settings)
     assert not gate.fails(settings) and gate.further_steps(settings) == 0
-    assert "begins all the same" in gate.told(settings)
+    assert "begins all the same" in gate.message(settings)
     assert "raise student.warmup_lr" in gate.advice(settings)
 
 
 def test_it_opens_after_a_while() -> None:
     gate = walk([0.5, 0.99, 0.7], SETTINGS)
     assert gate.is_open(SETTINGS) and gate.extra == 10
-    assert "after 10 further warmup steps" in gate.told(SETTINGS)
+    assert "after 10 further warmup steps" in gate.message(SETTINGS)
 
 
 def test_more_extra_steps_go_on_where_it_failed() -> None:
