@@ -39,7 +39,7 @@ kernels-aot: $(READY)
 cuda: $(READY)
 	$(PYTHON) csrc/cuda/build.py --report bench/results/cuda.json
 
-# Timings on the CPU, then memory traffic under the interpreter, then docs/kernels.md from all results.
+# Timings on the CPU, then memory traffic under the interpreter, then docs/measured/kernels.md from all results.
 bench: $(READY)
 	$(PYTHON) -m bench kernels $(ARGS)
 	$(PYTHON) -m bench traffic

@@ -13,12 +13,15 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+# What is generated from them.
+DOCUMENTS = ROOT / "docs" / "measured"
 
 # What decides a timing; a change elsewhere leaves a result valid.
 MEASURED_SOURCES = ("kernels", "csrc", "gadcore", "bench", ":!bench/results")
@@ -182,6 +185,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} must hold a JSON list of objects")
     return rows
+
+
+def merged(
+    old: list[dict[str, Any]], new: list[dict[str, Any]], key: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
+    """The old rows, but those that are results of the same as new ones. key: what a row is the result of."""
+    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
 
 
 def as_row(result: Result) -> dict[str, Any]:

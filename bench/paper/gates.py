@@ -1,4 +1,4 @@
-"""What each finding must show in a seed's rows to count as reproduced there; tests and docs/findings.md ask this."""
+"""What each finding must show in a seed to count as reproduced there; tests and docs/measured/findings.md ask this."""
 
 from __future__ import annotations
 

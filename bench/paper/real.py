@@ -7,6 +7,7 @@ fresh discriminator. Responses and tests are kept in a folder, so a measurement 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import options
 from gadcore.checkpoint import store
 from gadcore.config import loading
 from gadcore.config.settings import Config
@@ -65,14 +67,20 @@ class Run:
     points: list[Point]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "The other settings are those of python -m gadcore.run eval."
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="run folders, the one of GAD first")
+    parser.add_argument("--steps", type=options.numbers, default=(), help="checkpoints of the first run, default all")
+
+
 def run(
-    folders: Sequence[Path], quick: bool = False, steps: Sequence[int] = (), arguments: Sequence[str] = ()
+    folders: Sequence[Path], quick: bool = False, steps: Sequence[int] = (), settings: Sequence[str] = ()
 ) -> list[Row]:
     """A row per point of the runs, the start model's first.
 
     Of the first run the checkpoints of `steps` are measured (none given: all), of the others those that are the nearest
-    to one of these in seconds of training. arguments: settings of `eval`, as on its command line; they replace those of
-    the first run and FRESH. quick: few rows and steps, for tests; its results say nothing.
+    to one of these in seconds of training. settings: of `eval`, as on its command line; they replace those of the first
+    run and FRESH. quick: few rows and steps, for tests; its results say nothing.
 
     Raises UserError where a folder is no run with checkpoints and held-out rows, or where the runs differ in what a
     comparison needs to be the same; RuntimeError where the evaluation failed or was stopped.
@@ -90,7 +98,7 @@ def run(
     mine = [point for point in first.points if not steps or point.step in steps]
     matched = {other.name: [nearest(point, other.points) for point in mine] for other in others}
     chosen = [*mine, *(p for other in others for p in other.points if p in matched[other.name])]
-    given = [*evaluation_of(first.config, chosen, quick), *arguments]
+    given = [*evaluation_of(first.config, chosen, quick), *settings]
     config = loading.load(given, EvalConfig)
     # In a process of its own: the number of threads must be known before torch is loaded.
     done = subprocess.run([sys.executable, "-m", "gadcore.run", "eval", *given])

@@ -1,14 +1,11 @@
-"""The section of docs/findings.md on real text, and its drawings, from the rows of bench.paper.real."""
+"""The section of docs/measured/findings.md on real text, and its drawings, from the rows of bench.paper.real."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from bench.paper import svg
-from bench.tables import _missing, _provenance, table
-
-Row = dict[str, Any]
+from bench.tables import Row, missing, provenance, table
 
 START = "start"
 GRAMS = tuple(f"ngram_f1_{n}" for n in (1, 2, 3, 4))
@@ -33,9 +30,9 @@ seconds, paired by prompt; * marks those whose interval excludes 0, as some of s
 def section(rows: Sequence[Row]) -> list[str]:
     """The blocks below the heading."""
     if not rows:
-        return _missing("real")
+        return missing("real")
     names = _runs(rows)
-    blocks = [ABOUT, _provenance(rows), _settings(rows), "### What it shows", _verdict(rows)]
+    blocks = [ABOUT, provenance(rows), _settings(rows), "### What it shows", _verdict(rows)]
     blocks += ["### Over training time", FRESH, *(f"![{name}](img/{name})" for name in drawings(rows))]
     blocks += [_table(rows, ("fresh_accuracy", *GRAMS)), _table(rows, ("rouge_l", "length_ratio", "words"))]
     blocks += [_table(rows, ("distinct_2", "repetition", "cut_share"))]

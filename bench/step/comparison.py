@@ -105,8 +105,3 @@ def line(row: dict[str, Any]) -> str:
         f"(without sampling x{row['ratio_without_sampling']:.2f}){memory}, "
         f"{row['limit']['share']['step']:.0%} of the product limit"
     )
-
-
-def key(row: dict[str, Any]) -> tuple[str, int, str]:
-    """What a row is the result of: a newer one takes its place."""
-    return row["case"], row["threads"], row["opponent"]

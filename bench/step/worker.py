@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import memory
+from bench import peak
 from bench.step.problem import Problem
 from gadcore.kernels.cpu.linear import linear
 
@@ -126,37 +126,31 @@ class Meter:
         for p in [p for model in loaded for p in model.parameters()]:
             p.detach().sum()
         gc.collect()
-        memory.give_back()
-        self.loaded = resident("VmRSS")
+        peak.give_back()
+        self.loaded = peak.resident("VmRSS")
         self._measurable = False
 
     def begin(self) -> None:
         gc.collect()
         # Both sides of a pair stay alive, so what a step has freed is given back before the other's turn.
-        memory.give_back()
-        self._measurable = memory.reset_peak()
+        peak.give_back()
+        self._measurable = peak.reset_peak()
         self.clock.reset()
 
     def end(self) -> dict[str, Any]:
         self.clock.lap()
-        peak = resident("VmHWM") if self._measurable else None
+        highest = peak.resident("VmHWM") if self._measurable else None
         if torch.get_num_threads() != self.threads:
             raise RuntimeError(f"PyTorch computes with {torch.get_num_threads()} threads, should with {self.threads}")
         answer = {
             "cpu": dict(self.clock.cpu),
             "wall": dict(self.clock.wall),
-            "peak_bytes": peak,
+            "peak_bytes": highest,
             "loaded_bytes": self.loaded,
         }
         gc.collect()
-        memory.give_back()
+        peak.give_back()
         return answer
-
-
-def resident(field: str) -> int:
-    """Bytes of VmRSS or VmHWM of this process."""
-    (line,) = (line for line in memory.STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench import record, tables_step
-from bench.step import comparison, gate
+from bench import record
+from bench.step import comparison, gate, process, suite, tables
 from bench.step.literal import Literal, advantages, load_discriminator, load_student
 from bench.step.problem import Problem
 from bench.step.worker import EPSILON, Clock, gradients_of
-from bench.suites import step
 
 pytest.importorskip("vllm")
 pytest.importorskip("trl")
@@ -56,7 +55,7 @@ def test_all_sides_agree_with_fp64_and_are_timed_by_phase(rows: list[dict[str, A
         # Which library multiplies depends on the CPU.
         assert {"aten::mm", "mkldnn::_linear_pointwise"} & set(names) and names[-1] == "other operations"
         assert 0 < sum(seconds for _, seconds, _ in row["profile"]["operations"]) <= row["profile"]["cpu_s"]
-    assert "### Beside literal" in tables_step.document(lambda suite: rows)
+    assert "### Beside literal" in tables.document(lambda suite: rows)
 
 
 def literal_findings(problem: Problem) -> dict[str, Any]:
@@ -90,8 +89,8 @@ def literal_findings(problem: Problem) -> dict[str, Any]:
 
 
 def test_a_wrong_reward_loss_or_gradient_fails_the_gate(tmp_path: Path) -> None:
-    bench = step._Bench(tmp_path, True, tmp_path, step.OPPONENTS)
-    problem = Problem.read(bench._problem(step.QUICK, check=True))
+    measurement = suite.Measurement(tmp_path, True, tmp_path, suite.OPPONENTS)
+    problem = Problem.read(measurement.problem(suite.QUICK, check=True))
     found = literal_findings(problem)
     assert comparison.within(gate.errors(problem, found))
     for spoil in (
@@ -111,4 +110,4 @@ def test_a_wrong_reward_loss_or_gradient_fails_the_gate(tmp_path: Path) -> None:
 
 def test_a_process_that_ends_is_told_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="(?s)process of literal.*No such file"):
-        step._Worker(step.LITERAL, tmp_path / "none.json", 1, tmp_path / "findings").__enter__()
+        process.Worker(process.LITERAL, tmp_path / "none.json", 1, tmp_path / "findings").__enter__()

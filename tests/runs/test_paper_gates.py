@@ -1,4 +1,4 @@
-"""The paper's findings, trained anew with seed 0; docs/findings.md says in how many seeds each one held."""
+"""The paper's findings, trained anew with seed 0; docs/measured/findings.md says in how many seeds each one held."""
 
 from __future__ import annotations
 

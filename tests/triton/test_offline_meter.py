@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 import bench.offline.interpreter as interpreter
+from bench.offline import traffic_suite
 from bench.offline.as_cuda import as_cuda
 from bench.offline.meter import Cache, Traffic, metered
-from bench.suites import traffic
 
 BF16 = torch.bfloat16
 
@@ -169,7 +169,7 @@ def test_code_for_cuda_takes_its_way_on_the_cpu() -> None:
 
 @pytest.mark.slow
 def test_the_suite_on_small_shapes() -> None:
-    rows = traffic.run(quick=True)
+    rows = traffic_suite.run(quick=True)
     whole = [row for row in rows if row["kernel"] == "all"]
     ours = {row["op"]: row for row in whole if row["impl"] == "triton"}
     assert all(row["gate"] == "pass" for row in ours.values()), ours

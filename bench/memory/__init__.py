@@ -1,0 +1,1 @@
+"""Bytes by state of runs that share the device by turns."""

@@ -1,1 +1,0 @@
-"""One module a suite, each with run(quick) -> rows for bench/results."""
