@@ -174,14 +174,13 @@ def set_environment(config: Config | EvalConfig) -> None:
     if config.run.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
     # Spinning threads slow each other down on a machine that does anything else; a short spin bridges the gaps between
-    # the many small regions of sampling. Seconds of a batch on two threads, otherwise idle and with one core taken:
-    # 4.5 and 6.6 without it, 3.9 and 8.2 with it, 3.7 and 13.9 with five times as much.
+    # the many small regions of sampling. A longer one gains little on an idle machine and loses much on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # torch's tensors in large pages: taking fresh memory page by page cost 4 % of a training step.
+    # torch's tensors in large pages: a training step would feel fresh memory being taken page by page.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # oneDNN keeps a compiled product for each shape, 1024 of them. Those of ragged batches seldom come back: on real
-    # text the process grew by 38 MiB a step, with this by 14 to 24. The layers of a pass share theirs.
+    # oneDNN keeps a compiled product for each of many shapes. Those of ragged batches seldom come back, so on real text
+    # a process would grow step by step. The layers of a pass share theirs, so a few are enough.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
     os.environ.setdefault("MKL_CBWR", "AUTO")

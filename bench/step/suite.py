@@ -30,7 +30,7 @@ THREADS = (1, 2)
 BUSY = 0.3
 # Timed steps after the first one, which is dropped.
 STEPS = 3
-# Seconds between turns. Without them ours took 9.5 instead of 7.0 s to sample at 512x128 where 12 GiB had been freed.
+# Seconds between turns: as long as a virtual machine takes to give gigabytes that a side has freed back to its host.
 REST = 20
 PROMPTS, SAMPLES = 2, 8
 

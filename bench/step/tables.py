@@ -23,8 +23,8 @@ Generated from `bench/results/step.json` by `python -m bench tables`: do not edi
 A step is: N samples for each of B prompts, rewards by the discriminator D, a GRPO step of the student against a
 reference policy, a Bradley-Terry step of D. All sides have the same weights, prompts, lengths, settings, fp32 and
 threads. Each is a process of its own; ours and one opponent take a step in turn, the first of each is dropped.
-From commit 4c319b0 on the machine rests for 20 s between turns (a virtual one gives freed memory back to its host, in
-what was the other's time before), and ours makes its optimizers' states before its first step, as a run does.
+Between turns the machine rests: a virtual one gives the memory that a side has freed back to its host, which would slow
+the other side. Ours makes its optimizers' states before its first step, as a run does.
 Seconds are CPU time on one thread and wall time on two, medians over the steps; a ratio is the median over the steps
 of theirs over ours.
 
@@ -42,16 +42,15 @@ sampling free` out of theirs alone."""
 
 LIMIT = """FLOPs of the matrix products that the packed step cannot do without (attention included; a backward pass
 counts as two products for each of the forward pass, recomputation not at all), over what one large fp32 product
-reached in the same process between the same steps: by MKL, or by oneDNN where that is faster (from commit cfa20ac on;
-before, by MKL)."""
+reached in the same process between the same steps: by MKL, or by oneDNN where that is faster."""
 
 PHASES = """Seconds of each phase. Ours has one discriminator pass: its scores are the rewards. `other` is what
 belongs to none: a trainer's own work between the passes."""
 
 MEMORY = """The highest resident memory of a process during a timed step, and that above its level with all models
 loaded, before its first step (so with the optimizers' states). At the larger shapes every side takes one group a
-pass. Between turns malloc gives back what it keeps, on every side; ours keeps its pool of tensors, from commit 6d583e5
-on, which counts here."""
+pass. Between turns malloc gives back what it keeps, on every side; ours keeps its pool of tensors, which counts
+here."""
 
 
 ARITHMETIC = """FLOPs of the opponents' schedules over those of the packed step, for N = 8, both models of
