@@ -1,4 +1,4 @@
-"""Line charts as small SVG files for docs/img."""
+"""Line charts as small SVG files for docs/measured/img."""
 
 from __future__ import annotations
 

@@ -100,8 +100,9 @@ def line(row: dict[str, Any]) -> str:
     if row["gate"] != "pass":
         return f"{what}: GATE FAILED, no timing shown (errors above {row['tolerance']:g}? {row['error']})"
     memory = "" if row["memory_ratio"] is None else f", memory x{row['memory_ratio']:.2f}"
+    alone = "" if row.get("schedule_alone") is None else f", the schedule alone x{row['schedule_alone']['ratio']:.2f}"
     return (
         f"{what}: {row['ours']['median_s']:.2f} s, theirs {row['theirs']['median_s']:.2f} s: x{row['ratio']:.2f} "
-        f"(without sampling x{row['ratio_without_sampling']:.2f}){memory}, "
+        f"(without sampling x{row['ratio_without_sampling']:.2f}){alone}{memory}, "
         f"{row['limit']['share']['step']:.0%} of the product limit"
     )

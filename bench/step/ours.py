@@ -16,7 +16,7 @@ from bench.step import flops
 from bench.step.flops import Lengths, Widths
 from bench.step.problem import Problem
 from bench.step.worker import Channel, Clock, Meter, arguments, gradients_of, serve, write_findings
-from gadcore.cpu import pool
+from gadcore import cpu
 from gadcore.data.groups import Group
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.loading import load_causal_lm, load_discriminator, load_tokenizer
@@ -67,7 +67,7 @@ class Ours:
 
     def __init__(self, problem: Problem, clock: Clock) -> None:
         # As gadcore.train.build does; what the pool keeps between the turns of the two sides counts in the peak.
-        pool.install()
+        cpu.install()
         config = problem.config()
         self.problem, self.config, self.clock = problem, config, clock
         template = problem.template()

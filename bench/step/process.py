@@ -12,12 +12,19 @@ from typing import IO, Any
 
 from bench import record
 
-OURS, TRL, LITERAL = "ours", "TRL", "literal"
-MODULES = {OURS: "bench.step.ours", TRL: "bench.step.trl", LITERAL: "bench.step.literal"}
+# The schedule alone is ours without native ops and without whatever else only makes a CPU faster.
+OURS, ALONE, TRL, LITERAL = "ours", "schedule alone", "TRL", "literal"
+MODULES = {OURS: "bench.step.ours", ALONE: "bench.step.ours", TRL: "bench.step.trl", LITERAL: "bench.step.literal"}
 
 
-def environment(threads: int) -> dict[str, str]:
-    # Before torch is loaded in the child. passive: waiting threads do not take the core that the others work on.
+def native(side: str) -> bool:
+    """Whether a side may use native ops and gadcore.cpu."""
+    return side != ALONE
+
+
+def environment(threads: int, *, native: bool = True) -> dict[str, str]:
+    """Of a process, before torch is loaded in it. native: with native ops and gadcore.cpu, whatever the caller has."""
+    # passive: waiting threads do not take the core that the others work on.
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -30,6 +37,7 @@ def environment(threads: int) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "GADCORE_NO_NATIVE": "0" if native else "1",
     }
 
 
@@ -43,7 +51,7 @@ class Worker:
         self._process = subprocess.Popen(
             command,
             cwd=record.ROOT,
-            env=environment(threads),
+            env=environment(threads, native=native(side)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -23,8 +23,12 @@ from typing import Any
 
 from bench import options, record
 from bench.step.comparison import TOLERANCE, compare, line, within
-from bench.step.process import LITERAL, OURS, TRL, Worker, environment
+from bench.step.process import ALONE, LITERAL, OURS, TRL, Worker, environment
 from gadcore.errors import UserError
+
+Row = dict[str, Any]
+# By side, its answers to the timed steps.
+Turns = dict[str, list[dict[str, Any]]]
 
 THREADS = (1, 2)
 BUSY = 0.3
@@ -75,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=options.count, default=STEPS, help=f"timed steps, default {STEPS}")
     parser.add_argument(
+        "--native-only", action="store_true", help="leaves out the schedule alone, which takes about as long again"
+    )
+    parser.add_argument(
         "--data", type=Path, default=os.environ.get("GADCORE_BENCH_DATA", DATA), help=f"rows for the case {REAL}"
     )
 
@@ -85,14 +92,16 @@ def run(
     *,
     cases: Sequence[str] = tuple(case.name for case in CASES),
     beside: Sequence[str] = OPPONENTS,
+    native_only: bool = False,
     data: Path = DATA,
     steps: int = STEPS,
 ) -> Iterator[dict[str, Any]]:
     """A row for every case, thread count and opponent, as soon as it is there.
 
     quick: a tiny model, one thread, one timed step; for tests, its timings say nothing. cases: names of CASES. beside:
-    of OPPONENTS. steps: timed ones. data: rows for the case "real". Raises UserError for a case or an opponent that
-    there is not and where there are no such rows, RuntimeError where a process fails.
+    of OPPONENTS. native_only: without the schedule alone. steps: timed ones. data: rows for the case "real". Raises
+    UserError for a case or an opponent that there is not and where there are no such rows, RuntimeError where a process
+    fails.
     """
     _refuse_unknown("case", cases, [case.name for case in CASES])
     _refuse_unknown("opponent", beside, OPPONENTS)
@@ -103,7 +112,8 @@ def run(
     if not quick and (load := os.getloadavg()[0]) > BUSY:
         record.say(f"this machine is busy (load {load:.1f}): the timings will tell less than they could")
     with tempfile.TemporaryDirectory() as folder:
-        measurement = Measurement(Path(folder), quick, data, beside, steps)
+        own = (OURS,) if native_only else (OURS, ALONE)
+        measurement = Measurement(Path(folder), quick, data, beside, own, steps)
         # All sides at once would not fit into memory.
         together = [beside] if quick else [[opponent] for opponent in beside]
         for case in chosen:
@@ -118,10 +128,18 @@ def _refuse_unknown(what: str, given: Sequence[str], known: Sequence[str]) -> No
 
 
 class Measurement:
-    """Problems and gates of a run, made when they are first asked for."""
+    """Problems and gates of a run, made when they are first asked for. own: the sides that are gadcore's."""
 
-    def __init__(self, folder: Path, quick: bool, data: Path, opponents: Sequence[str], steps: int = STEPS) -> None:
-        self.folder, self.quick, self.data, self.opponents = folder, quick, data, opponents
+    def __init__(
+        self,
+        folder: Path,
+        quick: bool,
+        data: Path,
+        opponents: Sequence[str],
+        own: Sequence[str] = (OURS, ALONE),
+        steps: int = STEPS,
+    ) -> None:
+        self.folder, self.quick, self.data, self.opponents, self.own = folder, quick, data, opponents, own
         self.steps = 1 if quick else steps
         self.samples = 3 if quick else SAMPLES
         self._models: dict[bool, tuple[Path, Path]] = {}
@@ -131,18 +149,23 @@ class Measurement:
         if not self.quick:
             self._gate(case)
         problem = self.problem(case, check=self.quick)
-        answers, profile = self._turns(problem, threads, (OURS, *opponents), check=self.quick)
         if self.quick:
+            answers, profile = self._turns(problem, threads, (*self.own, *opponents), check=True)
+            turns = dict.fromkeys(self.own, answers)
             self._errors[False] = self._check(problem, 1)
+        else:
+            # Each of our sides takes its turns with the opponents by itself: three would not fit into memory.
+            found = {side: self._turns(problem, threads, (side, *opponents)) for side in self.own}
+            turns, profile = {side: answers for side, (answers, _) in found.items()}, found[OURS][1]
         for opponent in opponents:
-            row = self._row(case, problem, threads, opponent, answers) | {"profile": profile}
+            row = self._row(case, problem, threads, opponent, turns) | {"profile": profile}
             record.say(line(row))
             yield row
 
-    def _row(
-        self, case: StepCase, problem: Path, threads: int, opponent: str, answers: dict[str, list[dict[str, Any]]]
-    ) -> dict[str, Any]:
-        errors = {side: self._errors[case.name == REAL][side] for side in (OURS, opponent)}
+    def _row(self, case: StepCase, problem: Path, threads: int, opponent: str, turns: dict[str, Turns]) -> Row:
+        """turns: by our side, those that it took with the opponent."""
+        errors = {side: self._errors[case.name == REAL][side] for side in (*self.own, opponent)}
+        compared = {side: compare(turns[side][side], turns[side][opponent], threads) for side in self.own}
         passed = all(within(found) for found in errors.values())
         prompt_tokens = [len(group["prompt_ids"]) for group in json.loads(problem.read_text())["groups"]]
         return {
@@ -153,7 +176,9 @@ class Measurement:
             "shape": {"P": case.prompt, "R": case.response, "N": self.samples, "B": PROMPTS},
             "dtype": "float32",
             "threads": threads,
-            **compare(answers[OURS], answers[opponent], threads),
+            **compared[OURS],
+            # The same figures of the other one of our sides.
+            "schedule_alone": compared.get(ALONE),
             "gate": "pass" if passed else "fail",
             "tolerance": TOLERANCE,
             "error": errors,
@@ -162,6 +187,7 @@ class Measurement:
                 "lengths": "as sampled, at most R" if case.name == REAL else "forced",
                 "prompt_tokens": prompt_tokens,
                 "groups_a_pass": 1 if self.quick else case.groups_at_once,
+                "rest_s": 0 if self.quick else REST,
             },
         }
 
@@ -216,7 +242,7 @@ class Measurement:
         if (case.name == REAL) in self._errors:
             return
         path, threads = self.problem(case, check=True), min(2, record.cores())
-        for side in (OURS, *self.opponents):
+        for side in (*self.own, *self.opponents):
             with Worker(side, path, threads, self._findings(side)) as worker:
                 worker.ask("check")
         self._errors[case.name == REAL] = self._check(path, threads)
@@ -226,7 +252,7 @@ class Measurement:
 
     def _check(self, problem: Path, threads: int) -> dict[str, dict[str, float]]:
         """Errors by side of the findings that lie there; a process of its own gives the fp64 models' memory back."""
-        sides = [OURS, *self.opponents]
+        sides = [*self.own, *self.opponents]
         paths = [self._findings(side) for side in sides]
         command = [sys.executable, "-m", "bench.step.gate", str(problem), *map(str, paths)]
         done = subprocess.run(command, cwd=record.ROOT, env=environment(threads), capture_output=True, text=True)
@@ -238,26 +264,27 @@ class Measurement:
 
     def _turns(
         self, problem: Path, threads: int, names: Sequence[str], *, check: bool = False
-    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any] | None]:
-        """Answers of the timed steps of all sides; ours say the rate of a large product at the time as well.
+    ) -> tuple[Turns, dict[str, Any] | None]:
+        """Answers of the timed steps of all sides; our own say the rate of a large product at the time as well.
 
-        On one thread there is a profile of one more step of ours. check: the first step, which is not timed, leaves
-        findings.
+        The first of `names` is one of our own. On one thread there is a profile of one more step of it. check: the
+        first step, which is not timed, leaves findings.
         """
         rest = 0 if check else REST
-        answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        answers: Turns = {name: [] for name in names}
         with ExitStack() as stack:
             sides = {name: stack.enter_context(Worker(name, problem, threads, self._findings(name))) for name in names}
             for worker in sides.values():
                 worker.ask("check" if check else "step")
             time.sleep(rest)
             for number in range(self.steps):
-                rate = sides[OURS].ask("peak")
+                rate = sides[names[0]].ask("peak")
                 for name in list(sides)[:: -1 if number % 2 else 1]:
                     answers[name].append(sides[name].ask("step"))
                     time.sleep(rest)
-                answers[OURS][-1] |= rate
-            profile = sides[OURS].ask("profile")["profile"] if threads == 1 else None
+                for name in set(self.own) & set(names):
+                    answers[name][-1] |= rate
+            profile = sides[names[0]].ask("profile")["profile"] if threads == 1 else None
         return answers, profile
 
 

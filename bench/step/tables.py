@@ -12,7 +12,7 @@ from bench import record
 from bench.step import flops
 from bench.step.problem import SHAPE
 from bench.step.suite import CASES, LITERAL, REAL, SAMPLES, TRL
-from bench.tables import Read, Row, mib, missing, provenance, rows_of, table
+from bench.tables import Read, Row, cell, mib, missing, provenance, rows_of, table
 
 DOCUMENT = record.DOCUMENTS / "step.md"
 
@@ -23,10 +23,15 @@ Generated from `bench/results/step.json` by `python -m bench tables`: do not edi
 A step is: N samples for each of B prompts, rewards by the discriminator D, a GRPO step of the student against a
 reference policy, a Bradley-Terry step of D. All sides have the same weights, prompts, lengths, settings, fp32 and
 threads. Each is a process of its own; ours and one opponent take a step in turn, the first of each is dropped.
-Between turns the machine rests: a virtual one gives the memory that a side has freed back to its host, which would slow
-the other side. Ours makes its optimizers' states before its first step, as a run does.
+Between turns the machine rests for `rest s` (-: the measurement did not say): a virtual one gives the memory that a
+side has freed back to its host, which slows whoever computes meanwhile. Ours makes its optimizers' states before its
+first step, as a run does.
 Seconds are CPU time on one thread and wall time on two, medians over the steps; a ratio is the median over the steps
 of theirs over ours.
+
+Our side is measured with its native ops, which is what `ours` means, and as the `schedule alone`, in a process with
+`GADCORE_NO_NATIVE=1`: what a step saves by doing nothing twice, computed by PyTorch's own operations as the opponents
+are, and sampled by vLLM.
 
 - TRL: GRPOTrainer as it comes, but bf16 and gradient checkpointing off, fused AdamW, one optimizer step a batch. It
   samples with transformers' `generate()`, its own way on a CPU. Its reward function scores with D in a pass of its
@@ -35,7 +40,7 @@ of theirs over ours.
   log-probs, one of the reference, logits of every token, the teacher's row repeated N times. It samples with our vLLM
   engine, but with PyTorch's linear layers in it; it recomputes no activations (the paper's code does).
 
-A ratio is shown only where, in the same run, the first step of both sides on small ragged groups agreed with fp64:
+A ratio is shown only where, in the same run, the first step of all sides on small ragged groups agreed with fp64:
 rewards, losses and all gradients of both models, within a relative L2 error of 1e-5 (1e-4 for the worst single
 parameter). `without sampling` leaves the samplers and the weight updates out of both sides' time, `their
 sampling free` out of theirs alone."""
@@ -46,6 +51,8 @@ reached in the same process between the same steps: by MKL, or by oneDNN where t
 
 PHASES = """Seconds of each phase. Ours has one discriminator pass: its scores are the rewards. `other` is what
 belongs to none: a trainer's own work between the passes."""
+
+ALONE = """The columns are those above, with the schedule alone as ours."""
 
 MEMORY = """The highest resident memory of a process during a timed step, and that above its level with all models
 loaded, before its first step (so with the optimizers' states). At the larger shapes every side takes one group a
@@ -78,6 +85,7 @@ def document(read: Read = rows_of) -> str:
     ours = list({(row["case"], row["threads"]): row for row in reversed(rows)}.values())[::-1]
     sections = [
         ("Ratios", [provenance(rows), _ratios(rows)]),
+        ("The schedule alone", _alone(rows)),
         ("What FLOPs alone would give", [ARITHMETIC, _arithmetic()]),
         ("Memory", [MEMORY, _memory(rows)]),
         ("Share of the matrix-product limit", [LIMIT, _limits(ours)]),
@@ -131,25 +139,45 @@ def _case(row: Row) -> list[str]:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    header = ["case", "threads", "clock", "beside", "ours s", "theirs s", "ratio", "without sampling"]
-    header += ["their sampling free", "spread"]
+    header = ["case", "threads", "clock", "beside", "ours s", "theirs s", "with native ops", "schedule alone"]
+    header += ["without sampling", "their sampling free", "spread", "rest s"]
     return table(header, [_ratio(row) for row in rows])
 
 
 def _ratio(row: Row) -> list[str]:
-    first = [*_case(row), row["clock"], row["opponent"]]
+    first, rest = [*_case(row), row["clock"], row["opponent"]], cell(row["config"].get("rest_s"))
     if row["gate"] != "pass":
-        return [*first, "-", "-", "gate FAILED", "-", "-", "-"]
-    ours, theirs = row["ours"], row["theirs"]
-    return [
-        *first,
-        f"{ours['median_s']:.2f}",
-        f"{theirs['median_s']:.2f}",
-        f"{row['ratio']:.2f}",
-        f"{row['ratio_without_sampling']:.2f}",
-        f"{row['ratio_their_sampling_free']:.2f}",
+        return [*first, "-", "-", "gate FAILED", "-", "-", "-", "-", rest]
+    alone = row.get("schedule_alone")
+    seconds, ratio, others, spread = _figures(row)
+    return [*first, *seconds, ratio, "-" if alone is None else f"{alone['ratio']:.2f}", *others, spread, rest]
+
+
+def _figures(compared: Row) -> tuple[list[str], str, list[str], str]:
+    """Of one of our sides beside an opponent: the seconds of both, the ratio, the ratios by sampling, the spreads."""
+    ours, theirs = compared["ours"], compared["theirs"]
+    return (
+        [f"{side['median_s']:.2f}" for side in (ours, theirs)],
+        f"{compared['ratio']:.2f}",
+        [f"{compared[f'ratio_{what}']:.2f}" for what in ("without_sampling", "their_sampling_free")],
         f"{ours['spread']:.0%}, {theirs['spread']:.0%}",
-    ]
+    )
+
+
+def _alone(rows: Sequence[Row]) -> list[str]:
+    shown = [row for row in rows if row["gate"] == "pass" and row.get("schedule_alone") is not None]
+    if not shown:
+        return ["Not measured."]
+    header = ["case", "threads", "clock", "beside", "ours s", "theirs s", "ratio", "without sampling"]
+    header += ["their sampling free", "spread", "ours MiB", "ours / theirs"]
+    body = []
+    for row in shown:
+        alone = row["schedule_alone"]
+        seconds, ratio, others, spread = _figures(alone)
+        known = alone["memory_ratio"] is not None
+        memory = [mib(alone["ours"]["peak_bytes"]), f"{alone['memory_ratio']:.2f}"] if known else ["-", "-"]
+        body.append([*_case(row), row["clock"], row["opponent"], *seconds, ratio, *others, spread, *memory])
+    return [ALONE, table(header, body)]
 
 
 def _memory(rows: Sequence[Row]) -> str:
@@ -193,14 +221,18 @@ def _phases(rows: Sequence[Row]) -> list[str]:
     blocks = []
     for opponent in dict.fromkeys(row["opponent"] for row in shown):
         mine = [row for row in shown if row["opponent"] == opponent]
-        sides = [(row, side) for row in mine for side in ("ours", "theirs")]
-        names = list(dict.fromkeys(phase for row, side in sides for phase in row[side]["phases_s"]))
-        body = [
-            [*_case(row), "ours" if side == "ours" else opponent, *(_phase(row[side]["phases_s"], n) for n in names)]
-            for row, side in sides
-        ]
+        sides = [(row, side, seconds) for row in mine for side, seconds in _sides(row)]
+        names = list(dict.fromkeys(phase for _, _, seconds in sides for phase in seconds))
+        body = [[*_case(row), side, *(_phase(seconds, name) for name in names)] for row, side, seconds in sides]
         blocks += [f"### Beside {opponent}", table(["case", "threads", "side", *names], body)]
     return blocks
+
+
+def _sides(row: Row) -> list[tuple[str, dict[str, float]]]:
+    """Seconds by phase of every side of a row."""
+    alone = row.get("schedule_alone")
+    own = {"ours": row["ours"]} | ({} if alone is None else {"schedule alone": alone["ours"]})
+    return [(side, found["phases_s"]) for side, found in (own | {row["opponent"]: row["theirs"]}).items()]
 
 
 def _phase(seconds: dict[str, float], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import subprocess
@@ -45,6 +46,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_all_sides_agree_with_fp64_and_are_timed_by_phase(rows: list[dict[str, Any]]) -> None:
     assert [(r["opponent"], r["threads"], r["gate"]) for r in rows] == [("TRL", 1, "pass"), ("literal", 1, "pass")]
     for row in rows:
+        assert set(row["error"]) == {"ours", "schedule alone", row["opponent"]}
+        alone = row["schedule_alone"]
+        assert set(alone["ours"]["phases_s"]) - {"other"} == PHASES["ours"]
+        assert alone["theirs"] == row["theirs"] and alone["ours"]["median_s"] != row["ours"]["median_s"]
+        assert alone["ratio"] == pytest.approx(alone["theirs"]["median_s"] / alone["ours"]["median_s"])
         for side, name in (("ours", "ours"), ("theirs", row["opponent"])):
             assert set(row[side]["phases_s"]) - {"other"} == PHASES[name]
             assert row[side]["response_tokens"] == [2 * 3 * 4]
@@ -55,7 +61,21 @@ def test_all_sides_agree_with_fp64_and_are_timed_by_phase(rows: list[dict[str, A
         # Which library multiplies depends on the CPU.
         assert {"aten::mm", "mkldnn::_linear_pointwise"} & set(names) and names[-1] == "other operations"
         assert 0 < sum(seconds for _, seconds, _ in row["profile"]["operations"]) <= row["profile"]["cpu_s"]
-    assert "### Beside literal" in tables.document(lambda suite: rows)
+    text = tables.document(lambda suite: rows)
+    assert "### Beside literal" in text and text.count("| schedule alone |") >= len(rows)
+
+
+@pytest.mark.parametrize(("side", "native"), [(process.OURS, True), (process.ALONE, False)])
+def test_the_schedule_alone_runs_without_native_ops(side: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GADCORE_NO_NATIVE", "0" if side == process.ALONE else "1")
+    told = (
+        "import json\nfrom gadcore import cpu\nfrom gadcore.kernels.cpu import native\n"
+        "print(json.dumps([cpu.enabled(), native.why_missing('cpu_linear_grpo_loss')]))"
+    )
+    environment = process.environment(1, native=process.native(side))
+    done = subprocess.run([sys.executable, "-c", told], env=environment, capture_output=True, text=True, check=True)
+    enabled, missing = json.loads(done.stdout)
+    assert enabled is native and (missing == "GADCORE_NO_NATIVE=1 is set") is not native
 
 
 def literal_findings(problem: Problem) -> dict[str, Any]:
