@@ -11,19 +11,17 @@ People export {"sheet": id, "rater": name, "pairs": count, "answers": [{"pair": 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gadcore.evaluate.responses import ResponseRow
+from gadcore.record.html import standalone
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,6 @@ def make_sheet(
         hidden[pair] = {"row": row, "left": left}
     sheet = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
     key = {"sheet": sheet, "a": a_name, "b": b_name, "set": set_name, "seed": seed, "pairs": hidden}
-    return Sheet(_render(title, {"id": sheet, "pairs": shown}), key)
-
-
-def _render(title: str, content: dict[str, Any]) -> str:
-    js = _asset("human_sheet.js")
-    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(_asset("human_sheet.html")).render(
-        title=title,
-        script_hash=f"sha256-{digest}",
-        css=Markup(_asset("human_sheet.css")),
-        js=Markup(js),
-        # Inside a script element nothing is unescaped, so what could end it is written as JSON escapes.
-        sheet=Markup(json.dumps(content).replace("<", "\\u003c")),
-    )
-
-
-def _asset(name: str) -> str:
-    return (files("gadcore.evaluate") / name).read_text(encoding="utf-8")
+    # Inside a script element nothing is unescaped, so what could end it is written as JSON escapes.
+    content = json.dumps({"id": sheet, "pairs": shown}).replace("<", "\\u003c")
+    return Sheet(standalone("gadcore.evaluate", "human_sheet", title, sheet=Markup(content)), key)

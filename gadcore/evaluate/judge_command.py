@@ -21,6 +21,7 @@ from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
 from gadcore.evaluate.responses import read_json, read_responses, write_json
 from gadcore.record.text import clean
+from gadcore.teacher.client import exit_code
 from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
@@ -130,8 +131,7 @@ def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
                 complete &= _finish(job.path, result, job.line(result))
                 if result["stopped"]:
                     print(f"stopped: {clean(result['stopped'])}; the same command goes on")
-                    number = {item.name: item for item in (signal.SIGINT, signal.SIGTERM)}.get(result["stopped"])
-                    return 1 if number is None else 128 + number
+                    return exit_code(result["stopped"])
     except KeyboardInterrupt:
         print("stopped at once; what was answered is kept, the same command goes on", flush=True)
         return 128 + signal.SIGINT

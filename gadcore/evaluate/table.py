@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gadcore.evaluate.measure import MEASURES, TEACHER
 from gadcore.evaluate.responses import read_json
 from gadcore.measure.figures import Measure
+from gadcore.record.html import render
 
 NAME = "evaluation"
 DOMAINS = {"in": "in domain", "out": "out of domain"}
@@ -120,6 +120,4 @@ def evaluation_section(folder: Path) -> Markup | None:
     if not path.is_file():
         return None
     evaluation = read_json(path)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(_SECTION)
-    return Markup(page.render(legend=LEGEND, sections=sections_of(evaluation), notes=evaluation["notes"]))
+    return render(_SECTION, legend=LEGEND, sections=sections_of(evaluation), notes=evaluation["notes"])

@@ -26,6 +26,7 @@ from gadcore.teacher.store import ChatRequest, Reply, ReplyStore, Spent, Unusabl
 _HOPELESS = (openai.AuthenticationError, openai.NotFoundError)
 
 FIRST_DELAY_S = 0.5  # before an unusable answer is asked for again; twice as long each time, up to 8 s
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -94,6 +95,12 @@ def _api_key(endpoint: Endpoint) -> str:
     return key or "none"  # the client insists on one; a server without keys ignores it
 
 
+def exit_code(stopped: str | None) -> int:
+    """Of a command that could not ask for everything: 128 + signal where one stopped it, else 1. stopped: of Tally."""
+    numbers = {number.name: number for number in STOP_SIGNALS}
+    return 128 + numbers[stopped] if stopped in numbers else 1
+
+
 @contextmanager
 def _stop_signals(tally: Tally) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
@@ -102,7 +109,7 @@ def _stop_signals(tally: Tally) -> Iterator[None]:
         tally.stopped = signal.Signals(number).name
         print("gadcore: waiting for the requests in flight; Ctrl-C again stops at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
     finally:

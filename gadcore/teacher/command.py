@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     prompts = read_prompts(config.prompts)
     # Only now: the client takes a second to import.
     from gadcore.teacher.card import data_card
-    from gadcore.teacher.client import ask_all
+    from gadcore.teacher.client import ask_all, exit_code
     from gadcore.teacher.dataset import requests_of, write_rows
     from gadcore.teacher.progress import progress
     from gadcore.teacher.store import ReplyStore
@@ -64,5 +64,4 @@ def main(arguments: list[str]) -> int:
     if tally.complete:
         return 0
     print("the same command asks for what is missing")
-    numbers = {number.name: number for number in (signal.SIGINT, signal.SIGTERM)}
-    return 128 + numbers[tally.stopped] if tally.stopped in numbers else 1
+    return exit_code(tally.stopped)
