@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from rapidfuzz import fuzz, process
 
+from gadcore.config.renamed import refuse_old_names
 from gadcore.config.settings import Config, Section
 from gadcore.errors import UserError
 
@@ -71,6 +72,7 @@ def load(argv: Sequence[str], model: type[Section] = Config) -> Section:
     origins = dict.fromkeys(values, origin)
     values.update(overrides)
     origins.update(dict.fromkeys(overrides, COMMAND_LINE))
+    refuse_old_names(values, origins)
 
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
