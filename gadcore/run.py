@@ -127,7 +127,7 @@ def _report(arguments: list[str]) -> int:
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
-    config = loading.load(_with_saved_config(arguments))
+    config = loading.load(arguments, saved=_saved_config(arguments))
     set_environment(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.algorithm import train
@@ -156,17 +156,17 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     return 0
 
 
-def _with_saved_config(arguments: list[str]) -> list[str]:
-    """A run that is resumed without --config or --preset takes the settings it began with."""
+def _saved_config(arguments: list[str]) -> Path | None:
+    """The settings that a run which is resumed began with; None where another file or preset is named."""
     flags = {a.split("=")[0] for a in arguments}
     if "--run.resume" not in flags or flags & {"--config", "--preset"}:
-        return arguments
+        return None
     directory = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name == "--run.dir":
             directory = value if equals else following
-    return ["--config", str(RunFolder.existing(directory).path / "config.toml"), *arguments]
+    return RunFolder.existing(directory).path / "config.toml"
 
 
 def set_environment(config: Config | EvalConfig) -> None:

@@ -27,6 +27,7 @@ from gadcore.evaluate.responses import read_json, read_responses
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.evaluate.table import NAME
 from gadcore.measure.intervals import difference
+from gadcore.rollout.engine import engine_class
 
 Row = dict[str, Any]
 
@@ -172,9 +173,9 @@ def evaluation_of(config: Config, points: Sequence[Point], quick: bool) -> list[
         "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "data.max_response_tokens": config.data.max_response_tokens,
         "sampling.engine": config.rollout.engine,
-        "sampling.dtype": config.rollout.dtype,
+        "sampling.dtype": engine_class(config).dtype(config),
         "sampling.temperature": config.rollout.temperature,
-        "sampling.kv_cache_gib": config.rollout.kv_cache_gib,
+        **({"sampling.kv_cache_gib": config.vllm.kv_cache_gib} if config.rollout.engine == "vllm" else {}),
         "fresh.micro_batch_tokens": config.schedule.micro_batch_tokens,
         **FRESH,
         **(QUICK if quick else {}),

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gadcore.config.settings import AlgorithmSettings, Config, DataSettings, RolloutSettings, ScheduleSettings
+from gadcore.config.settings import AlgorithmSettings, Config, DataSettings, ScheduleSettings, VLLMRollout
 from gadcore.data.batches import build_prompts
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.rows import load_rows
@@ -101,7 +101,7 @@ class Problem:
         tokens = self.max_prompt + (self.samples + 1) * self.max_response
         return Config(
             data=DataSettings(max_prompt_tokens=self.max_prompt, max_response_tokens=self.max_response),
-            rollout=RolloutSettings(group_size=self.samples, temperature=self.temperature),
+            rollout=VLLMRollout(group_size=self.samples, temperature=self.temperature),
             schedule=ScheduleSettings(batch_size=self.prompts, micro_batch_tokens=self.groups_at_once * tokens),
         )
 

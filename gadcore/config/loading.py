@@ -3,9 +3,11 @@
     --config FILE.toml | --preset NAME      default: --preset smollm2-cpu
     --section.key VALUE, --section.key=VALUE
 
-A later value replaces an earlier one: defaults, then the file, then the command line from left to right. Values on the
-command line are written as in TOML, except that text needs no quotes. TOML has no null, so `none` unsets a setting that
-may be unset (data.eval, run.resume, ..), in a file as "none" and on the command line as none.
+A later value replaces an earlier one: defaults, then the file, then the command line from left to right. A file may
+begin with `base = "NAME"`, a preset that it changes. Values on the command line are written as in TOML, except that
+text needs no quotes. TOML has no null, so `none` unsets a setting that may be unset (data.eval, run.resume, ..), in a
+file as "none" and on the command line as none. Where the command line, or a file over its base, chooses another
+engine, settings that only the former engine has are left behind.
 
 Commands with settings of their own (collect, eval) pass their model of sections; presets are for training runs only, so
 these start from the model's defaults.
@@ -13,26 +15,27 @@ these start from the model's defaults.
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, overload
+from types import NoneType
+from typing import Any, TypeVar, overload
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from rapidfuzz import fuzz, process
 
+from gadcore.config.command_line import COMMAND_LINE, kinds_of, setting_kinds, split
+from gadcore.config.renamed import refuse_old_names
 from gadcore.config.settings import Config, Section
+from gadcore.config.writing import print_help, to_toml
 from gadcore.errors import UserError
 
 Root = TypeVar("Root", bound=Section)
 
 DEFAULT_PRESET = "smollm2-cpu"
-COMMAND_LINE = "command line"
 _PRESETS = Path(__file__).parents[1] / "configs"
 _SENTENCES = {
     "string_type": "must be text",
@@ -46,36 +49,41 @@ _SENTENCES = {
 }
 
 
+@dataclass(frozen=True)
+class Layer:
+    """{"section.key": value} from one place. chosen: the user wrote them for this run himself."""
+
+    origin: str
+    values: Mapping[str, Any]
+    chosen: bool = True
+
+
 def presets() -> list[str]:
     """Names that `--preset` accepts, sorted."""
     return sorted(path.stem for path in _PRESETS.glob("*.toml"))
 
 
 @overload
-def load(argv: Sequence[str]) -> Config: ...
+def load(argv: Sequence[str], *, saved: Path | None = None) -> Config: ...
 @overload
 def load(argv: Sequence[str], model: type[Root]) -> Root: ...
-def load(argv: Sequence[str], model: type[Section] = Config) -> Section:
+def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | None = None) -> Section:
     """The settings of a command line (without program and sub-command).
 
-    model: a Section whose fields are Sections of plain settings; its `title` is the command's name.
+    model: a Section whose fields are Sections of plain settings, or unions of such by their `engine`; its `title` is
+    the command's name. saved: the config.toml of a run, to start from where argv names no file and no preset.
+    In the result, model_fields_set of a section are the settings that stand in the user's file or on the command line.
 
     `--help` prints every setting with its value and raises SystemExit(0). Raises UserError for an unknown setting, a
     wrong type or value, a combination that cannot work, a missing or broken file.
     """
-    kinds = _setting_kinds(model)
+    kinds = setting_kinds(model)
     wants_help = any(item in ("-h", "--help") for item in argv)
-    base, overrides = _split([item for item in argv if item not in ("-h", "--help")], model)
-    origin, table = _read(*base) if base else (COMMAND_LINE, {})
-    values = _flatten(table, origin, model)
-    origins = dict.fromkeys(values, origin)
-    values.update(overrides)
-    origins.update(dict.fromkeys(overrides, COMMAND_LINE))
-
+    bases, overrides = split([item for item in argv if item not in ("-h", "--help")], kinds)
+    layers = [*_base_layers(bases, model, saved), Layer(COMMAND_LINE, overrides)]
+    values, origins = _merge(layers, kinds, model)
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
-        if key not in kinds:
-            raise UserError(f"unknown setting {key} ({origins[key]}){_suggest(key, kinds)}")
         section, _, name = key.partition(".")
         nested.setdefault(section, {})[name] = _settle(value, kinds[key])
     try:
@@ -84,8 +92,15 @@ def load(argv: Sequence[str], model: type[Section] = Config) -> Section:
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0], values, origins)) from None
     if wants_help:
-        _print_help(config)
+        named = f"Presets: {', '.join(presets())}." if isinstance(config, Config) else config.__doc__
+        print_help(config, f"{__doc__}\n{named}")
         raise SystemExit(0)
+    chosen = {key for layer in layers if layer.chosen for key in layer.values}
+    for section in model.model_fields:
+        settings: Section = getattr(config, section)
+        settings.model_fields_set.intersection_update(
+            [n for n in settings.model_fields_set if f"{section}.{n}" in chosen]
+        )
     return config
 
 
@@ -94,7 +109,7 @@ def dump(config: Section) -> str:
     blocks = []
     for section in type(config).model_fields:
         settings = getattr(config, section)
-        lines = [f"{name} = {_toml(getattr(settings, name))}" for name in type(settings).model_fields]
+        lines = [f"{name} = {to_toml(getattr(settings, name))}" for name in type(settings).model_fields]
         blocks.append("\n".join([f"[{section}]", *lines]) + "\n")
     return "\n".join(blocks)
 
@@ -105,106 +120,45 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return str(found[0]) if found else None
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation admits: `Annotated[int, ..] | None` gives {int, NoneType}."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return set().union(*(_kinds(arg) for arg in get_args(annotation)))
-    if origin is Literal:
-        return {type(arg) for arg in get_args(annotation)}
-    return {origin or annotation}
-
-
-@cache
-def _setting_kinds(model: type[Section]) -> dict[str, set[Any]]:
-    """{"section.key": the types that it admits}."""
-    return {
-        f"{section}.{name}": _kinds(setting.annotation)
-        for section, field in model.model_fields.items()
-        if field.annotation is not None
-        for name, setting in field.annotation.model_fields.items()
-    }
-
-
-def _split(argv: Sequence[str], model: type[Section]) -> tuple[tuple[str, str] | None, dict[str, Any]]:
-    """Takes a command line apart: (("config" or "preset", its value) or None, {"section.key": value})."""
-    bases: list[tuple[str, str]] = []
-    overrides: dict[str, Any] = {}
-    items = iter(argv)
-    for item in items:
-        if not item.startswith("--"):
-            raise UserError(f"unexpected argument {item!r}: settings are written --section.key VALUE")
-        key, equals, value = item[2:].partition("=")
-        if not equals:
-            value = next(items, "--")
-            if value.startswith("--"):
-                raise UserError(f"--{key} needs a value: --{key} VALUE")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"the value of --{key} is not UTF-8: {value.encode(errors='surrogateescape')!r}")
-        if key in ("config", "preset"):
-            bases.append((key, value))
-            continue
-        key = key.replace("-", "_")
-        if key in model.model_fields:
-            raise UserError(f"{key} ({COMMAND_LINE}) is a group of settings: write --{key}.NAME VALUE")
-        overrides[key] = _parse(value, _setting_kinds(model).get(key, {str}))
-    if len(bases) > 1:
-        raise UserError(
-            f"{' and '.join(f'--{name} {value}' for name, value in bases)} are given together: "
-            "start from one file or one preset"
-        )
+def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: Path | None) -> list[Layer]:
+    """What the command line builds on, the least first."""
     if model is Config:
-        return bases[0] if bases else ("preset", DEFAULT_PRESET), overrides
+        if saved and not bases:
+            return _read(saved, str(saved), model, chosen=False)
+        kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
+        return _read_preset(name, model) if kind == "preset" else _read(Path(name), name, model)
     if bases and bases[0][0] == "preset":
         raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
-    return bases[0] if bases else None, overrides
+    return _read(Path(bases[0][1]), bases[0][1], model) if bases else []
 
 
-def _parse(text: str, kinds: set[Any]) -> Any:
-    """A value from the command line; text that is none of the setting's type is left for the validation to refuse."""
-    if str in kinds or text.lower() == "none":
-        return text
-    for spelling in (text, text.lower()):  # True and False, as Python writes them
-        try:
-            table = tomllib.loads(f"value = {spelling}")
-        except tomllib.TOMLDecodeError:
-            continue
-        if len(table) == 1:
-            return table["value"]
+def _read_preset(name: str, model: type[Section]) -> list[Layer]:
+    if name not in presets():
+        hint = _suggest(name, presets()) or f": choose one of {', '.join(presets())}"
+        raise UserError(f"there is no preset {name}{hint}")
+    return _read(_PRESETS / f"{name}.toml", f"preset {name}", model, chosen=False)
+
+
+def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True) -> list[Layer]:
+    """The layers of a file: of the preset that it names as its base, and its own."""
     try:
-        return float(text) if float in kinds else text  # .5 and 1., which TOML refuses
-    except ValueError:
-        return text
-
-
-def _settle(value: Any, kinds: set[Any]) -> Any:
-    if NoneType in kinds and isinstance(value, str) and value.lower() == "none":
-        return None
-    return tuple(value) if tuple in kinds and isinstance(value, list) else value
-
-
-def _read(kind: str, name: str) -> tuple[str, dict[str, Any]]:
-    """The TOML table of a file or preset, and the words that say where its values come from."""
-    if kind == "preset":
-        if name not in presets():
-            hint = _suggest(name, presets()) or f": choose one of {', '.join(presets())}"
-            raise UserError(f"there is no preset {name}{hint}")
-        path, origin = _PRESETS / f"{name}.toml", f"preset {name}"
-    else:
-        path, origin = Path(name), name
-    try:
-        return origin, tomllib.loads(path.read_bytes().decode())
+        table = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
-        hint = f"; for the preset of this name write --preset {name}" if name in presets() else ""
-        raise UserError(f"the config file {name} does not exist{hint}") from None
+        hint = f"; for the preset of this name write --preset {origin}" if origin in presets() else ""
+        raise UserError(f"the config file {origin} does not exist{hint}") from None
     except OSError as error:
-        raise UserError(f"the config file {name} cannot be read: {error.strerror}") from None
+        raise UserError(f"the config file {origin} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{origin} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{origin} is not valid TOML: {error}") from None
+    below: list[Layer] = []
+    if model is Config and "base" in table:
+        base = table.pop("base")
+        if not isinstance(base, str):
+            raise UserError(f"base = {to_toml(base)} ({origin}) must be the name of a preset")
+        below = _read_preset(base, model)
+    return [*below, Layer(origin, _flatten(table, origin, model), chosen)]
 
 
 def _flatten(table: Mapping[str, Any], origin: str, model: type[Section]) -> dict[str, Any]:
@@ -220,6 +174,59 @@ def _flatten(table: Mapping[str, Any], origin: str, model: type[Section]) -> dic
     return flat
 
 
+def _merge(
+    layers: Sequence[Layer], kinds: Mapping[str, Any], model: type[Section]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """({"section.key": value}, {"section.key": the origin of the value}), every key known and of the engine chosen."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for key in layer.values:
+            if key in kinds and key.endswith(".engine"):
+                for left in _of_other_engines(values, key, layer.values[key], model):
+                    del values[left], origins[left]
+        values.update(layer.values)
+        origins.update(dict.fromkeys(layer.values, layer.origin))
+    refuse_old_names(values, origins)
+    for key in values:
+        if key not in kinds:
+            raise UserError(f"unknown setting {key} ({origins[key]}){_suggest(key, kinds)}")
+    for section, field in model.model_fields.items():
+        key = f"{section}.engine"
+        engine = values.get(key, getattr(field.default, "engine", None))
+        if others := _of_other_engines(values, key, engine, model):
+            owner = next(iter(others.values()))
+            theirs = [name for name, engine_of in others.items() if engine_of == owner]
+            verb = "is a setting" if len(theirs) == 1 else "are settings"
+            where = ", ".join(dict.fromkeys(origins[name] for name in theirs))
+            raise UserError(f'{", ".join(theirs)} {verb} of {key} = "{owner}", this run has "{engine}" ({where})')
+    return values, origins
+
+
+def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: type[Section]) -> dict[str, str]:
+    """{"section.key": an engine that has it} of settings that `engine` lacks; none where it is no engine."""
+    section = key.partition(".")[0]
+    alternatives = {
+        m.model_fields["engine"].default: m
+        for m in kinds_of(model.model_fields[section].annotation)
+        if "engine" in m.model_fields
+    }
+    if not isinstance(engine, str) or engine not in alternatives:
+        return {}
+    found = {}
+    for setting in values:
+        name = setting.partition(".")[2]
+        if setting == f"{section}.{name}" and name not in alternatives[engine].model_fields:
+            found[setting] = next(o for o, other in alternatives.items() if name in other.model_fields)
+    return found
+
+
+def _settle(value: Any, kinds: Sequence[Any]) -> Any:
+    if NoneType in kinds and isinstance(value, str) and value.lower() == "none":
+        return None
+    return tuple(value) if tuple in kinds and isinstance(value, list) else value
+
+
 def _suggest(word: str, choices: Iterable[str]) -> str:
     choice = nearest(word, choices)
     return f"; did you mean {choice}?" if choice else ""
@@ -231,58 +238,15 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
         message = str(error["ctx"]["error"])
         named = [f"{key}: {origin}" for key, origin in origins.items() if re.search(rf"{re.escape(key)}\b", message)]
         return f"{message} ({', '.join(named)})" if named else message
-    key = ".".join(str(part) for part in error["loc"][:2])
-    inside = "".join(f"[{_toml(part)}]" for part in error["loc"][2:] if error["type"] != "missing")
+    section, *path = error["loc"]
+    if error["type"] == "union_tag_invalid":
+        key = f"{section}.engine"
+        engines = error["ctx"]["expected_tags"].replace(", ", " or ")
+        return f"{key} = {to_toml(values[key])} ({origins[key]}) must be {engines}"
+    if f"{section}.{path[0]}" not in values:
+        del path[0]  # The engine, where a section has alternatives.
+    key = f"{section}.{path[0]}"
+    inside = "".join(f"[{to_toml(part)}]" for part in path[1:] if error["type"] != "missing")
     inside = f": item {inside}" if inside else ""
     rule = _SENTENCES.get(error["type"], error["msg"].replace("Input should be", "must be"))
-    return f"{key} = {_toml(values[key])} ({origins[key]}){inside} {rule}"
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML writes it; None as "none"."""
-    if isinstance(value, Section):
-        value = value.model_dump()
-    if value is None:
-        return '"none"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON strings are TOML strings but for the one control character that only TOML escapes.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return str(value)
-
-
-def _print_help(config: Section) -> None:
-    import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-    registry = ConstructorRegistry()
-    metavars: dict[Any, str] = {dict: "TABLE", tuple: "LIST", None: "{true,false}"}
-
-    @registry.primitive_rule
-    def _as_toml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if info.type is not bool and get_origin(info.type) not in (dict, tuple):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=metavars[get_origin(info.type)],
-            instance_from_str=lambda texts: texts[0],
-            is_instance=lambda value: True,
-            str_from_instance=lambda value: [_toml(value)],
-        )
-
-    named = f"Presets: {', '.join(presets())}." if isinstance(config, Config) else config.__doc__
-    tyro.cli(
-        type(config),
-        args=["--help"],
-        default=config,
-        prog=f"python -m gadcore.run {config.model_config.get('title') or ''}".rstrip(),
-        description=f"{__doc__}\n{named}\nBelow: every setting, with the value it would have.",
-        use_underscores=True,
-        registry=registry,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    return f"{key} = {to_toml(values[key])} ({origins[key]}){inside} {rule}"

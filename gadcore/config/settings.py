@@ -5,9 +5,10 @@ Order of precedence: the defaults below (the paper's settings), then the TOML fi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -89,24 +90,46 @@ class DiscriminatorSettings(Section):
     )
 
 
-class RolloutSettings(Section):
-    """Sampling."""
+def _engine_of(value: Any) -> Any:
+    return value.get("engine", "vllm") if isinstance(value, dict) else getattr(value, "engine", None)
 
-    engine: Literal["vllm", "hf"] = "vllm"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+
+# Annotates a union of Sections that differ by their `engine`; a table without one means vllm.
+BY_ENGINE = Discriminator(_engine_of)
+
+
+class CommonRollout(Section):
+    """Sampling, with any engine."""
+
+    engine: str
     group_size: Positive = Field(8, description="N, samples per prompt.")
     temperature: Annotated[float, Field(gt=0)] = 0.8
     context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
+
+
+class VLLMRollout(CommonRollout):
+    """Sampling by vLLM: many prompts at a time, with weights and a KV cache of its own."""
+
+    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
+    dtype: Literal["float32", "bfloat16"] = "float32"
     block_size: Positive = 32
     max_num_seqs: Positive = 256
     prefix_caching: bool = True
-    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
     enforce_eager: bool = True
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.45, description="Share of the device's memory that vLLM may take, on CUDA."
+    )
+
+
+class HFRollout(CommonRollout):
+    """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
+
+    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
 
 
 class AlgorithmSettings(Section):
-    """What is optimised (DESIGN, section 1)."""
+    """What is optimised: the clipped GRPO loss with a KL penalty; D's scores are the rewards (arXiv 2511.10643)."""
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
@@ -132,6 +155,16 @@ class AlgorithmSettings(Section):
     reward: str | None = Field(
         None, description='"module:function" that makes rewards of D\'s scores and the texts (gadcore/train/reward.py).'
     )
+
+    @field_validator("loss", "reward")
+    @classmethod
+    def _module_and_function(cls, name: str | None, info: ValidationInfo) -> str | None:
+        if name is not None and not re.fullmatch(r"(?!.*\.py:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+            raise ValueError(
+                f"algorithm.{info.field_name} = {name!r} is not of the form module:function: write the name by which "
+                "Python imports the module, a colon, and the function, for example my_losses:reinforce"
+            )
+        return name
 
 
 class ScheduleSettings(Section):
@@ -238,7 +271,7 @@ class Config(Section):
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: Annotated[Annotated[VLLMRollout, Tag("vllm")] | Annotated[HFRollout, Tag("hf")], BY_ENGINE] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
@@ -251,6 +284,13 @@ class Config(Section):
     def context_tokens(self) -> int:
         """Tokens that the sampler's context holds."""
         return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
+
+    @property
+    def vllm(self) -> VLLMRollout:
+        """The settings of a run whose engine is vLLM; TypeError for another."""
+        if not isinstance(self.rollout, VLLMRollout):
+            raise TypeError(f"the engine is {self.rollout.engine}")
+        return self.rollout
 
     @property
     def discriminator_model(self) -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 
 from gadcore.config.settings import (
+    BY_ENGINE,
     Config,
     DataSettings,
     DiscriminatorSettings,
     FreshSettings,
+    HFRollout,
     NonNegative,
     Positive,
     Rate,
-    RolloutSettings,
     RunSettings,
     Section,
+    VLLMRollout,
 )
 
 # Column and file names beside the models' own.
@@ -107,15 +109,35 @@ class LimitSettings(Section):
     )
 
 
-class SamplingSettings(Section):
-    """How responses are drawn, one per prompt."""
+class CommonSampling(Section):
+    """How responses are drawn, one per prompt, with any engine."""
 
-    engine: Literal["vllm", "hf"] = "vllm"
+    engine: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     temperature: Rate = Field(0.8, description="0: greedy.")
+
+
+class VLLMSampling(CommonSampling):
+    """How vLLM draws responses, one per prompt."""
+
+    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
     max_num_seqs: Positive = 256
-    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache on the CPU.")
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.45
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.45, description="Share of the device's memory that vLLM may take, on CUDA."
+    )
+
+    def rollout(self) -> VLLMRollout:
+        return VLLMRollout(**self.model_dump(exclude={"temperature"}))
+
+
+class HFSampling(CommonSampling):
+    """How Hugging Face's generate draws responses, one per prompt."""
+
+    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
+
+    def rollout(self) -> HFRollout:
+        return HFRollout()
 
 
 class FreshModelSettings(FreshSettings):
@@ -141,7 +163,9 @@ class EvalConfig(Section):
     eval: EvalSettings = EvalSettings()
     run: MachineSettings = MachineSettings()
     data: LimitSettings = LimitSettings()
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: Annotated[Annotated[VLLMSampling, Tag("vllm")] | Annotated[HFSampling, Tag("hf")], BY_ENGINE] = (
+        VLLMSampling()
+    )
     fresh: FreshModelSettings = FreshModelSettings()
 
     def as_run(self) -> Config:
@@ -149,5 +173,5 @@ class EvalConfig(Section):
         return Config(
             run=RunSettings(**self.run.model_dump()),
             data=DataSettings(**self.data.model_dump()),
-            rollout=RolloutSettings(**self.sampling.model_dump(exclude={"temperature"})),
+            rollout=self.sampling.rollout(),
         )

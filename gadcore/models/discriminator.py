@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
 from gadcore.config.settings import DiscriminatorSettings
@@ -92,15 +93,18 @@ class Discriminator(Learner):
         same_vocabulary: bool,
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """model: from load_discriminator(). same_vocabulary: prompts' token ids are of D's own vocabulary."""
+        """model: from load_discriminator(). same_vocabulary: prompts' token ids are of D's own vocabulary.
+        tokenizer: what save() writes; default the template's.
+        """
         super().__init__(
             model,
             settings,
             owner="discriminator",
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
-            template=template,
+            tokenizer=template.tokenizer if tokenizer is None else tokenizer,
         )
         self.template = template
         self.settings = settings
@@ -130,13 +134,15 @@ class Discriminator(Learner):
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or DiscriminatorSettings()
+        # A copy: it gets a padding token of D's own, and the student may have the same spec.
+        tokenizer = copy.deepcopy(spec.tokenizer)
         loaded = load_discriminator(
             spec.path,
             settings.dtype,
             device=best_device() if device is None else torch.device(device),
             seed=seed,
             end_id=spec.template.end_id,
-            tokenizer=spec.tokenizer,
+            tokenizer=tokenizer,
         )
         return cls(
             loaded,
@@ -145,6 +151,7 @@ class Discriminator(Learner):
             same_vocabulary=student is not None and spec.same_tokens(student),
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
+            tokenizer=tokenizer,
         )
 
     def tokens(self, groups: Sequence[Group]) -> list[GroupTokens]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
-from gadcore.data.template import ChatTemplate
 from gadcore.models.activations import Mode, set_mode
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
@@ -36,17 +35,17 @@ class Learner:
         owner: str,
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"],
-        template: ChatTemplate | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
-        template: with the tokenizer that save() writes.
+        tokenizer: what save() writes beside the model.
         """
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
         prune_last_layer(model)
         self.model, self.owner = model, owner
-        self._template = template
+        self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
         self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
@@ -75,8 +74,8 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-        UserError where it cannot be written; ValueError for a model that was made without a template.
+        UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
-        if self._template is None:
-            raise ValueError(f"the {self.owner} was made without a template, whose tokenizer would be saved")
-        save_model(self.model, self._template.tokenizer, folder)
+        if self._tokenizer is None:
+            raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
+        save_model(self.model, self._tokenizer, folder)

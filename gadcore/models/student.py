@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
-from gadcore.data.template import ChatTemplate
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
@@ -63,7 +62,7 @@ class Student(Learner):
         temperature: float,
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
-        template: ChatTemplate | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs."""
         super().__init__(
@@ -72,7 +71,7 @@ class Student(Learner):
             owner="student",
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
-            template=template,
+            tokenizer=tokenizer,
         )
         self.reference: PreTrainedModel | None = None
         self.settings = settings
@@ -108,7 +107,7 @@ class Student(Learner):
             temperature=temperature,
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
-            template=spec.template,
+            tokenizer=spec.tokenizer,
         )
 
     def freeze_reference(self) -> None:

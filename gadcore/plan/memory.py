@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from gadcore.config.settings import Config
+from gadcore.config.settings import Config, VLLMRollout
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
@@ -50,6 +50,12 @@ class Case:
     @property
     def sampling_dtype(self) -> str:
         return self.engine.dtype(self.config)
+
+    @property
+    def sequences_at_once(self) -> int:
+        """Sequences that a sampler works on at a time, at most."""
+        rollout = self.config.rollout
+        return rollout.max_num_seqs if isinstance(rollout, VLLMRollout) else self.work.samples
 
     @property
     def shared(self) -> bool:
@@ -214,9 +220,9 @@ def room(case: Case, states: Mapping[State, StateMemory]) -> float:
 
 def needed_kv(case: Case, tensor_parallel: int) -> float:
     """Bytes of KV cache, on a rank, for all sequences of a sampler at full length; shared prompts once."""
-    work, rollout = case.work, case.config.rollout
+    work = case.work
     samplers = case.machine.ranks / tensor_parallel
-    sequences = min(work.prompts * work.samples / samplers, rollout.max_num_seqs)
+    sequences = min(work.prompts * work.samples / samplers, case.sequences_at_once)
     tokens = sequences * (work.longest_prompt / work.samples + work.limit)
     tokens = max(tokens, work.longest_prompt + work.limit)
     return tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel

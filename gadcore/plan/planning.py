@@ -97,10 +97,12 @@ def as_given(case: Case) -> Plan:
     """What the settings come to as they are: the least recomputation that fits where they leave it open."""
     config, machine = case.config, case.machine
     degree, _ = _sampler(case)
-    kv = float(config.rollout.kv_cache_gib * _GIB)
-    if machine.kind == "cuda":
+    kv = 0.0
+    if case.engine.holds_memory and machine.kind == "cpu":
+        kv = float(config.vllm.kv_cache_gib * _GIB)
+    elif case.engine.holds_memory:
         weights = case.student.parameters * ITEM[case.sampling_dtype] / degree
-        share = config.rollout.gpu_memory_utilization * machine.figures["memory_bytes"]
+        share = config.vllm.gpu_memory_utilization * machine.figures["memory_bytes"]
         kv = max(0.0, share - weights - machine.figures["engine_bytes"])
     plans = [plan_with(case, Choice(mode, config.schedule.micro_batch_tokens, kv, degree)) for mode in _modes(config)]
     return next((plan for plan in plans if plan.fits), plans[-1])
@@ -135,7 +137,9 @@ def _sampler(case: Case) -> tuple[int, float]:
         left = case.machine.usable_bytes - beside
         if left >= least_kv(case, degree) or degree == degrees[-1]:
             kv = min(needed_kv(case, degree), max(left, 0.0))
-            if case.machine.kind == "cpu":
+            if not case.engine.holds_memory:
+                kv = 0.0
+            elif case.machine.kind == "cpu":
                 # The setting counts whole GiB.
                 kv = max(1, math.ceil(kv / _GIB)) * float(_GIB)
             return degree, kv

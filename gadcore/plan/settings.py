@@ -85,9 +85,8 @@ def load(arguments: Sequence[str]) -> tuple[Config, PlanSettings]:
         else:
             others.append(item)
     plan = loading.load(ours, PlanConfig).plan
-    if plan.against and not any(item.split("=")[0] in ("--config", "--preset") for item in others):
-        saved = Path(plan.against) / "config.toml"
-        if not saved.is_file():
-            raise UserError(f"plan.against = {plan.against} is not a run folder: it has no config.toml")
-        others = ["--config", str(saved), *others]
-    return loading.load(others), plan
+    begins = any(item.split("=")[0] in ("--config", "--preset") for item in others)
+    saved = Path(plan.against) / "config.toml" if plan.against and not begins else None
+    if saved and not saved.is_file():
+        raise UserError(f"plan.against = {plan.against} is not a run folder: it has no config.toml")
+    return loading.load(others, saved=saved), plan

@@ -99,12 +99,12 @@ def _choice_table(plan: Plan, given: Plan) -> Table:
         f"auto: {given.choice.mode}" if asked == "auto" else asked,
     )
     if case.engine.holds_memory and case.machine.kind == "cpu":
-        table.add_row("rollout.kv_cache_gib", f"{plan.choice.kv_bytes / _GIB:.0f}", str(config.rollout.kv_cache_gib))
+        table.add_row("rollout.kv_cache_gib", f"{plan.choice.kv_bytes / _GIB:.0f}", str(config.vllm.kv_cache_gib))
     elif case.engine.holds_memory:
         table.add_row(
             "rollout.gpu_memory_utilization",
             f"{utilisation(plan):.2f} (KV cache {plan.choice.kv_bytes / 1e9:.1f} GB)",
-            f"{config.rollout.gpu_memory_utilization:.2f} (KV cache {given.choice.kv_bytes / 1e9:.1f} GB)",
+            f"{config.vllm.gpu_memory_utilization:.2f} (KV cache {given.choice.kv_bytes / 1e9:.1f} GB)",
         )
         table.add_row("ranks that share a sampler", str(plan.choice.tensor_parallel), "")
     table.add_row("memory.offload", case.offload, config.memory.offload)

@@ -116,7 +116,7 @@ def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float)
 def rollout_seconds(case: Case, choice: Choice, prompts: float, samples: int) -> float:
     """Sampling of a batch. Lengths are taken as exponential, cut at the limit, with the mean that is asked for."""
     work, samplers = case.work, case.machine.ranks / choice.tensor_parallel
-    d, rollout = case.student, case.config.rollout
+    d = case.student
     sequences = prompts * samples / samplers
     if sequences == 0:
         return 0.0
@@ -125,7 +125,7 @@ def rollout_seconds(case: Case, choice: Choice, prompts: float, samples: int) ->
     prefill = prompts / samplers * work.prompt * (d.token_flops + d.pair_flops * work.prompt / 2)
     seconds = prefill / choice.tensor_parallel / rate
 
-    slots = min(sequences, rollout.max_num_seqs)
+    slots = min(sequences, case.sequences_at_once)
     if case.engine.batches_prompts:
         per_sequence = work.prompt / samples + work.response
         total_kv = choice.kv_bytes * choice.tensor_parallel

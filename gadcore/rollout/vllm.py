@@ -68,15 +68,15 @@ class VLLMEngine(Engine):
     @classmethod
     def shares_weights(cls, config: Config, device: str) -> bool:
         # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own.
-        same = config.rollout.dtype == config.student.dtype
+        same = config.vllm.dtype == config.student.dtype
         return device == "cpu" and same and config.memory.shared_weights
 
     @classmethod
     def dtype(cls, config: Config) -> str:
-        return config.rollout.dtype
+        return config.vllm.dtype
 
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
-        rollout = config.rollout
+        rollout = config.vllm
         self.template = template
         self.on_cpu = model.device.type == "cpu"
         self.vllm = _import_vllm(self.on_cpu, rollout.kv_cache_gib)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadcore.config.device import device_of, quiet
+from gadcore.config.effects import without_effect
 from gadcore.config.settings import Config
 from gadcore.data.batches import Loader, build_prompts
 from gadcore.data.groups import Group
@@ -36,7 +37,7 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     # The rows first: a broken line is told before a model is looked for.
     train_rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
-    device_of(config)
+    device = device_of(config)
     student = ModelSpec.resolve(config.student.model, system_prompt=data.system_prompt)
     discriminator = _discriminator_spec(config, student) if has_discriminator(stages) else None
     limit = student.context_tokens
@@ -46,7 +47,8 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
     train, report = build_prompts(train_rows, student.template, data)
-    notes = [f"training: {sentence}" for sentence in report.sentences()]
+    notes = without_effect(config, device.type, "train" if has_discriminator(stages) else "seqkd")
+    notes += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: list[Group] = []
     if eval_rows:
         held_out, report = build_prompts(eval_rows, student.template, data)

@@ -23,10 +23,11 @@ VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
 
 
 def make_config(engine: str, dtype: str = "float32") -> Config:
+    own = {"dtype": dtype, "max_num_seqs": 128} if engine == "vllm" else {}
     return Config.model_validate(
         {
             "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
-            "rollout": {"engine": engine, "dtype": dtype, "group_size": 4, "max_num_seqs": 128},
+            "rollout": {"engine": engine, "group_size": 4, **own},
             "algorithm": {"kl_coef": 0.0},
         }
     )

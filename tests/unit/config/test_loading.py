@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from gadcore.config.loading import dump, load, presets
-from gadcore.config.settings import Config
+from gadcore.config.settings import Config, HFRollout
 from gadcore.errors import UserError
 
 PAPER_STUDENTS = {
@@ -18,6 +21,16 @@ PAPER_STUDENTS = {
     "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+}
+
+# SHA-256 of the resolved settings, as sorted JSON.
+RESOLVED = {
+    "llama-3.1-8b": "a97b408b0458dbae43900a8616df2f6163456754e30ebf4241a303bbe7de32e8",
+    "llama-3.2-3b": "6638b814ba82adba8b79eb4cca116da336cee7f77f8c2057b153145db0b313ab",
+    "qwen2.5-14b": "461e94cd430f89d0962e537f2d40464612902aad4f7735f850f6fb6caaba226b",
+    "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
+    "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
+    "smollm2-cpu": "2affdcdbb0efbd3a1417a99cce2c08b32784b8f315208945c19270185af52c60",
 }
 
 
@@ -251,11 +264,117 @@ def test_a_dump_keeps_unset_settings_unset_and_any_text(toml) -> None:
 
 
 def test_a_dump_names_every_setting() -> None:
-    text = dump(load([]))
-    for section, field in Config.model_fields.items():
+    config = load([])
+    text = dump(config)
+    for section in Config.model_fields:
         assert f"[{section}]" in text
-        for name in field.annotation.model_fields:
+        for name in type(getattr(config, section)).model_fields:
             assert f"\n{name} = " in text
+
+
+@pytest.mark.parametrize(("name", "digest"), RESOLVED.items())
+def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
+    settings = tomllib.loads(dump(load(["--preset", name])))
+    assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
+
+
+def test_every_preset_is_watched() -> None:
+    assert set(presets()) == {*RESOLVED, "paper"}
+
+
+def test_a_paper_preset_is_the_paper_and_a_model() -> None:
+    ours = load(["--preset", "paper", "--run.name", "qwen2.5-7b", "--student.model", PAPER_STUDENTS["qwen2.5-7b"]])
+    assert ours == load(["--preset", "qwen2.5-7b"])
+
+
+def test_a_file_may_change_a_preset(toml) -> None:
+    path = toml('base = "qwen2.5-3b"\n[schedule]\nbatch_size = 7\n')
+    config, base = load(["--config", path, "--run.seed=3"]), load(["--preset", "qwen2.5-3b"])
+    assert (config.schedule.batch_size, config.run.seed) == (7, 3)
+    assert config.student == base.student and config.rollout == base.rollout and config.run.name == "qwen2.5-3b"
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ('"qwen-3b"', "there is no preset qwen-3b; did you mean qwen2.5-3b?"),
+        ("3", "base = 3 ({}) must be the name of a preset"),
+    ],
+)
+def test_a_base_that_is_no_preset(base: str, sentence: str, toml) -> None:
+    path = toml(f"base = {base}")
+    assert error_of("--config", path) == sentence.format(path)
+
+
+def test_a_value_of_the_base_is_named_by_its_preset(toml) -> None:
+    path = toml('base = "smollm2-cpu"\n[rollout]\ncontext_tokens = 100')
+    assert error_of("--config", path).endswith(
+        f"(data.max_prompt_tokens: preset smollm2-cpu, data.max_response_tokens: preset smollm2-cpu, "
+        f"rollout.context_tokens: {path})"
+    )
+
+
+HF, VLLM = 'rollout.engine = "hf"', 'rollout.engine = "vllm"'
+
+
+def test_an_engine_refuses_settings_of_another(toml) -> None:
+    text = f'rollout.{{}} of {VLLM}, this run has "hf" ({{}})'
+    line = ("--rollout.engine", "hf", "--rollout.block_size", "16")
+    assert error_of(*line) == text.format("block_size is a setting", "command line")
+    path = toml(f"{HF}\nrollout.block_size = 16\nrollout.dtype = 'bfloat16'")
+    assert error_of("--config", path) == text.format("block_size, rollout.dtype are settings", path)
+    path = toml(HF)
+    assert error_of("--config", path, "--rollout.block_size=16") == text.format(
+        "block_size is a setting", "command line"
+    )
+
+
+def test_another_engine_leaves_the_former_ones_settings_behind(toml) -> None:
+    assert load(["--rollout.engine", "hf"]).rollout == HFRollout(group_size=4)
+    path = toml(f"{VLLM}\nrollout.block_size = 16\nrollout.group_size = 3")
+    assert load(["--config", path, "--rollout.engine=hf"]).rollout == HFRollout(group_size=3)
+    path = toml(f'base = "smollm2-cpu"\n{HF}')
+    config = load(["--config", path])
+    assert config.rollout == HFRollout(group_size=4)
+    assert load(["--config", toml(dump(config))]) == config
+    assert load(["--config", path, "--rollout.engine=vllm", "--rollout.block_size=16"]).vllm.block_size == 16
+
+
+def test_an_engine_that_is_none(toml) -> None:
+    path = toml("rollout.engine = [1]")
+    assert error_of("--config", path) == f"rollout.engine = [1] ({path}) must be 'vllm' or 'hf'"
+
+
+def test_settings_of_vllm_are_vllms_alone() -> None:
+    assert Config().vllm == Config().rollout
+    with pytest.raises(TypeError, match="hf"):
+        _ = Config(rollout=HFRollout()).vllm
+
+
+def test_only_what_the_user_wrote_counts_as_set(toml) -> None:
+    config = load(["--config", toml('base = "paper"\n[student]\nlr = 1e-6'), "--run.seed=0"])
+    assert (config.student.model_fields_set, config.run.model_fields_set) == ({"lr"}, {"seed"})
+    assert load(["--preset", "paper"]).student.model_fields_set == set()
+    assert load([], saved=Path(toml("[student]\nlr = 1e-3"))).student.model_fields_set == set()
+
+
+def test_a_saved_config_gives_way_to_a_file_or_preset(toml) -> None:
+    saved = Path(toml("[student]\nlr = 1e-3"))
+    assert load(["--run.seed=3"], saved=saved).student.lr == 1e-3
+    assert load(["--preset", "paper"], saved=saved).student.lr == 1e-6
+
+
+@pytest.mark.parametrize("name", ["my_losses:reinforce", "my.losses_2:f"])
+def test_functions_are_named_by_module_and_function(name: str) -> None:
+    assert load(["--algorithm.loss", name]).algorithm.loss == name
+
+
+@pytest.mark.parametrize("key", ["loss", "reward"])
+@pytest.mark.parametrize("name", ["reinforce", "my_losses.reinforce", "my_losses.py:f", ":f", "m:", "a:b:c", "a/b:c"])
+def test_a_function_of_another_form(key: str, name: str) -> None:
+    message = error_of(f"--algorithm.{key}={name}")
+    assert message.startswith(f"algorithm.{key} = '{name}' is not of the form module:function: write the name")
+    assert message.endswith(f"(algorithm.{key}: command line)")
 
 
 @pytest.mark.parametrize("name", PAPER_STUDENTS)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from gadcore.config import loading
+from gadcore.config.settings import HFRollout
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_json, read_responses, write_responses
 from gadcore.evaluate.settings import EvalConfig
@@ -118,7 +119,10 @@ def test_one_name_for_two_sets_is_refused() -> None:
 
 
 def test_a_training_run_gets_the_same_limits_and_engine() -> None:
-    line = ["--data.max_response_tokens", "77", "--data.long_prompt", "error", "--sampling.engine", "hf"]
+    line = ["--data.max_response_tokens", "77", "--data.long_prompt", "error", "--sampling.dtype", "bfloat16"]
     config = loading.load([*line, "--run.seed", "5", "--sampling.kv_cache_gib", "3"], EvalConfig).as_run()
     assert (config.data.max_response_tokens, config.data.long_prompt) == (77, "error")
-    assert (config.rollout.engine, config.rollout.kv_cache_gib, config.run.seed) == ("hf", 3, 5)
+    assert (config.vllm.dtype, config.vllm.kv_cache_gib, config.run.seed) == ("bfloat16", 3, 5)
+    assert loading.load(["--sampling.engine", "hf"], EvalConfig).as_run().rollout == HFRollout()
+    with pytest.raises(UserError, match='sampling.kv_cache_gib is a setting of sampling.engine = "vllm"'):
+        loading.load(["--sampling.engine", "hf", "--sampling.kv_cache_gib", "3"], EvalConfig)

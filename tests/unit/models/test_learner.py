@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -94,10 +96,16 @@ def test_one_spec_serves_both_roles(tmp_path) -> None:
     assert spec.context_tokens == 256 and spec.same_tokens(spec)
     d = Discriminator.load(spec, student=spec, device="cpu")
     assert d.same_vocabulary and d.template is spec.template
+    # D is saved with a padding token of its own, which the student's tokenizer does not get.
+    d.save(tmp_path / "d")
+    pads = [
+        json.loads((path / "tokenizer_config.json").read_text())["pad_token"] for path in (tmp_path, tmp_path / "d")
+    ]
+    assert pads[1] != pads[0] == spec.tokenizer.pad_token
 
 
-def test_a_student_without_a_template_cannot_be_saved(tmp_path) -> None:
-    with pytest.raises(ValueError, match="the student was made without a template"):
+def test_a_student_without_a_tokenizer_cannot_be_saved(tmp_path) -> None:
+    with pytest.raises(ValueError, match="the student was made without a tokenizer"):
         student().save(tmp_path)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RolloutSettings, ScheduleSettings
+from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, ScheduleSettings, VLLMRollout
 from gadcore.memory.holdings import NEEDS
 from gadcore.plan.memory import Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
 from gadcore.plan.planning import advise, as_given, make_plan, utilisation
@@ -20,7 +20,7 @@ def config(offload="auto", **sections) -> Config:
 
 
 def test_holdings_are_what_the_settings_say() -> None:
-    case = round_case(kind="cuda", ranks=4, config=config(rollout=RolloutSettings(dtype="bfloat16")))
+    case = round_case(kind="cuda", ranks=4, config=config(rollout=VLLMRollout(dtype="bfloat16")))
     assert holdings(case, CHOICE) == {
         "student.parameters": 3200.0,
         "student.gradients": 3200.0,
@@ -49,7 +49,7 @@ def test_without_offload_everything_stays_but_gradients_and_a_sleeping_sampler()
     assert set(held(gpu, CHOICE, "rest")) == stays
     assert set(held(gpu, CHOICE, "student")) == stays | {"student.gradients"}
     assert set(held(gpu, CHOICE, "rollout")) == stays | {"engine.weights", "engine.kv_cache"}
-    cpu = round_case(config=config("none", rollout=RolloutSettings(dtype="bfloat16")))
+    cpu = round_case(config=config("none", rollout=VLLMRollout(dtype="bfloat16")))
     assert set(held(cpu, CHOICE, "rest")) == stays
     assert set(held(cpu, CHOICE, "rollout")) == stays | {"engine.weights", "engine.kv_cache"}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from gadcore.config import loading
-from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RolloutSettings, StudentSettings
+from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, StudentSettings, VLLMRollout
 from gadcore.errors import UserError
 from gadcore.plan.memory import Choice
 from gadcore.plan.planning import make_plan
@@ -76,7 +76,7 @@ def test_sampling_takes_as_many_steps_as_the_longest_response() -> None:
     case = replace(case, work=replace(case.work, response=8.0))
     assert rollout_seconds(case, CHOICE, 1, 4) == pytest.approx(8.0, rel=0.06)
     # Half the sequences at a time: twice the steps.
-    halved = case.config.model_copy(update={"rollout": RolloutSettings(max_num_seqs=2)})
+    halved = case.config.model_copy(update={"rollout": VLLMRollout(max_num_seqs=2)})
     assert rollout_seconds(replace(case, config=halved), CHOICE, 1, 4) == pytest.approx(16.0, rel=0.06)
     # A cache that holds one sequence: one after the other.
     one = replace(CHOICE, kv_bytes=(10 / 4 + 8) * case.student.kv_bytes(4))

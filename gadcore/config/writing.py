@@ -1,0 +1,59 @@
+"""Settings as TOML, and as the text of --help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, get_origin
+
+from gadcore.config.settings import Section
+
+
+def to_toml(value: Any) -> str:
+    """A value as TOML writes it; None as "none"."""
+    if isinstance(value, Section):
+        value = value.model_dump()
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON strings are TOML strings but for the one control character that only TOML escapes.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
+    return str(value)
+
+
+def print_help(config: Section, introduction: str) -> None:
+    """Prints the introduction, and every setting with its type, its value in `config` and what it is."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+    metavars: dict[Any, str] = {dict: "TABLE", tuple: "LIST", None: "{true,false}"}
+
+    @registry.primitive_rule
+    def _as_toml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type is not bool and get_origin(info.type) not in (dict, tuple):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavars[get_origin(info.type)],
+            instance_from_str=lambda texts: texts[0],
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [to_toml(value)],
+        )
+
+    tyro.cli(
+        type(config),
+        args=["--help"],
+        default=config,
+        prog=f"python -m gadcore.run {config.model_config.get('title') or ''}".rstrip(),
+        description=f"{introduction}\nBelow: every setting, with the value it would have.",
+        use_underscores=True,
+        registry=registry,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
