@@ -2,7 +2,7 @@
 //
 // What a step of a small model spends between its products, in Python and in the dispatcher, is as long as its
 // attention. Norms, products, activation and attention are those of cpu_rms_norm, cpu_linear_few_rows, cpu_swiglu and
-// cpu_decode_attention; rotation and the write into the cache are here, and alone they are cpu_rotate_into_cache.
+// cpu_decode_attention; rotation and the write into the cache are here.
 //
 // qkv: float32 [M, (Hq + 2 Hk) D], the rotated queries take the place of the queries. positions: int64 [M]. cos_sin:
 // float32 [positions, D], cosines of the D / 2 angles and then their sines. kv_cache: float32 [N, Hk, B, 2 D] without
@@ -27,8 +27,7 @@ using at::Tensor;
 
 void rotate_into_cache(Tensor& qkv, const Tensor& positions, const Tensor& cos_sin, Tensor& kv_cache,
                        const Tensor& slots) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const char* op = "cpu_rotate_into_cache";
+  const char* op = "cpu_decode_layer";
   TORCH_CHECK(kv_cache.dim() == 4 && kv_cache.scalar_type() == at::kFloat && kv_cache.is_contiguous() &&
                   kv_cache.size(1) > 0 && kv_cache.size(2) > 0 && kv_cache.size(3) > 0 && kv_cache.size(3) % 4 == 0,
               op, ": kv_cache must be contiguous float32 [N, Hk, B, 2 D] with an even D, is ", kv_cache.scalar_type(),
@@ -110,15 +109,9 @@ std::tuple<Tensor, Tensor> decode_layer(const Tensor& hidden, const std::optiona
 
 TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def(
-      "cpu_rotate_into_cache(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, Tensor(b!) kv_cache, Tensor slots) -> "
-      "()");
-  m.def(
       "cpu_decode_layer(Tensor hidden, Tensor? residual, Tensor positions, Tensor cos_sin, Tensor[] weights, Tensor?[] "
       "biases, float eps_before, float eps_after, Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
       "slots, float scale) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(gadcore, CPU, m) {
-  m.impl("cpu_rotate_into_cache", &gadcore::rotate_into_cache);
-  m.impl("cpu_decode_layer", &gadcore::decode_layer);
-}
+TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_decode_layer", &gadcore::decode_layer); }

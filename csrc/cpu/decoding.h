@@ -1,4 +1,4 @@
-// The ops that cpu_decode_layer is made of, under the names of their files.
+// The ops that cpu_decode_layer is made of, under the names of their files, and a check that some of them share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,11 @@
 #include <tuple>
 
 namespace gadcore {
+
+inline void check_float32(const char* op, const char* name, const at::Tensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat && t.sizes() == sizes, op, ": ", name, " must be float32 ", sizes, ", is ",
+              t.scalar_type(), " ", t.sizes());
+}
 
 at::Tensor linear_few_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 

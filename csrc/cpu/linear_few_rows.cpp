@@ -1,4 +1,4 @@
-// cpu_linear_few_rows: x W^T + bias for up to 64 rows of x; kernels/linear_few_rows.py.
+// cpu_linear_few_rows: x W^T + bias for up to 64 rows of x; kernels/cpu/linear_few_rows.py.
 //
 // Dot products along K, R rows of x by C rows of W at a time: R C sums stay in registers, no operand is rearranged, and W
 // is read once, in its own order. A result depends on its row of x and its row of W alone, never on the other rows.

@@ -1,4 +1,4 @@
-// add_product(), and the gradients of weights that kernels/linear.py calls.
+// add_product(), and the gradients of weights that kernels/cpu/linear.py calls.
 //
 // Blocks of b, [kDepth, kWidth], are copied into panels of kPanel columns, which stay in the L2 cache; strips of kRows rows
 // of a, [kRows, kDepth], into L1. A tile of kRows by kPanel sums is then kept in registers over all of kDepth.

@@ -181,6 +181,19 @@ struct Vec {
     return small ? p * x * x : (e - splat(1.0f)) - x;
   }
 
+  // body(i, load, store) for every W of n numbers and then for what is left of them, where load fills up with zeros.
+  template <class Body>
+  static GADCORE_INLINE void over(int64_t n, Body body) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) body(i, [](const float* p) GADCORE_LAMBDA { return load(p); },
+                                    [](float* p, F v) GADCORE_LAMBDA { store(p, v); });
+    if (i < n) {
+      const int64_t rest = n - i;
+      body(i, [rest](const float* p) GADCORE_LAMBDA { return load_tail(p, rest, 0.0f); },
+           [rest](float* p, F v) GADCORE_LAMBDA { store_tail(p, rest, v); });
+    }
+  }
+
   static constexpr float kLowest = -87.3f;
 };
 

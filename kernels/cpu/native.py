@@ -50,8 +50,8 @@ def choose(op: str, impl: str, tensor: Tensor) -> Literal["reference", "cpu"]:
             # Shapes only: whatever the op's name, no implementation runs.
             return "cpu" if fits or tensor.dtype in OPS[op].triton else "reference"
         return "cpu" if fits and tensor.device.type == "cpu" and available(native_op(op)) else "reference"
-    if impl != "cpu":
-        names = ["auto", "reference", "cpu", *(["triton"] if OPS[op].triton else [])]
+    if impl != "cpu" or not OPS[op].cpu:
+        names = ["auto", "reference", *(name for name in ("cpu", "triton") if getattr(OPS[op], name))]
         raise ValueError(f"{op}: impl must be one of {', '.join(names)}, is {impl!r}")
     if not fits:
         raise ValueError(f"{op}: impl={impl!r} computes in {', '.join(map(str, OPS[op].cpu))}, got {tensor.dtype}")

@@ -32,7 +32,10 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-IMPLS = [("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+IMPLS = [
+    pytest.param("cpu", torch.float32, marks=pytest.mark.native),
+    *(("reference", dtype) for dtype in (torch.float32, torch.float64)),
+]
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPLS)
@@ -66,6 +69,7 @@ def test_swiglu(impl, dtype, shape) -> None:
     assert_close(up.grad, u.grad, dtype)
 
 
+@pytest.mark.native
 def test_swiglu_of_extreme_gates() -> None:
     gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 1e4], requires_grad=True)
     y = swiglu(gate, torch.ones(6), impl="cpu")
@@ -104,6 +108,7 @@ def test_rotary_refuses_what_does_not_fit(shape) -> None:
         rotary(torch.ones(shape), torch.ones(6, 8), torch.ones(6, 8))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads) -> None:
     def run():
@@ -122,6 +127,7 @@ def test_threads_change_no_bit(threads) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.native
 def test_strided_rows_and_what_does_not_fit() -> None:
     x = torch.randn(6, 20)[:, ::2]
     torch.testing.assert_close(

@@ -242,6 +242,7 @@ def test_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason, once as a warning where it was not asked for by name, and as an error where it was."""
     for function in (native._load, native.why_missing, native._notice):
         function.cache_clear()
+    monkeypatch.delenv("GADCORE_NO_NATIVE", raising=False)
     monkeypatch.setattr(native, "LIBRARY", native.LIBRARY.with_name("nowhere.so"))
     try:
         with pytest.warns(UserWarning, match="nowhere.so was not built: build it with"):

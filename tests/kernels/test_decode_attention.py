@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels.cpu import native
 from tests.support.kernel_grid import F64
 
-pytestmark = pytest.mark.skipif(
-    native.why_missing("cpu_decode_attention") is not None, reason="the native library was not built"
-)
+pytestmark = pytest.mark.native
 
 # A request: the blocks that it begins with, by name (requests with equal names share them), and its length in keys.
 Request = tuple[str, int]

@@ -1,4 +1,4 @@
-"""cpu_decode_layer and cpu_rotate_into_cache against the layer and the cache written out in float64."""
+"""cpu_decode_layer against the layer and the cache written out in float64."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels.cpu import native
 from tests.support.kernel_grid import F64
 
-pytestmark = pytest.mark.skipif(native.why_missing("cpu_decode_layer") is not None, reason="no native library")
+pytestmark = pytest.mark.native
 
 HEADS, KEY_HEADS, WIDTH, BLOCK, HIDDEN, INNER = 6, 2, 32, 32, 40, 56
 EPS = 1e-5, 1e-6
@@ -125,22 +124,21 @@ def test_a_token_without_a_slot_is_kept_nowhere() -> None:
 
 def test_what_is_refused() -> None:
     good = problem(biased=False)
-    inputs = {
-        "qkv": randn(3, (HEADS + 2 * KEY_HEADS) * WIDTH, seed=1),
-        **{name: good[name] for name in ("positions", "cos_sin", "kv_cache", "slots")},
-    }
+    norm_before, of_qkv, *others = good["weights"]
 
-    def refused(match: str, **changed: Tensor) -> None:
+    def refused(match: str, **changed: Any) -> None:
         with pytest.raises(RuntimeError, match=match):
-            torch.ops.gadcore.cpu_rotate_into_cache(*{**inputs, **changed}.values())
+            run({**good, **changed})
 
     refused("kv_cache must be contiguous float32", kv_cache=good["kv_cache"].double())
     refused("with an even D", kv_cache=torch.empty(7, KEY_HEADS, BLOCK, 6))
-    refused(r"qkv must be contiguous float32 \[M, \(Hq \+ 2 \* 2\) \* 32\]", qkv=inputs["qkv"][:, : 4 * WIDTH])
+    refused(
+        r"qkv must be contiguous float32 \[M, \(Hq \+ 2 \* 2\) \* 32\]",
+        weights=[norm_before, of_qkv[: 4 * WIDTH], *others],
+    )
     refused(r"positions and slots must be contiguous int64 \[3\]", positions=good["positions"].int())
     refused(r"positions and slots must be contiguous int64 \[3\]", slots=good["slots"][:2])
     refused(r"cos_sin must be contiguous float32 \[positions, 32\]", cos_sin=good["cos_sin"][:, :16])
     refused(r"positions\[0\] must be 0 to 69, is 70", cos_sin=good["cos_sin"][:70])
     refused(r"slots\[2\] must be below 224, is 224", slots=torch.tensor([1, 2, 224]))
-    with pytest.raises(RuntimeError, match="takes 6 weights and 4 biases, got 5 and 4"):
-        run({**good, "weights": good["weights"][:5]})
+    refused("takes 6 weights and 4 biases, got 5 and 4", weights=good["weights"][:5])

@@ -98,6 +98,7 @@ def level(request):
 
 
 # Around the 6 rows and 64 columns of a tile, the 768 columns of a block and the 208 rows of a depth.
+@pytest.mark.native
 @pytest.mark.parametrize("tokens", [0, 1, 3, 207, 208, 209, 450])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 63), (6, 64), (7, 65), (13, 769), (40, 900)])
 def test_weight_gradient(level, tokens, n, k) -> None:
@@ -109,6 +110,7 @@ def test_weight_gradient(level, tokens, n, k) -> None:
     assert_close(weight_gradient(grad, columns), grad.double().T @ columns.double())
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("level", ["wide"], indirect=True)
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit_of_a_weight_gradient(level, threads) -> None:
@@ -123,6 +125,7 @@ def test_threads_change_no_bit_of_a_weight_gradient(level, threads) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("tokens", [0, 3, 209])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 65), (13, 769)])
 def test_a_weight_gradient_that_is_added(level, tokens, n, k) -> None:
@@ -132,6 +135,7 @@ def test_a_weight_gradient_that_is_added(level, tokens, n, k) -> None:
         assert_close(into, before.double() + grad.double().T @ x.double())
 
 
+@pytest.mark.native
 def test_what_no_weight_gradient_can_be_added_to() -> None:
     with pytest.raises(RuntimeError, match=r"into must be float32 \[3, 6\], is Float \[6, 3\]"):
         torch.ops.gadcore.cpu_add_weight_gradient(torch.ones(6, 3), torch.ones(4, 3), torch.ones(4, 6))
@@ -145,6 +149,7 @@ def twice(forward, inputs: list[Tensor], weights: list[Tensor]) -> tuple[list[Te
     return [w.grad for w in weights], places == [w.grad.data_ptr() for w in weights]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("op", ["linear", "gated_mlp"])
 def test_later_passes_add_in_place(op) -> None:
     def weights() -> list[Tensor]:
@@ -173,6 +178,7 @@ def test_a_weight_that_is_no_leaf_gets_its_gradient_from_autograd() -> None:
     assert_close(leaf_weight.grad, 4 * leaf(5, 4, seed=1).detach().double().sum(0).expand(7, 4))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 33), (300,)])
 @pytest.mark.parametrize(("hidden", "inner", "out"), [(4, 7, 4), (48, 130, 48), (20, 9, 5)])
 @pytest.mark.parametrize("onednn", [False, True])
@@ -194,6 +200,7 @@ def test_gated_mlp(monkeypatch, shape, hidden, inner, out, onednn) -> None:
         assert_close(actual.grad, other.grad)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("frozen", range(4))
 def test_gated_mlp_with_frozen_operands(frozen) -> None:
     operands = [leaf(5, 4), leaf(7, 4), leaf(7, 4), leaf(4, 7)]
@@ -202,6 +209,7 @@ def test_gated_mlp_with_frozen_operands(frozen) -> None:
     assert [t.grad is None for t in operands] == [i == frozen for i in range(4)]
 
 
+@pytest.mark.native
 def test_gated_mlp_refuses_what_it_does_not_compute() -> None:
     with pytest.raises(ValueError, match="gated_mlp: up must be float32 on the CPU, is torch.float64 on cpu"):
         gated_mlp(leaf(5, 4), leaf(7, 4), leaf(7, 4, dtype=torch.float64), leaf(4, 7))

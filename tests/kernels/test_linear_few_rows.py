@@ -10,7 +10,10 @@ from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, decoding_linear, linea
 from tests.support.kernel_grid import F64, RECORD
 
 
-@pytest.mark.parametrize(("impl", "dtype"), [("reference", F64), ("reference", torch.float32), ("cpu", torch.float32)])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("reference", F64), ("reference", torch.float32), pytest.param("cpu", torch.float32, marks=pytest.mark.native)],
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 33, 64])
 @pytest.mark.parametrize(("inner", "outer"), [(1, 1), (7, 5), (64, 48), (100, 33), (577, 130), (576, 1536)])
@@ -26,6 +29,7 @@ def test_against_float64(inner: int, outer: int, rows: int, with_bias: bool, imp
     RECORD.check("linear_few_rows", impl, dtype, [(actual, truth)], [])
 
 
+@pytest.mark.native
 def test_weights_of_any_strides() -> None:
     x, weight = torch.randn(5, 24), torch.randn(24, 40).T
     torch.testing.assert_close(linear_few_rows(x, weight, impl="cpu"), F.linear(x, weight), rtol=1e-5, atol=1e-5)
@@ -43,6 +47,7 @@ def test_auto_takes_what_the_native_op_does_not() -> None:
     assert linear_few_rows(torch.randn(3, 6).bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.native
 def test_what_is_refused() -> None:
     weight = torch.randn(9, 6)
     with pytest.raises(ValueError, match="takes 1 to 64 rows, got 65"):
@@ -55,6 +60,7 @@ def test_what_is_refused() -> None:
         linear_few_rows(torch.randn(3, 6), weight, impl="triton")
 
 
+@pytest.mark.native
 def test_the_decoding_layer_computes_the_same_for_any_number_of_rows() -> None:
     linear = decoding_linear()
     weight, bias = torch.randn(33, 24), torch.randn(33)

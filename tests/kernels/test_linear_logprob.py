@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gadcore.kernels import linear_logprob as module
 from gadcore.kernels.linear_logprob import linear_logprob
+from tests.support.grid_checks import check_linear_logprob
+from tests.support.kernel_grid import HEAD_CASES
 
 F64 = torch.float64
 CHUNK, HIDDEN, VOCAB = 4, 3, 7
@@ -131,3 +133,19 @@ def test_without_gradients_nothing_changes() -> None:
     with torch.no_grad():
         logprob = linear_logprob(hidden, weight, targets, bias=bias)
     assert not logprob.requires_grad and torch.equal(logprob, expected)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("wanted", [False, True])
+def test_products_of_bfloat16_by_either_way(wanted: bool) -> None:
+    """Through float32 copies, and by the product that CPUs with matrix instructions take."""
+    choose = torch.ops.gadcore._cpu_bf16_products
+    try:
+        try:
+            choose(wanted)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        for case in HEAD_CASES[::7]:
+            check_linear_logprob(case, "cpu", torch.bfloat16)
+    finally:
+        choose(None)

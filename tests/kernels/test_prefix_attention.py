@@ -15,7 +15,7 @@ from gadcore.kernels.prefix_attention import prefix_attention
 from tests.support.kernel_grid import F64, RECORD, gradients, pairs, weighted
 
 F32 = torch.float32
-IMPLS: list[tuple[Impl, torch.dtype]] = [("reference", F64), ("reference", F32), ("cpu", F32)]
+IMPLS = [("reference", F64), ("reference", F32), pytest.param("cpu", F32, marks=pytest.mark.native)]
 implementations = pytest.mark.parametrize(("impl", "dtype"), IMPLS)
 
 
@@ -123,12 +123,14 @@ def test_against_float64(case: Case, impl: Impl, dtype: torch.dtype) -> None:
     check(case, impl, dtype, *case.inputs(dtype))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("window", [None, 1800])
 def test_a_long_prompt_and_a_long_response(window: int | None) -> None:
     case = Case((2048,), ((1536, 3),), (2, 1), 16, window)
     check(case, "cpu", F32, *case.inputs(F32))
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("level", ["scalar", "baseline", "avx2", "wide", "avx512"])
 @pytest.mark.parametrize("width", [20, 64])
 def test_every_instruction_set(level: str, width: int) -> None:
@@ -200,6 +202,7 @@ def bits(layout: PrefixLayout, given: list[Tensor], upstream: Tensor, window: in
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(("prompt", "response", "window"), [(150, 37, None), (5, 131, None), (129, 64, 100)])
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (7, 7)])
 def test_a_response_has_the_same_bits_wherever_it_lies(
@@ -227,6 +230,7 @@ def test_a_response_has_the_same_bits_wherever_it_lies(
 
 
 # The native op cuts the group of the last case into four parts, some within a response, for every key head.
+@pytest.mark.native
 @pytest.mark.parametrize(
     "case",
     [Case(*RAGGED, (9, 3), 64), Case(*LONG, (3, 1), 20, 140), Case((300,), ((90, 150, 5, 128),), (9, 3), 64)],
@@ -247,6 +251,7 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case) -> None:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.native
 def test_what_the_native_op_refuses() -> None:
     given = inputs(6, 2, 1, 8, F32)
     op = torch.ops.gadcore.cpu_prefix_attention

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gadcore.kernels import dispatch
 from gadcore.kernels.bt_score import bt_score
@@ -16,7 +24,9 @@ from gadcore.kernels.grpo_ratio_loss import grpo_ratio_loss
 from gadcore.kernels.layout import GroupLayout, PrefixLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
+from gadcore.kernels.ops import OPS, module_of
 from gadcore.kernels.prefix_attention import prefix_attention
+from tests.support.grid_checks import GRIDS
 
 T, H, V = 6, 8, 11
 LAYOUT = GroupLayout.of([2, 1], teacher=False, lengths=[3, 1, 2])
@@ -48,30 +58,49 @@ def grpo(hidden: Tensor, weight: Tensor, device: str = "cpu", layout: GroupLayou
     ).loss
 
 
-OPS: dict[str, Callable[[], tuple]] = {
-    "linear_logprob": lambda: (leaf(T, H), leaf(V, H), leaf(V), targets(), 0.8, True, "cpu"),
-    "linear_grpo_loss": lambda: (
-        *(leaf(T, H), leaf(V, H), leaf(V), targets(), torch.ones(T), torch.full((T,), -2.0), None),
-        *(0.8, 0.2, 0.2, 0.1, 6.0, True, True, True, True, "cpu"),
-    ),
-    "grpo_ratio_loss": lambda: (leaf(T), torch.ones(T), None, torch.zeros(T), 0.2, 0.2, 0.0, 6.0, "cpu"),
-    "bt_score": lambda: (
-        *(leaf(T, H), torch.tensor([1, 3, 5]), leaf(H), leaf(1)),
-        *(torch.tensor([0, 3]), torch.tensor([True]), 2.0, "cpu"),
-    ),
+# Arguments of ops that have no grid; the others get those of its cases.
+ARGUMENTS: dict[str, Callable[[], tuple]] = {
     "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None),
     "prefix_attention": lambda: (
         *(leaf(T, 4, H), leaf(T, 2, H), leaf(T, 2, H), PACKED.offsets, PACKED.prompt_of),
         *(0.5, 2, PACKED.longest, "cpu"),
     ),
+    "rms_norm": lambda: (leaf(T, H), leaf(H), 1e-5, 1.0),
+    "rotary": lambda: (leaf(T, 2, H), leaf(T, H).detach(), leaf(T, H).detach(), False),
+    "swiglu": lambda: (leaf(T, H), leaf(T, H)),
 }
 
 
-@pytest.mark.parametrize("name", OPS)
+class Arguments(TorchDispatchMode):
+    """Keeps the arguments of the first call of torch.ops.gadcore.<op>, as leaves where they have a gradient."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op, self.found = getattr(torch.ops.gadcore, op).default, ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.op and not self.found:
+            self.found = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def of_grid(op: str) -> Iterator[tuple]:
+    """Arguments of `op` in a few cases of its grid."""
+    cases = GRIDS[op].cases
+    for case in cases[:: max(1, len(cases) // 6)]:
+        with Arguments(op) as arguments:
+            GRIDS[op].check(*case, "cpu", torch.float32)
+        yield arguments.found
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", [op for op, of in OPS.items() if of.cpu and of.passes])
 def test_opcheck(name: str) -> None:
     """Schema, autograd registration, fake tensors and AOT dispatch, by torch's own checker."""
-    op = getattr(torch.ops.gadcore, name).default
-    torch.library.opcheck(op, OPS[name]())
+    importlib.import_module(module_of(name))
+    for arguments in of_grid(name) if OPS[name].grid else [ARGUMENTS[name]()]:
+        assert arguments
+        torch.library.opcheck(getattr(torch.ops.gadcore, name).default, arguments)
 
 
 def test_meta_tensors() -> None:
@@ -116,6 +145,7 @@ def test_compiled_without_a_graph_break_gives_the_same_loss_and_gradients() -> N
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.native
 def test_gradients_are_handed_out_once_and_not_copied() -> None:
     hidden, weight = leaf(T, H), leaf(V, H)
     loss = grpo(hidden, weight)
@@ -174,7 +204,7 @@ def test_what_does_not_fit_is_refused_by_name(impl: dispatch.Impl) -> None:
             call()
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=pytest.mark.native)])
 def test_a_target_outside_the_vocabulary_is_an_error(impl: dispatch.Impl) -> None:
     wrong = torch.tensor([0, V, 1, 2, 3, 4])
     with pytest.raises((RuntimeError, IndexError)):
@@ -195,6 +225,41 @@ def test_an_implementation_asked_for_by_name_and_not_there_raises(monkeypatch: p
     monkeypatch.setattr(native, "why_missing", lambda op: "it was not built")
     with pytest.raises(RuntimeError, match="cpu_linear_logprob is not available: it was not built"):
         linear_logprob(hidden, weight, targets(), impl="cpu")
+
+
+def test_the_reason_for_a_missing_library_is_said_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a warning where the library was not asked for by name, and as an error where it was."""
+    hidden, weight = leaf(T, H), leaf(V, H)
+    native._notice.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    monkeypatch.delenv("GADCORE_NO_NATIVE", raising=False)
+    monkeypatch.setattr(native, "_unusable", native._load())
+    try:
+        with pytest.warns(UserWarning, match=r"_native\.so was not built"):
+            linear_logprob(hidden, weight, targets())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            linear_logprob(hidden, weight, targets())
+        with pytest.raises(RuntimeError, match="was not built: build it with"):
+            linear_logprob(hidden, weight, targets(), impl="cpu")
+        native.LIBRARY.write_bytes(b"not a library")
+        monkeypatch.setattr(native, "_unusable", native._load())
+        with pytest.raises(RuntimeError, match="cannot be loaded"):
+            linear_logprob(hidden, weight, targets(), impl="cpu")
+    finally:
+        native._notice.cache_clear()
+
+
+def test_without_native_code_every_op_takes_its_reference_and_says_nothing() -> None:
+    """GADCORE_NO_NATIVE=1 in a process of its own: what was loaded here would stay."""
+    code = (
+        "import torch; from gadcore.kernels import dispatch; from gadcore.kernels.ops import OPS\n"
+        "print({dispatch.choose(op, 'auto', torch.ones(2)) for op, of in OPS.items() if of.passes})"
+    )
+    environment = os.environ | {"GADCORE_NO_NATIVE": "1"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "{'reference'}", done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:native CPU ops are not in use")

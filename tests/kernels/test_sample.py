@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gadcore.kernels.cpu import native
 from tests.support.kernel_grid import F64
 
-pytestmark = pytest.mark.skipif(native.why_missing("cpu_sample") is not None, reason="no native library")
+pytestmark = pytest.mark.native
 
 # The last number below 1 that torch.rand gives.
 HIGHEST = 1 - 2**-24

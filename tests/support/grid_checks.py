@@ -1,8 +1,9 @@
-"""What every implementation of every kernel is checked for, case by case; see kernel_grid.py."""
+"""What every implementation of every op is checked for, case by case; see kernel_grid.py. GRIDS is the list of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,16 @@ from gadcore.kernels.bt_score import bt_score
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_ratio_loss
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
+from gadcore.kernels.ops import OPS
 from tests.support.kernel_grid import (
     F64,
     GROUP_CASES,
+    GRPO_CASES,
+    HEAD_CASES,
+    RATIO_CASES,
+    RATIO_TOKENS,
     RECORD,
+    WIDTHS,
     GroupCase,
     HeadCase,
     RatioCase,
@@ -219,3 +226,26 @@ def check_tied_weights(impl: Any, dtype: torch.dtype, device: str = "cpu") -> No
     (actual,) = gradients(loss(to(device, weight)), weight)
     (expected,) = gradients(total / 19 + truth.mean(), leaf)
     RECORD.check("tied weights", impl, dtype, [], [(actual, expected)])
+
+
+class Grid(NamedTuple):
+    """check(*case, impl, dtype, device) for every case."""
+
+    cases: list[tuple[Any, ...]]
+    check: Callable[..., None]
+
+
+# By op: those that gadcore.kernels.ops promises a grid for.
+GRIDS = {
+    "linear_logprob": Grid([(case,) for case in HEAD_CASES], check_linear_logprob),
+    "linear_grpo_loss": Grid(GRPO_CASES, check_linear_grpo_loss),
+    "grpo_ratio_loss": Grid([(n, ratio) for n in RATIO_TOKENS for ratio in RATIO_CASES], check_grpo_ratio_loss),
+    "bt_score": Grid([(case, width) for case in GROUP_CASES for width in WIDTHS], check_bt_score),
+}
+
+
+def dtypes_of(op: str, impl: str) -> list[torch.dtype]:
+    """What an implementation of an op is checked in; the reference in float64 and in whatever any other takes."""
+    if impl == "reference":
+        return [F64, *dict.fromkeys((*OPS[op].triton, *OPS[op].cpu))]
+    return list(getattr(OPS[op], impl))

@@ -1,4 +1,4 @@
-"""The grid that every implementation of every kernel is held to: cases, their float64 truth, a record of errors.
+"""The grid that every implementation of every op is held to: cases, their float64 truth, a record of errors.
 
 A case makes its inputs in a dtype; the truth is computed in float64 from the inputs as they were rounded to it. An
 error is the largest absolute difference over the largest absolute value of the truth; for results, which have a
@@ -20,7 +20,6 @@ from torch import Tensor
 from gadcore.kernels.layout import GroupLayout
 
 F64 = torch.float64
-KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RATIO_TOKENS = [1, 7, 256, 1031]
 WIDTHS = [1, 33, 576]
 # Forward results are float32 whatever comes in; gradients are rounded to the inputs' dtype, and kernels may round d
