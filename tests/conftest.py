@@ -12,8 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without what only makes a CPU faster, tests of that have nothing to test."""
-    if os.environ.get("GADCORE_NO_NATIVE") != "1":
-        return
+    from gadcore.kernels.cpu import native
+
+    reason = native.why_missing("cpu_linear_logprob")
     for item in items:
-        if item.get_closest_marker("native"):
-            item.add_marker(pytest.mark.skip(reason="GADCORE_NO_NATIVE=1"))
+        if reason is not None and item.get_closest_marker("native"):
+            item.add_marker(pytest.mark.skip(reason=reason))

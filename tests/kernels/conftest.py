@@ -1,5 +1,4 @@
-"""Skips what needs a native library that is not there; prints what the grid found, and keeps it with
-GADCORE_GRID_JSON=FILE."""
+"""Prints what the grid found, and with GADCORE_GRID_JSON=FILE keeps it."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from gadcore.kernels.cpu import native
 from tests.support.importable import make_bench_importable
 from tests.support.kernel_grid import RECORD
 
@@ -19,13 +17,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import bench.offline.interpreter  # noqa: F401
 
 _started = time.monotonic()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = native.why_missing("cpu_linear_logprob")
-    for item in items:
-        if reason is not None and item.get_closest_marker("native"):
-            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
