@@ -74,13 +74,15 @@ def build_case(
     from gadcore.plan.machine import find
     from gadcore.plan.memory import Case
     from gadcore.plan.workload import read_workload
+    from gadcore.rollout.engine import engine_class
 
     machine = find(plan.machine, threads, plan.assume)
     student = read_dimensions(config.student.model)
     name = config.discriminator.model
     discriminator = student if name in ("student", config.student.model) else read_dimensions(name)
-    if machine.ranks > 1 and config.rollout.engine == "hf":
-        raise UserError(f'rollout.engine = "hf" samples on one device, {machine.name} has {machine.ranks}: use "vllm"')
+    engine = config.rollout.engine
+    if machine.ranks > 1 and not engine_class(config).spans_ranks:
+        raise UserError(f'rollout.engine = "{engine}" samples on one device, {machine.name} has {machine.ranks}')
     work, items = read_workload(config, plan, counted)
     return Case(config, student, discriminator, machine, work), [*items, *machine.figures.listed()]
 

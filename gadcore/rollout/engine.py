@@ -40,9 +40,11 @@ class Engine(ABC):
     shared: generate() computes with the trainer's own weights.
     """
 
-    # Whether it holds a key-value cache, and perhaps weights, between calls; and samples many prompts at once.
+    # Whether it holds a key-value cache, and perhaps weights, between calls; samples many prompts at once; and can be
+    # one sampler over several ranks.
     holds_memory: ClassVar[bool] = False
     batches_prompts: ClassVar[bool] = False
+    spans_ranks: ClassVar[bool] = False
 
     shared: bool = True
 

@@ -64,6 +64,7 @@ class VLLMEngine(Engine):
 
     holds_memory = True
     batches_prompts = True
+    spans_ranks = True
 
     @classmethod
     def shares_weights(cls, config: Config, device: str) -> bool:
