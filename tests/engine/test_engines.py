@@ -17,6 +17,7 @@ from gadcore.rollout.hf import HFEngine
 from gadcore.rollout.weights import PlainWeights, fingerprint
 from tests.support.builders import TEMPLATE, groups
 from tests.support.engines import wake_with
+from tests.support.reads import device_reads
 from tests.support.tiny import save_tiny
 
 VARIANTS = [("llama", True), ("llama", False), ("qwen2", True)]
@@ -166,6 +167,9 @@ def test_unshared_weights_are_copied_and_cast(tmp_path) -> None:
         engine.update_weights(PlainWeights(model))
     wake_with(engine, model)
     assert all(torch.equal(engine.weights()[n], p.bfloat16()) for n, p in model.named_parameters())
+    with device_reads() as reads:
+        engine.update_weights(PlainWeights(model))
+    assert reads == {"equal": 1}, "the proof that all weights arrived is one read"
     engine.close()
 
 

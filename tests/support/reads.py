@@ -15,6 +15,7 @@ READS = (
     "tolist",
     "cpu",
     "numpy",
+    "equal",
     "__bool__",
     "__int__",
     "__float__",
