@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from bench.paper.gates import GATES, Gate, scored
+from bench.paper.gates import GATES, Gate, outcomes
 from bench.paper.language import Language
 from bench.paper.language_runs import Experiment
 from bench.paper.mixture import TEACHERS
@@ -38,7 +38,7 @@ def language() -> list[dict]:
 def test_mixture(mixture, gate) -> None:
     if not ALL and not set(gate.arms) <= set(QUICK):
         pytest.skip("the frozen D takes another minute: set GADCORE_PAPER_GATES=all")
-    assert scored(gate, mixture) == {0: True}
+    assert outcomes(gate, mixture) == {0: True}
 
 
 @pytest.mark.slow
@@ -46,4 +46,4 @@ def test_mixture(mixture, gate) -> None:
 @pytest.mark.skipif(not ALL, reason="takes five minutes or more: set GADCORE_PAPER_GATES=all")
 @pytest.mark.parametrize("gate", [g for g in GATES if g.experiment == "language" and g.required], ids=ids)
 def test_language(language, gate) -> None:
-    assert scored(gate, language) == {0: True}
+    assert outcomes(gate, language) == {0: True}
