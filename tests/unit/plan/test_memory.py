@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, ScheduleSettings, VLLMRollout
+from gadcore.config.settings import AlgorithmSettings, Config, HFRollout, MemorySettings, ScheduleSettings, VLLMRollout
 from gadcore.memory.holdings import NEEDS
 from gadcore.plan.memory import Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
 from gadcore.plan.planning import advise, as_given, make_plan, utilisation
@@ -35,6 +35,15 @@ def test_holdings_are_what_the_settings_say() -> None:
     assert holdings(case, replace(CHOICE, tensor_parallel=2))["engine.weights"] == 3200.0
     without = replace(case, config=config(algorithm=AlgorithmSettings(kl_coef=0.0)))
     assert holdings(without, CHOICE)["reference.parameters"] == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_an_engine_on_the_trainers_weights_holds_nothing(kind: str) -> None:
+    case = round_case(kind=kind, config=config(rollout=HFRollout()))
+    assert case.sequences_at_once == case.work.samples
+    for plan in (as_given(case), make_plan(case)):
+        assert plan.fits and plan.choice.kv_bytes == 0
+        assert not {name for name in plan.memory["rollout"].held if name.startswith("engine.")}
 
 
 def test_with_offload_a_state_holds_what_it_needs() -> None:
