@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+# Begins the name of a folder that is not whole yet, or no longer.
+TEMPORARY = ".tmp-"
 
 
 def write_whole(path: Path, content: str | bytes, *, errors: str = "strict", synced: bool = False) -> None:
@@ -27,6 +32,12 @@ def write_whole(path: Path, content: str | bytes, *, errors: str = "strict", syn
     os.replace(partial, path)
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a JSONL file whole, a line a row. Half of a surrogate pair becomes its JSON escape."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, lines, errors="backslashreplace")
+
+
 @contextmanager
 def whole_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """An empty folder beside `path`, to be filled: it becomes `path` as the block ends, and is deleted if that fails.
@@ -35,7 +46,7 @@ def whole_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     and what a killed process left there is replaced.
     Raises OSError where `path` is there by the end of the block, unless it is an empty folder.
     """
-    partial = path.with_name(f"{path.name}.partial" + (f"-{uuid.uuid4().hex}" if shared else ""))
+    partial = path.with_name(TEMPORARY + path.name + (f"-{uuid.uuid4().hex}" if shared else ""))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -43,6 +54,24 @@ def whole_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_link(link: Path, target: Path) -> None:
+    """Makes `link` a relative symbolic link to `target`; its folder is made. There is the old link or the new one."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    new = link.with_name(f".{link.name}-{os.getpid()}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+    os.replace(new, link)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of <path>-2, <path>-3, .. that does not exist."""
+    candidate, count = path, 1
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.name}-{count}")
+    return candidate
 
 
 def sync(path: Path) -> None:

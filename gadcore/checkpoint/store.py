@@ -28,13 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gadcore.errors import UserError
-from gadcore.files import checksum, sync
+from gadcore.files import TEMPORARY, checksum, free_name, sync, whole_folder
 
 JSON = Any
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
 
 _NAME = re.compile(r"step-(\d{6,})(\.replaced)?")
@@ -82,22 +81,25 @@ def save(
             raise ValueError(f"{name!r} cannot be a file name")
     state_bytes = json.dumps(dict(state)).encode()
     target = at(root, step)
-    temporary = root / f"{TEMPORARY}{target.name}"
+    replaced = target.with_name(target.name + REPLACED)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _clean(root)
-        temporary.mkdir()
-        _write(temporary, step, tensors, state_bytes)
-        _put_in_place(root, temporary, target, step)
+        try:
+            with whole_folder(target) as folder:
+                _write(folder, step, tensors, state_bytes)
+                _make_room(root, target, step)
+        except OSError:
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            raise
+        sync(root)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write checkpoint {target}: {_reason(error)}; earlier checkpoints are untouched: free some space "
             "or make the folder writable, then resume"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     try:
-        replaced = root / (target.name + REPLACED)
         if replaced.exists():
             _delete(replaced)
         for found_step, path in _checkpoints(root)[keep:]:
@@ -159,23 +161,16 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
     sync(folder)
 
 
-def _put_in_place(root: Path, temporary: Path, target: Path, step: int) -> None:
+def _make_room(root: Path, target: Path, step: int) -> None:
+    """Renames what the new checkpoint of a step must not meet: those of later steps, and one of the same step."""
     for found_step, path in _checkpoints(root):
         if found_step > step:
-            kept = _free_name(root / f"abandoned-{path.name}")
+            kept = free_name(root / f"abandoned-{path.name}")
             path.rename(kept)
             _log.warning("checkpoint %s is of a later step than the %d now saved: kept as %s", path, step, kept)
-    replaced = target.with_name(target.name + REPLACED)
     if target.exists():
         # Under its second name the old one still counts, should a kill come between the two renames.
-        target.rename(replaced)
-    try:
-        temporary.rename(target)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(target)
-        raise
-    sync(root)
+        target.rename(target.with_name(target.name + REPLACED))
 
 
 def _clean(root: Path) -> None:
@@ -256,14 +251,6 @@ def _separate(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             end[storage] = tensor.data_ptr() + tensor.nbytes
     return result
-
-
-def _free_name(path: Path) -> Path:
-    candidate, count = path, 1
-    while candidate.exists():
-        count += 1
-        candidate = path.with_name(f"{path.name}-{count}")
-    return candidate
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.errors import UserError
-from gadcore.files import write_whole
+from gadcore.files import write_jsonl, write_whole
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_responses(path: Path) -> list[ResponseRow]:
 
 def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
     """Writes all rows in one move, so that the file is whole or not there."""
-    write_whole(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    write_jsonl(path, map(asdict, rows))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
-from gadcore.files import write_whole
+from gadcore.files import free_name, replace_link, write_jsonl, write_whole
 from gadcore.record.tracking import MetricsLog
 
 RUNS = Path("runs")
@@ -76,13 +75,12 @@ class RunFolder:
         """Writes the settings that a resumed run goes on with; the ones before are kept as config-<step>.toml."""
         current, kept = self.path / "config.toml", dump(config.started_new())
         if current.read_text(encoding="utf-8") != kept:
-            os.replace(current, self.path / f"config-{step:06d}.toml")
+            current.replace(self.path / f"config-{step:06d}.toml")
             self._write("config.toml", kept)
         _point_latest(self.path)
 
     def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._write(f"evaluations/{name}.jsonl", lines)
+        write_jsonl(self.path / "evaluations" / f"{name}.jsonl", rows)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -93,20 +91,10 @@ class RunFolder:
 
 
 def _fresh(name: str) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = RUNS / f"{name}-{stamp}"
-    count = 1
-    while path.exists():
-        count += 1
-        path = RUNS / f"{name}-{stamp}-{count}"
-    return path
+    return free_name(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _point_latest(path: Path) -> None:
     if LATEST.exists() and not LATEST.is_symlink():
         raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
-    RUNS.mkdir(exist_ok=True)
-    new = LATEST.with_name(f".latest-{os.getpid()}")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.relpath(path.resolve(), RUNS.resolve()))
-    os.replace(new, LATEST)
+    replace_link(LATEST, path)

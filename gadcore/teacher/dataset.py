@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gadcore.files import write_whole
+from gadcore.files import write_jsonl
 from gadcore.teacher.prompts import Messages, PromptRow, asked_messages
 from gadcore.teacher.settings import CollectConfig
 from gadcore.teacher.store import ChatRequest, Reply, ReplyStore
@@ -58,7 +58,7 @@ def write_rows(
     that ended for a reason other than "stop", always.
     """
     collected = Collected(len(prompts), len(prompts) - len(requests))
-    lines: dict[str, list[str]] = {"train": [], "eval": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     for key, (row, _) in requests.items():
         stored = store.row(key)
         if stored is None:
@@ -70,14 +70,14 @@ def write_rows(
         if not _kept(config, reply) or not text.strip():
             continue
         split = "eval" if _share_of(row.messages) < config.output.eval_share else "train"
-        lines[split].append(json.dumps(_row(config, row, text), ensure_ascii=False) + "\n")
+        rows[split].append(_row(config, row, text))
         collected.prompt_chars.append(sum(len(m["content"]) for m in row.messages))
         collected.response_chars.append(len(text))
-    collected.train, collected.eval = len(lines["train"]), len(lines["eval"])
+    collected.train, collected.eval = len(rows["train"]), len(rows["eval"])
     folder = store.path.parent
-    write_whole(folder / "train.jsonl", "".join(lines["train"]))
+    write_jsonl(folder / "train.jsonl", rows["train"])
     if config.output.eval_share:
-        write_whole(folder / "eval.jsonl", "".join(lines["eval"]))
+        write_jsonl(folder / "eval.jsonl", rows["eval"])
     else:
         # One of an earlier call would hold rows that are in train.jsonl now.
         (folder / "eval.jsonl").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import xxhash
 
 from gadcore import files
-from gadcore.files import checksum, whole_folder, write_whole
+from gadcore.files import TEMPORARY, checksum, free_name, replace_link, whole_folder, write_jsonl, write_whole
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -57,8 +58,8 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, shared: bool) -> Non
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / "folder.partial").mkdir()
-    (tmp_path / "folder.partial" / "old").touch()
+    (tmp_path / f"{TEMPORARY}folder").mkdir()
+    (tmp_path / f"{TEMPORARY}folder" / "old").touch()
     with whole_folder(tmp_path / "folder") as work:
         (work / "new").touch()
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]
@@ -71,6 +72,29 @@ def test_of_two_that_share_a_folder_the_first_stays(tmp_path: Path) -> None:
         with whole_folder(path, shared=True) as early:
             (early / "early").touch()
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["early"]
+
+
+def test_rows_keep_every_text(tmp_path: Path) -> None:
+    rows = [{"text": "ä \u2028 \ud800", "number": 0.5}, {}]
+    write_jsonl(tmp_path / "rows", rows)
+    assert [json.loads(line) for line in (tmp_path / "rows").read_text().split("\n")[:-1]] == rows
+
+
+def test_a_link_moves_on_and_is_relative(tmp_path: Path) -> None:
+    link = tmp_path / "runs" / "latest"
+    for name in ("one", "two"):
+        replace_link(link, tmp_path / "runs" / name)
+        assert os.readlink(link) == name
+    assert os.listdir(link.parent) == ["latest"]
+
+
+def test_a_free_name_counts_on(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        path = free_name(tmp_path / "run")
+        path.mkdir()
+        names.append(path.name)
+    assert names == ["run", "run-2", "run-3"]
 
 
 def test_checksums(tmp_path: Path) -> None:
