@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, read_json, write_json
+from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, write_json
 from gadcore.evaluate.sampling import Log, identity
 from gadcore.evaluate.settings import FreshModelSettings
 from gadcore.measure.fresh import fresh_discriminator
@@ -94,5 +93,8 @@ class TextTest:
 
     def _made_from(self, rows: Sequence[ResponseRow]) -> dict[str, Any]:
         texts = [(r.messages, r.reference, r.reference_finished, r.response, r.finished) for r in rows]
-        digest = hashlib.sha256(repr(texts).encode()).hexdigest()[:32]
-        return {"texts": digest, "weights": self.weights, **self.settings.model_dump(exclude={"enabled", "model"})}
+        return {
+            "texts": digest_of(texts),
+            "weights": self.weights,
+            **self.settings.model_dump(exclude={"enabled", "model"}),
+        }

@@ -10,6 +10,7 @@ of other systems can be measured by writing such files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,11 @@ def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one move."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def digest_of(value: object) -> str:
+    """32 hexadecimal digits that change with the value's repr(): whether files were made from these very rows."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
 def read_json(path: Path, advice: str = "delete it and run what made it again") -> dict[str, Any]:

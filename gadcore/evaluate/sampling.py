@@ -21,7 +21,7 @@ from gadcore.data.groups import Response
 from gadcore.data.rows import RawRow, load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, read_json, write_json, write_responses
+from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.files import checksum
 from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
@@ -99,7 +99,7 @@ def identity(path: str) -> str:
 
 def _made_from(config: EvalConfig, weights: str, rows: list[RawRow]) -> dict[str, Any]:
     """Everything that the responses depend on."""
-    text = hashlib.sha256(repr([(row.messages, row.teacher_response) for row in rows]).encode()).hexdigest()[:32]
+    text = digest_of([(row.messages, row.teacher_response) for row in rows])
     settings = {**config.data.model_dump(), "seed": config.run.seed}
     settings |= {name: getattr(config.sampling, name) for name in ("temperature", "dtype")}
     return {"weights": weights, "rows": text, **settings}

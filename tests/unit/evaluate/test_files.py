@@ -9,7 +9,7 @@ import pytest
 from gadcore.config import loading
 from gadcore.config.settings import HFRollout
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, read_json, read_responses, write_responses
+from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, read_responses, write_responses
 from gadcore.evaluate.settings import EvalConfig
 
 ROW = {
@@ -71,6 +71,10 @@ def test_files_that_are_missing_empty_or_no_json_are_named(tmp_path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=name):
             read_json(tmp_path / name)
+
+
+def test_a_digest_stays_what_folders_hold() -> None:
+    assert digest_of([("ä", True)]) == "e91d42581710d8e42c8d7a0bf26b85d2"
 
 
 def test_models_and_sets_from_the_command_line_and_from_a_file_are_the_same(tmp_path) -> None:
