@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from gadcore.config import loading
+from gadcore.config.command_line import setting_kinds
 from gadcore.config.settings import Config
 from gadcore.evaluate.human_command import SheetConfig
 from gadcore.evaluate.judge_command import CompareConfig, JudgeConfig
@@ -39,8 +40,10 @@ LOOKED_UP = {
     "make test": "these tests are part of it",
     "make lint": ".ci/run runs it",
     "make test-without-native": ".ci/run runs it",
-    "python -m bench paper": "trains for minutes an arm: tests/unit/bench and tests/runs/test_paper_gates.py run its parts",
+    "python -m bench paper": "trains for minutes an arm: tests/runs/test_paper_gates.py runs its parts",
 }
+# Documents whose Python is run by another test: pieces of sources, no programs.
+RUN_BY = {"add-an-op.md": "tests/kernels/test_add_an_op.py"}
 
 # What makes a command small, beside what it says itself.
 FRESH = {"steps": 2, "step_rows": 2, "rows": 4, "every": 2}
@@ -98,7 +101,8 @@ def code_of(path: Path) -> list[Code]:
     for number, language, lines in blocks(path):
         where = f"{path.relative_to(ROOT)}:{number}"
         if language == "python":
-            found.append(Code(where, "\n".join(lines) + "\n", program=True))
+            if path.name not in RUN_BY:
+                found.append(Code(where, "\n".join(lines) + "\n", program=True))
             continue
         for text in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
             if re.match(r"(\$ )?(\w+=\S+ )*(make|(\S+/)?python3?) ", text):
@@ -119,7 +123,11 @@ for line in sys.stdin:
     os.chdir(folder)
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            code = runpy.run_path(argv[0], run_name="__main__") and 0 if argv[:1] and argv[0][-3:] == ".py" else main(argv)
+            if argv and argv[0].endswith(".py"):
+                runpy.run_path(argv[0], run_name="__main__")
+                code = 0
+            else:
+                code = main(argv)
         except SystemExit as leaving:
             code = leaving.code or 0
         except BaseException:
@@ -138,7 +146,9 @@ for line in sys.stdin:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps([str(folder), argv]) + "\n")
         self.process.stdin.flush()
-        code, said = json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, f"{shlex.join(argv)} ended its process"
+        code, said = json.loads(line)
         return code, said
 
     def end(self) -> None:
@@ -199,6 +209,8 @@ def small_training(argv: list[str], folder: Path) -> list[str]:
     if "--preset" in argv:
         at = argv.index("--preset")
         argv = [*argv[:at], *argv[at + 2 :]]
+    if "--run.dir" in argv:
+        shutil.rmtree(folder / argv[argv.index("--run.dir") + 1], ignore_errors=True)
     command = argv[:1] if argv[:1] == ["seqkd"] else []
     return command + with_small(argv[len(command) :], settings)
 
@@ -234,7 +246,7 @@ def rate(sheet: Path) -> None:
 def look_up(code: Code) -> None:
     """The target, or the suite and its options, exist."""
     name = next((name for name in LOOKED_UP if code.name == name or code.name.startswith(f"{name} ARGS=")), None)
-    assert name is not None, f"{code.where}: `{code.name}` has no rule: run it in this test, or say in LOOKED_UP why not"
+    assert name is not None, f"{code.where}: `{code.name}` has no rule: run it, or say in LOOKED_UP why not"
     if code.words[0] == "make":
         done = run(["-n", *code.words[1:]], ROOT, command=["make"])
     else:
@@ -289,12 +301,7 @@ def test_what_is_named_exists(document: Path) -> None:
         assert "://" in link or target.exists(), f"{document.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{document.name} links to {link}#{anchor}"
     models = (Config, EvalConfig, CollectConfig, PlanConfig, JudgeConfig, CompareConfig, SheetConfig)
-    settings = {
-        f"{section}.{key}"
-        for model in models
-        for section, field in model.model_fields.items()
-        for key in field.annotation.model_fields
-    }
+    settings = {key for model in models for key in setting_kinds(model)}
     assert set(re.findall(r"--([a-z_]+\.[a-z_0-9]+)", text)) <= settings | {"section.key"}
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make ([a-z-]+)", text):
