@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.record import Result
+from gadcore.kernels import ops
 
 HEADER = """# The kernels, measured
 
@@ -12,27 +13,21 @@ Generated from `bench/results/*.json` by `python -m bench tables`: do not edit. 
 `python -m bench kernels`, `traffic` and `aot`, by the test grid (`kernel_grid`), by the build of the CUDA sources
 (`cuda`), and by `make gpu-bench` (`gpu`)."""
 
-_OPS = {
-    "linear_logprob": (
-        "log-probability (and entropy) of given tokens from hidden states; [T, V] is never held",
-        "yes",
-    ),
-    "linear_grpo_loss": ("the GRPO loss from hidden states with all gradients, in three matrix products", "yes"),
-    "grpo_ratio_loss": ("the GRPO loss of log-probabilities that are there already", "yes"),
-    "bt_score": ("scores at last tokens, and the Bradley-Terry loss over the pairs of every group", "yes"),
-    "prefix_attention": ("attention of packed groups: responses see their shared prompt and themselves", "yes"),
-    "linear": ("a linear layer of many rows with its gradients, as in training", "no"),
-    "linear_few_rows": ("a linear layer of at most 64 rows, as in decoding", "no"),
-}
+
+def _row(op: str) -> str:
+    of = ops.OPS[op]
+    has = ("yes" if there else "no" for there in (of.triton, of.cpu, of.cuda))
+    return f"| `{ops.module_of(op)}.{op}` | {of.computes} | {' | '.join(has)} |"
+
 
 OPS = "\n".join(
     [
-        "| function | computes | Triton | C++ |",
-        "| --- | --- | --- | --- |",
-        *(f"| `gadcore.kernels.{op}.{op}` | {what} | {triton} | yes |" for op, (what, triton) in _OPS.items()),
+        "| function | computes | Triton | C++ | CUDA C++ |",
+        "| --- | --- | --- | --- | --- |",
+        *map(_row, ops.OPS),
         "",
-        "Each has a PyTorch reference beside it, which computes wherever the others cannot. The equations stand in the",
-        "modules.",
+        "Each but `gated_mlp` has a PyTorch reference beside it, which computes wherever the others cannot. The",
+        "equations stand in the modules.",
     ]
 )
 
