@@ -46,13 +46,15 @@ LOOKED_UP = {
 RUN_BY = {"add-an-op.md": "tests/kernels/test_add_an_op.py"}
 
 # What makes a command small, beside what it says itself.
-FRESH = {"steps": 2, "step_rows": 2, "rows": 4, "every": 2}
-TRAINING = {f"convergence.{key}": value for key, value in FRESH.items()} | {
-    "gate.rows": 4, "gate.extra_steps": 1, "gate.every": 1, "gate.when_closed": "go_on", "tracking.monitor_interval": 0,
+TRAINING = {
+    "schedule.warmup_steps": 2, "schedule.gad_steps": 2, "schedule.seqkd_steps": 2,
+    "gate.rows": 4, "gate.extra_steps": 1, "gate.every": 1, "gate.when_closed": "go_on",
+    "convergence.rows": 4, "convergence.steps": 1, "convergence.step_rows": 2, "convergence.every": 2,
+    "tracking.monitor_interval": 0,
 }  # fmt: skip
 EVALUATION = {
-    "sampling.engine": "hf", "data.max_prompt_tokens": 96, "data.max_response_tokens": 6, "eval.resamples": 50,
-    "fresh.steps": 2, "fresh.batch_size": 4,
+    "sampling.engine": "hf", "eval.rows": 4, "data.max_prompt_tokens": 96, "data.max_response_tokens": 6,
+    "eval.resamples": 50, "fresh.steps": 2, "fresh.batch_size": 4,
 }  # fmt: skip
 
 
@@ -295,7 +297,7 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_what_is_named_exists(document: Path) -> None:
     """Links, settings, commands of gadcore.run, targets of make and suites of bench."""
-    text = document.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
         target = document.parent / link if link else document
         assert "://" in link or target.exists(), f"{document.name} links to {link}"
