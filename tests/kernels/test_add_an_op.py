@@ -40,7 +40,7 @@ def insert(path: Path, code: str) -> None:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what ops and their tests are made of, with the op of the guide."""
     root = tmp_path_factory.mktemp("tree")
-    for folder in ("gadcore", "kernels", "csrc", "bench", "tests/support", "tests/kernels"):
+    for folder in ("gadcore", "kernels", "csrc", "bench", "docs/guide", "tests/support", "tests/kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / folder, root / folder, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", root)

@@ -12,6 +12,7 @@ import torch
 from gadcore.kernels.cpu import native
 from gadcore.kernels.ops import OPS, module_of, native_op
 from tests.support.grid_checks import GRIDS
+from tests.support.importable import make_bench_importable
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
@@ -76,3 +77,18 @@ def test_the_library_is_that_of_the_sources() -> None:
 
 def test_there_is_a_grid_for_every_op_that_the_table_promises_one_for() -> None:
     assert set(GRIDS) == {op for op, of in OPS.items() if of.grid}
+
+
+def test_what_is_compiled_ahead_of_time_are_passes_of_the_table() -> None:
+    make_bench_importable()
+    from bench.offline import aot_suite
+
+    compiled = {case.op for case, _ in aot_suite._cases(quick=True) if case.impl == "triton"}
+    passes = {op if len(of.passes) == 1 else f"{op} {which}" for op, of in OPS.items() for which in of.passes}
+    assert compiled and compiled <= passes
+
+
+def test_the_guide_names_ops_of_the_table() -> None:
+    guide = (ROOT / "docs" / "guide" / "kernels.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([\w.]+)` \|", guide, flags=re.M)
+    assert named and all(module_of(name.split(".")[-1]) == f"gadcore.kernels.{name}" for name in named)
