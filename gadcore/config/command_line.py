@@ -16,6 +16,7 @@ from gadcore.config.settings import Section
 from gadcore.errors import UserError
 
 COMMAND_LINE = "command line"
+HELP = ("-h", "--help")
 
 
 def kinds_of(annotation: Any) -> list[Any]:
@@ -43,12 +44,12 @@ def setting_kinds(model: type[Section]) -> dict[str, list[Any]]:
 def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """([("config" or "preset", its value), ..], {"section.key": value}) of a command line; the last value counts.
 
-    kinds: as setting_kinds gives them. Raises UserError for what is no --key VALUE or --key=VALUE.
+    kinds: as setting_kinds gives them. HELP is left out. Raises UserError for what is no --key VALUE or --key=VALUE.
     """
     bases: list[tuple[str, str]] = []
     overrides: dict[str, Any] = {}
     sections = {key.partition(".")[0] for key in kinds}
-    items = iter(argv)
+    items = (item for item in argv if item not in HELP)
     for item in items:
         if not item.startswith("--"):
             raise UserError(f"unexpected argument {item!r}: settings are written --section.key VALUE")

@@ -146,3 +146,11 @@ def test_unknown_command_and_missing_run(start, tmp_path, monkeypatch, capsys) -
     says(capsys.readouterr().err, "trian", "seqkd")
     assert main(["--resume", "auto"]) == 2
     says(capsys.readouterr().err, "no run to resume", "--run.dir")
+    # none unsets it: the error is about the seed.
+    assert main(["--resume", "none", "--run.seed", "x"]) == 2
+    says(capsys.readouterr().err, "run.seed", "whole number")
+
+
+def test_a_report_tells_how_it_is_asked_for(capsys) -> None:
+    assert main(["report", "--help"]) == 0
+    says(capsys.readouterr().out, "report [RUN_FOLDER]")
