@@ -26,6 +26,7 @@ from pathlib import Path
 
 from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
+from gadcore.config.functions import check_functions
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.settings import EvalConfig
@@ -133,7 +134,8 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
     config = loading.load(arguments, saved=_saved_config(arguments))
     set_environment(config)
-    # Imported only now: torch reads the environment when it is loaded.
+    # Only now: torch reads the environment when it is loaded, and these functions load it.
+    check_functions(config.algorithm)
     from gadcore.algorithm import train
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report

@@ -138,6 +138,8 @@ def test_nothing_is_left_behind(start, tmp_path) -> None:
     start("--data.train", "nowhere.jsonl")
     says(start("--discriminator.model", "./nowhere"), "./nowhere")
     says(start("--run.device", "cuda:1"), "cuda:1", "CUDA_VISIBLE_DEVICES")
+    says(start("--algorithm.loss", "no_such_module:f"), "algorithm.loss", "no_such_module cannot be imported")
+    says(start("--algorithm.reward", "os:nothing", "--dry-run"), "algorithm.reward", "has no function 'nothing'")
     assert not (tmp_path / "runs").exists()
 
 
