@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gadcore.config import loading
+from gadcore.config.command_line import HELP, setting_kinds, split
+from gadcore.config.functions import check_functions
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.settings import EvalConfig
@@ -116,6 +118,9 @@ def _other(command: str, arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
+    if any(argument in HELP for argument in arguments):
+        print(f"python -m gadcore.run report [RUN_FOLDER]\n\nWrites report.html of a run again; default {LATEST}.")
+        return 0
     if len(arguments) > 1:
         raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
     from gadcore.report.page import write_report
@@ -129,7 +134,8 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
     config = loading.load(arguments, saved=_saved_config(arguments))
     set_environment(config)
-    # Imported only now: torch reads the environment when it is loaded.
+    # Only now: torch reads the environment when it is loaded, and these functions load it.
+    check_functions(config.algorithm)
     from gadcore.algorithm import train
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
@@ -158,15 +164,11 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
 
 def _saved_config(arguments: list[str]) -> Path | None:
     """The settings that a run which is resumed began with; None where another file or preset is named."""
-    flags = {a.split("=")[0] for a in arguments}
-    if "--run.resume" not in flags or flags & {"--config", "--preset"}:
+    bases, overrides = split(arguments, setting_kinds(Config))
+    resume, directory = (overrides.get(key, "none") for key in ("run.resume", "run.dir"))
+    if bases or resume.lower() == "none":
         return None
-    directory = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        if name == "--run.dir":
-            directory = value if equals else following
-    return RunFolder.existing(directory).path / "config.toml"
+    return RunFolder.existing(None if directory.lower() == "none" else directory).path / "config.toml"
 
 
 def set_environment(config: Config | EvalConfig) -> None:

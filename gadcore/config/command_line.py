@@ -1,8 +1,10 @@
 """Takes a command line apart into a file or preset and overrides of settings.
 
-By hand and not by tyro, which writes --help: tyro exits with a box of its own where an argument is wrong, gives back
-the settings without saying which of them were on the command line, and starts from settings that are valid already,
-while the command line may mend those of a file.
+By hand; tyro writes --help. tyro.cli over a config has its own spelling of values (`--data.eval none` would be a file
+named none, false and [0.9, 0.999] are refused), ends the process with a box at the first error, and wants a config that
+is valid before the command line mends it. It gives back a config without saying what was set. A TypedDict in place of
+the config would say that, but then tyro only cuts --key=VALUE at the equals sign: values, and whatever is wrong with
+them, would still be read here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from gadcore.config.settings import Section
 from gadcore.errors import UserError
 
 COMMAND_LINE = "command line"
+HELP = ("-h", "--help")
 
 
 def kinds_of(annotation: Any) -> list[Any]:
@@ -43,12 +46,12 @@ def setting_kinds(model: type[Section]) -> dict[str, list[Any]]:
 def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """([("config" or "preset", its value), ..], {"section.key": value}) of a command line; the last value counts.
 
-    kinds: as setting_kinds gives them. Raises UserError for what is no --key VALUE or --key=VALUE.
+    kinds: as setting_kinds gives them. HELP is left out. Raises UserError for what is no --key VALUE or --key=VALUE.
     """
     bases: list[tuple[str, str]] = []
     overrides: dict[str, Any] = {}
     sections = {key.partition(".")[0] for key in kinds}
-    items = iter(argv)
+    items = (item for item in argv if item not in HELP)
     for item in items:
         if not item.startswith("--"):
             raise UserError(f"unexpected argument {item!r}: settings are written --section.key VALUE")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from gadcore.config.settings import AlgorithmSettings, Config
+from gadcore.config.settings import AlgorithmSettings, Config, Section
+
+# Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
+Reason = tuple[str, tuple[str, ...]]
 
 # What only one of the commands reads.
 _OF_SEQKD = ("student.seqkd_lr", "schedule.seqkd_epochs", "schedule.seqkd_steps")
@@ -15,33 +18,59 @@ _OF_TRAIN = (
     "schedule.warmup_steps",
     "schedule.gad_epochs",
     "schedule.gad_steps",
+    "rollout.group_size",
     "discriminator.*",
     "gate.*",
     "convergence.*",
     *(f"algorithm.{name}" for name in AlgorithmSettings.model_fields if name != "sft_temperature"),
 )
-_OF_ADAMW = ("lr", "betas", "weight_decay", "grad_clip")
+_OF_WARMUP = ("student.warmup_lr", "algorithm.sft_temperature")
+_OF_GAD = (
+    "student.lr",
+    "convergence.*",
+    *(f"algorithm.{name}" for name in ("clip_low", "clip_high", "kl_coef", "normalise_advantage", "loss", "reward")),
+    "algorithm.advantage_std_floor",
+    "algorithm.freeze_discriminator",
+)
+_OF_UPDATES = (
+    *(f"discriminator.{name}" for name in ("lr", "betas", "weight_decay", "grad_clip", "label_smoothing")),
+    "discriminator.margin_cap",
+    "algorithm.discriminator_steps",
+    "algorithm.discriminator_every",
+)
 
 
-def without_effect(config: Config, device: str, command: str) -> list[str]:
-    """A sentence for every reason why settings have no effect that were chosen, and are not what they would be anyway.
+def without_effect(config: Config, device: str, stages: Sequence[str], steps_per_epoch: int) -> list[str]:
+    """A sentence for every reason why settings of a run have no effect that were chosen.
 
     config: as loading.load gives it, so that a preset's own values are not counted. device: its type, "cpu" or "cuda".
-    command: "train" or "seqkd".
+    stages: of the command, ("warmup", "gad") or ("seqkd",).
     """
+    return [*told(config, _reasons(config, device, stages)), *_lengths(config, stages, steps_per_epoch)]
+
+
+def told(config: Section, reasons: Iterable[Reason]) -> list[str]:
+    """A sentence for every reason with a setting that was set to another value than its default; each setting once."""
     sentences = []
-    told: set[str] = set()
-    for reason, keys in _reasons(config, device, command):
-        idle = [key for key in _chosen(config, keys) if key not in told]
-        told.update(idle)
+    seen: set[str] = set()
+    for reason, keys in reasons:
+        idle = [key for key in _chosen(config, keys) if key not in seen]
+        seen.update(idle)
         if idle:
             verb = "has" if len(idle) == 1 else "have"
             sentences.append(f"{', '.join(idle)} {verb} no effect: {reason}")
     return sentences
 
 
-def _chosen(config: Config, keys: tuple[str, ...]) -> Iterator[str]:
-    """Those of the keys ("section.*": all of a section) that were set to another value than their default."""
+def of_vllm(section: str, engine: str, device: str) -> Iterator[Reason]:
+    """What vLLM does not read on a device, of the settings in `section`."""
+    if engine == "vllm" and device == "cuda":
+        yield f"on CUDA {section}.gpu_memory_utilization says how much vLLM takes", (f"{section}.kv_cache_gib",)
+    if engine == "vllm" and device == "cpu":
+        yield f"on a CPU {section}.kv_cache_gib says how much vLLM takes", (f"{section}.gpu_memory_utilization",)
+
+
+def _chosen(config: Section, keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         section, _, name = key.partition(".")
         settings = getattr(config, section)
@@ -53,9 +82,9 @@ def _chosen(config: Config, keys: tuple[str, ...]) -> Iterator[str]:
                     yield f"{section}.{candidate}"
 
 
-def _reasons(config: Config, device: str, command: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(why, the settings that have no effect for that reason), for the reasons that hold."""
-    if command == "seqkd":
+def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Reason]:
+    """Those that hold."""
+    if "seqkd" in stages:
         yield "seqkd trains the student alone, by cross-entropy at student.seqkd_lr", _OF_TRAIN
     else:
         yield "for the baseline only, the command seqkd", _OF_SEQKD
@@ -63,15 +92,15 @@ def _reasons(config: Config, device: str, command: str) -> Iterator[tuple[str, t
     yield from _of_machine(config, device)
     if config.data.eval is None:
         yield "data.eval is none, so no rows are held out", ("data.eval_rows",)
-    if config.tracking.tracker == "none":
+    tracker = config.tracking.tracker
+    if tracker == "none":
         yield "no tracking.tracker is chosen", ("tracking.project",)
+    elif tracker == "tensorboard":
+        yield "tensorboard has no projects", ("tracking.project",)
 
 
-def _of_machine(config: Config, device: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    if config.rollout.engine == "vllm" and device == "cuda":
-        yield "on CUDA rollout.gpu_memory_utilization says how much vLLM takes", ("rollout.kv_cache_gib",)
-    if config.rollout.engine == "vllm" and device == "cpu":
-        yield "on a CPU rollout.kv_cache_gib says how much vLLM takes", ("rollout.gpu_memory_utilization",)
+def _of_machine(config: Config, device: str) -> Iterator[Reason]:
+    yield from of_vllm("rollout", config.rollout.engine, device)
     if config.rollout.engine == "hf":
         yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', ("memory.shared_weights",)
     elif device == "cuda":
@@ -83,8 +112,8 @@ def _of_machine(config: Config, device: str) -> Iterator[tuple[str, tuple[str, .
         yield f'memory.offload = "{offload}" moves nothing on this device', ("memory.prefetch",)
 
 
-def _of_training(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
-    algorithm, schedule = config.algorithm, config.schedule
+def _of_training(config: Config) -> Iterator[Reason]:
+    algorithm = config.algorithm
     if not config.gate.enabled:
         yield "gate.enabled is false", ("gate.*",)
     if not config.convergence.enabled:
@@ -92,21 +121,38 @@ def _of_training(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
     if not algorithm.normalise_advantage:
         yield "algorithm.normalise_advantage is false", ("algorithm.advantage_std_floor",)
     if not algorithm.student_warmup:
-        yield "algorithm.student_warmup is false", ("student.warmup_lr", "algorithm.sft_temperature")
-    if schedule.warmup_epochs == 0:
-        yield (
-            "schedule.warmup_epochs is 0",
-            ("schedule.warmup_steps", "student.warmup_lr", "algorithm.sft_temperature", "algorithm.critic_warmup"),
-        )
-    if schedule.gad_epochs == 0:
-        yield "schedule.gad_epochs is 0", ("schedule.gad_steps", "student.lr", "convergence.*")
-    if not algorithm.discriminator_warmup and algorithm.freeze_discriminator:
-        never = (*_OF_ADAMW, "label_smoothing", "margin_cap")
-        yield (
-            "neither stage updates the discriminator",
-            (
-                *(f"discriminator.{name}" for name in never),
-                "algorithm.discriminator_steps",
-                "algorithm.discriminator_every",
-            ),
-        )
+        yield "algorithm.student_warmup is false", _OF_WARMUP
+    no_warmup, no_gad = _left_out(config, "warmup"), _left_out(config, "gad")
+    if no_warmup:
+        yield f"{no_warmup} is 0", (*_OF_WARMUP, "algorithm.critic_warmup")
+    if no_gad:
+        yield f"{no_gad} is 0", _OF_GAD
+    if (no_warmup or not algorithm.discriminator_warmup) and (no_gad or algorithm.freeze_discriminator):
+        yield "neither stage updates the discriminator", _OF_UPDATES
+
+
+def _left_out(config: Config, stage: str) -> str | None:
+    """The setting that leaves a stage out; None where it takes place."""
+    names = (f"{stage}_epochs", f"{stage}_steps")
+    return next((f"schedule.{name}" for name in names if getattr(config.schedule, name) == 0), None)
+
+
+def _lengths(config: Config, stages: Sequence[str], steps_per_epoch: int) -> Iterator[str]:
+    """Epochs that a limit cuts off which was not chosen with them, and limits that the epochs never reach."""
+    schedule = config.schedule
+    for stage in stages:
+        epochs, limit = f"{stage}_epochs", f"{stage}_steps"
+        steps, most = getattr(schedule, epochs) * steps_per_epoch, getattr(schedule, limit)
+        chosen = schedule.model_fields_set & {epochs, limit}
+        if most is None:
+            continue
+        if chosen == {epochs} and most < steps:
+            yield (
+                f"schedule.{epochs} has no effect: the stage ends after {most} of its {steps} steps, by "
+                f"schedule.{limit}; none takes that limit away"
+            )
+        if limit in chosen and most > steps and (epochs not in chosen or not steps):
+            yield (
+                f"schedule.{limit} has no effect: the stage ends after {steps} steps, by "
+                f"schedule.{epochs} = {getattr(schedule, epochs)}"
+            )

@@ -7,7 +7,18 @@ import os
 import sys
 from typing import Any
 
+from gadcore.config.settings import AlgorithmSettings
 from gadcore.errors import UserError
+
+
+def check_functions(algorithm: AlgorithmSettings) -> None:
+    """Imports what the settings name, so that a wrong name is told before a model is loaded or a folder made.
+
+    Raises UserError as load_function does.
+    """
+    for key, name in (("algorithm.loss", algorithm.loss), ("algorithm.reward", algorithm.reward)):
+        if name is not None:
+            load_function(name, key)
 
 
 def load_function(name: str, key: str) -> Any:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from rapidfuzz import fuzz, process
 
-from gadcore.config.command_line import COMMAND_LINE, kinds_of, setting_kinds, split
+from gadcore.config.command_line import COMMAND_LINE, HELP, kinds_of, setting_kinds, split
 from gadcore.config.renamed import refuse_old_names
 from gadcore.config.settings import Config, Section
 from gadcore.config.writing import print_help, to_toml
@@ -78,8 +78,7 @@ def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | No
     wrong type or value, a combination that cannot work, a missing or broken file.
     """
     kinds = setting_kinds(model)
-    wants_help = any(item in ("-h", "--help") for item in argv)
-    bases, overrides = split([item for item in argv if item not in ("-h", "--help")], kinds)
+    bases, overrides = split(argv, kinds)
     layers = [*_base_layers(bases, model, saved), Layer(COMMAND_LINE, overrides)]
     values, origins = _merge(layers, kinds, model)
     nested: dict[str, dict[str, Any]] = {}
@@ -91,7 +90,7 @@ def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | No
         config = model.model_validate(nested, strict=True)
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0], values, origins)) from None
-    if wants_help:
+    if any(item in HELP for item in argv):
         named = f"Presets: {', '.join(presets())}." if isinstance(config, Config) else config.__doc__
         print_help(config, f"{__doc__}\n{named}")
         raise SystemExit(0)
@@ -197,9 +196,11 @@ def _merge(
         if others := _of_other_engines(values, key, engine, model):
             owner = next(iter(others.values()))
             theirs = [name for name, engine_of in others.items() if engine_of == owner]
-            verb = "is a setting" if len(theirs) == 1 else "are settings"
+            verb, it = ("is a setting", "it") if len(theirs) == 1 else ("are settings", "them")
             where = ", ".join(dict.fromkeys(origins[name] for name in theirs))
-            raise UserError(f'{", ".join(theirs)} {verb} of {key} = "{owner}", this run has "{engine}" ({where})')
+            raise UserError(
+                f'{", ".join(theirs)} {verb} of {key} = "{owner}"; this run has "{engine}" ({where}): leave {it} out'
+            )
     return values, origins
 
 

@@ -50,6 +50,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     quiet()
     device = device_of(config.as_run())
+    for note in config.without_effect(device.type):
+        _log(note)
     out = Path(config.eval.out)
     names = list(config.eval.models)
     sets: dict[str, Any] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 
+from gadcore.config.effects import Reason, of_vllm, told
 from gadcore.config.settings import (
     BY_ENGINE,
     Config,
@@ -167,6 +169,19 @@ class EvalConfig(Section):
         VLLMSampling()
     )
     fresh: FreshModelSettings = FreshModelSettings()
+
+    def without_effect(self, device: str) -> list[str]:
+        """A sentence for every reason why settings have no effect that were chosen; device: "cpu" or "cuda"."""
+        return told(self, self._reasons(device))
+
+    def _reasons(self, device: str) -> Iterator[Reason]:
+        yield from of_vllm("sampling", self.sampling.engine, device)
+        if not self.fresh.enabled:
+            names = (name for name in FreshModelSettings.model_fields if name != "enabled")
+            yield "fresh.enabled is false", tuple(f"fresh.{name}" for name in names)
+        sets = [*self.eval.in_domain.values(), *self.eval.out_of_domain.values()]
+        if all(chosen.rows is not None for chosen in sets):
+            yield "every set has rows of its own", ("eval.rows",)
 
     def as_run(self) -> Config:
         """The settings that are a training run's too, as such: limits, device, engine."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator
 
 from gadcore.config import loading
+from gadcore.config.command_line import HELP
 from gadcore.config.settings import Above, Config, Positive, Section
 from gadcore.errors import UserError
 
@@ -78,7 +79,7 @@ def load(arguments: Sequence[str]) -> tuple[Config, PlanSettings]:
     others: list[str] = []
     items = iter("--plan.calibrate=true" if item == "--calibrate" else item for item in arguments)
     for item in items:
-        if item in ("-h", "--help") or item == "--plan" or item.startswith(("--plan.", "--plan=")):
+        if item in HELP or item == "--plan" or item.startswith(("--plan.", "--plan=")):
             ours.append(item)
             if item.startswith("--plan.") and "=" not in item:
                 ours += [following for following in [next(items, None)] if following is not None]

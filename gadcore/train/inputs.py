@@ -47,7 +47,8 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
     train, report = build_prompts(train_rows, student.template, data)
-    notes = without_effect(config, device.type, "train" if has_discriminator(stages) else "seqkd")
+    loader = Loader(train, config.schedule.batch_size, config.run.seed)
+    notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
     notes += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: list[Group] = []
     if eval_rows:

@@ -138,6 +138,8 @@ def test_nothing_is_left_behind(start, tmp_path) -> None:
     start("--data.train", "nowhere.jsonl")
     says(start("--discriminator.model", "./nowhere"), "./nowhere")
     says(start("--run.device", "cuda:1"), "cuda:1", "CUDA_VISIBLE_DEVICES")
+    says(start("--algorithm.loss", "no_such_module:f"), "algorithm.loss", "no_such_module cannot be imported")
+    says(start("--algorithm.reward", "os:nothing", "--dry-run"), "algorithm.reward", "has no function 'nothing'")
     assert not (tmp_path / "runs").exists()
 
 
@@ -146,3 +148,11 @@ def test_unknown_command_and_missing_run(start, tmp_path, monkeypatch, capsys) -
     says(capsys.readouterr().err, "trian", "seqkd")
     assert main(["--resume", "auto"]) == 2
     says(capsys.readouterr().err, "no run to resume", "--run.dir")
+    # none unsets it: the error is about the seed.
+    assert main(["--resume", "none", "--run.seed", "x"]) == 2
+    says(capsys.readouterr().err, "run.seed", "whole number")
+
+
+def test_a_report_tells_how_it_is_asked_for(capsys) -> None:
+    assert main(["report", "--help"]) == 0
+    says(capsys.readouterr().out, "report [RUN_FOLDER]")

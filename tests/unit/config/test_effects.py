@@ -9,16 +9,19 @@ import pytest
 from gadcore.config.effects import without_effect
 from gadcore.config.loading import load, presets
 
+STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+PER_EPOCH = 10
+
 
 def told(*settings: str, device: str = "cpu", command: str = "train") -> list[str]:
-    return without_effect(load([f"--{setting}" for setting in settings]), device, command)
+    return without_effect(load([f"--{setting}" for setting in settings]), device, STAGES[command], PER_EPOCH)
 
 
 @pytest.mark.parametrize("name", presets())
 @pytest.mark.parametrize("command", ["train", "seqkd"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> None:
-    assert without_effect(load(["--preset", name]), device, command) == []
+    assert without_effect(load(["--preset", name]), device, STAGES[command], PER_EPOCH) == []
 
 
 @pytest.mark.parametrize(
@@ -26,14 +29,19 @@ def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> N
     [
         (["memory.dir=x"], "memory.dir", ["memory.offload=file"]),
         (["memory.prefetch=false"], "memory.prefetch", ["memory.offload=file"]),
-        (["tracking.project=x"], "tracking.project", ["tracking.tracker=tensorboard"]),
+        (["tracking.project=x"], "tracking.project", ["tracking.tracker=wandb"]),
+        (["tracking.project=x", "tracking.tracker=tensorboard"], "tracking.project", ["tracking.tracker=mlflow"]),
         (["gate.low=0.6"], "gate.low", ["gate.enabled=true"]),
         (["convergence.every=3"], "convergence.every", ["convergence.enabled=true"]),
         (["data.eval=none"], "data.eval_rows", ["data.eval=builtin"]),
         (["algorithm.normalise_advantage=false"], "algorithm.advantage_std_floor", []),
         (["algorithm.student_warmup=false"], "student.warmup_lr", []),
         (["schedule.warmup_epochs=0"], "algorithm.sft_temperature", []),
+        (["schedule.warmup_steps=0"], "student.warmup_lr", []),
         (["schedule.gad_epochs=0"], "student.lr", []),
+        (["schedule.gad_steps=0"], "student.lr", []),
+        (["schedule.gad_epochs=0"], "algorithm.reward", []),
+        (["schedule.gad_steps=0", "schedule.warmup_steps=0"], "discriminator.margin_cap", []),
         (
             ["algorithm.discriminator_warmup=false", "algorithm.freeze_discriminator=true"],
             "discriminator.margin_cap",
@@ -48,6 +56,7 @@ def test_what_another_setting_overrides(settings: list[str], key: str, mended: l
         "student.warmup_lr": 0.1,
         "algorithm.sft_temperature": 2,
         "student.lr": 0.1,
+        "algorithm.reward": "m:f",
         "discriminator.margin_cap": 3,
     }
     chosen = [f"{key}={values[key]}"] if key in values else []
@@ -75,14 +84,38 @@ def test_settings_of_the_other_command_are_told_in_one_sentence() -> None:
     assert sentence == (
         "student.seqkd_lr, schedule.seqkd_steps have no effect: for the baseline only, the command seqkd"
     )
-    settings = ["student.lr=1e-3", "discriminator.lr=1e-3", "gate.low=0.6", "algorithm.kl_coef=0.1"]
+    settings = ["student.lr=1e-3", "rollout.group_size=3", "discriminator.lr=1e-3", "algorithm.kl_coef=0.1"]
     (sentence,) = told(*settings, "algorithm.sft_temperature=2", command="seqkd")
-    assert sentence.startswith("student.lr, discriminator.lr, gate.low, algorithm.kl_coef have no effect: seqkd trains")
+    assert sentence.startswith(
+        "student.lr, rollout.group_size, discriminator.lr, algorithm.kl_coef have no effect: seqkd trains"
+    )
 
 
 def test_a_value_that_would_hold_anyway_is_not_told(tmp_path: Path) -> None:
     assert told("gate.low=0.55", "student.seqkd_lr=5e-6") == []
     path = tmp_path / "run.toml"
     path.write_text("[gate]\nlow = 0.6\n")
-    assert len(without_effect(load(["--config", str(path)]), "cpu", "train")) == 1
-    assert without_effect(load([], saved=path), "cpu", "train") == []
+    assert len(without_effect(load(["--config", str(path)]), "cpu", STAGES["train"], PER_EPOCH)) == 1
+    assert without_effect(load([], saved=path), "cpu", STAGES["train"], PER_EPOCH) == []
+
+
+def test_epochs_that_a_limit_of_the_preset_cuts_off() -> None:
+    # smollm2-cpu limits the warmup to 10 steps and the GAD stage to 8.
+    assert told("schedule.gad_epochs=3") == [
+        "schedule.gad_epochs has no effect: the stage ends after 8 of its 30 steps, by schedule.gad_steps; none takes "
+        "that limit away"
+    ]
+    assert len(told("schedule.gad_epochs=2")) == 1  # the default, and yet not what happens
+    assert told("schedule.gad_epochs=3", "schedule.gad_steps=none") == []
+    assert told("schedule.gad_epochs=3", "schedule.gad_steps=25") == []  # both were chosen together
+    assert told("schedule.warmup_epochs=1") == []  # the limit is reached as the epoch ends
+    assert told("schedule.seqkd_epochs=7", command="seqkd") == []
+
+
+def test_a_limit_that_the_epochs_never_reach() -> None:
+    assert told("schedule.gad_steps=21") == [
+        "schedule.gad_steps has no effect: the stage ends after 20 steps, by schedule.gad_epochs = 2"
+    ]
+    assert told("schedule.gad_steps=20") == told("schedule.gad_steps=3") == []
+    (sentence,) = told("schedule.gad_epochs=0", "schedule.gad_steps=3")
+    assert sentence.startswith("schedule.gad_steps has no effect: the stage ends after 0 steps")

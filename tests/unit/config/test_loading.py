@@ -246,6 +246,7 @@ def test_a_command_line_that_is_none() -> None:
     assert error_of("train.jsonl") == ("unexpected argument 'train.jsonl': settings are written --section.key VALUE")
     assert error_of("--data.train") == "--data.train needs a value: --data.train VALUE"
     assert error_of("--data.train", "--run.seed", "3") == "--data.train needs a value: --data.train VALUE"
+    assert error_of("--data.train", "--help") == "--data.train needs a value: --data.train VALUE"
     assert error_of("--run.name", "\udcff") == "the value of --run.name is not UTF-8: b'\\xff'"
 
 
@@ -318,14 +319,14 @@ HF, VLLM = 'rollout.engine = "hf"', 'rollout.engine = "vllm"'
 
 
 def test_an_engine_refuses_settings_of_another(toml) -> None:
-    text = f'rollout.{{}} of {VLLM}, this run has "hf" ({{}})'
+    text = f'rollout.{{}} of {VLLM}; this run has "hf" ({{}}): leave {{}} out'
     line = ("--rollout.engine", "hf", "--rollout.block_size", "16")
-    assert error_of(*line) == text.format("block_size is a setting", "command line")
+    assert error_of(*line) == text.format("block_size is a setting", "command line", "it")
     path = toml(f"{HF}\nrollout.block_size = 16\nrollout.dtype = 'bfloat16'")
-    assert error_of("--config", path) == text.format("block_size, rollout.dtype are settings", path)
+    assert error_of("--config", path) == text.format("block_size, rollout.dtype are settings", path, "them")
     path = toml(HF)
     assert error_of("--config", path, "--rollout.block_size=16") == text.format(
-        "block_size is a setting", "command line"
+        "block_size is a setting", "command line", "it"
     )
 
 

@@ -130,3 +130,26 @@ def test_a_training_run_gets_the_same_limits_and_engine() -> None:
     assert loading.load(["--sampling.engine", "hf"], EvalConfig).as_run().rollout == HFRollout()
     with pytest.raises(UserError, match='sampling.kv_cache_gib is a setting of sampling.engine = "vllm"'):
         loading.load(["--sampling.engine", "hf", "--sampling.kv_cache_gib", "3"], EvalConfig)
+
+
+@pytest.mark.parametrize(
+    ("line", "device", "key"),
+    [
+        (["--sampling.kv_cache_gib", "3"], "cuda", "sampling.kv_cache_gib"),
+        (["--sampling.gpu_memory_utilization", "0.3"], "cpu", "sampling.gpu_memory_utilization"),
+        (["--fresh.enabled", "false", "--fresh.steps", "3"], "cpu", "fresh.steps"),
+        (["--eval.rows", "3", "--eval.in_domain", '{a = {source = "x", rows = 2}}'], "cpu", "eval.rows"),
+    ],
+)
+def test_settings_that_change_nothing_are_told(line: list[str], device: str, key: str) -> None:
+    (sentence,) = loading.load(line, EvalConfig).without_effect(device)
+    assert sentence.startswith(f"{key} has no effect: ")
+
+
+def test_settings_that_change_something_are_not_told() -> None:
+    for line in (
+        ["--sampling.kv_cache_gib", "3"],
+        ["--fresh.steps", "3"],
+        ["--eval.rows", "3", "--eval.in_domain=a=x"],
+    ):
+        assert loading.load(line, EvalConfig).without_effect("cpu") == []
