@@ -21,12 +21,11 @@ STEPS = "2, 3, 4, 6, 7"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(module_folder: Path) -> Path:
     """A finished run: its folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run([*tiny_arguments(folder), "--run.dir", "run", "--checkpoint.keep", "9"], folder)
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run", "--checkpoint.keep", "9"], module_folder)
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return module_folder / "run"
 
 
 @pytest.fixture
