@@ -71,7 +71,7 @@ class Budget(Section):
     """Where to stop. Everything in the store counts, whichever run paid for it."""
 
     requests: Positive | None = Field(None, description="Answers, unusable ones included.")
-    tokens: Positive | None = Field(None, description="Prompt and response tokens.")
+    tokens: Annotated[int, Field(gt=0)] | None = Field(None, description="Prompt and response tokens.")
     money: Annotated[float, Field(gt=0)] | None = Field(None, description="In the currency of the prices.")
 
 
