@@ -25,12 +25,14 @@ STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
 
 class Command(NamedTuple):
     """usage: what may follow the name. function: "module:name", imported when it is asked for; it takes the arguments
-    and, where `prepared`, prepare(settings), to be called before torch is loaded. "": a training run."""
+    and, where `prepared`, prepare(settings), to be called before torch is loaded. "": a training run. own_help: it
+    knows --help itself, and lists settings or options."""
 
     usage: str
     summary: str
     function: str = ""
     prepared: bool = False
+    own_help: bool = True
 
 
 COMMANDS = {
@@ -61,16 +63,21 @@ COMMANDS = {
         "KEY.json ANSWERS.json [ANSWERS.json ..]",
         "the table of the sheets that came back",
         "gadcore.evaluate.human_command:tally_main",
+        own_help=False,
     ),
-    "report": Command("[RUN_FOLDER]", f"write report.html of a run again; default {LATEST}", "gadcore.run:report_main"),
+    "report": Command(
+        "[RUN_FOLDER]", f"write report.html of a run again; default {LATEST}", "gadcore.run:report_main", own_help=False
+    ),
     "export": Command(
         "RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]",
         "a checkpoint as a Hugging Face directory",
         "gadcore.checkpoint.export_command:main",
     ),
+    "serve": Command(
+        "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
+    ),
+    "chat": Command("[RUN_FOLDER]", "talk to the student in this terminal", "gadcore.evaluate.chat_command:main"),
 }
-# Commands whose own --help lists settings or options.
-WITH_OWN_HELP = ("[settings]", "RUN_FOLDER --out")
 EXAMPLES = """\
   gadcore                                           the default job, preset smollm2-cpu
   gadcore --preset qwen2.5-7b --data.train answers.jsonl
@@ -136,7 +143,7 @@ def _about(arguments: Sequence[str]) -> int:
 def _other(name: str, arguments: list[str]) -> int:
     """A command that trains nothing."""
     command = COMMANDS[name]
-    if not command.usage.startswith(WITH_OWN_HELP) and any(argument in HELP for argument in arguments):
+    if not command.own_help and any(argument in HELP for argument in arguments):
         print(f"gadcore {name} {command.usage}\n\n{command.summary[0].upper()}{command.summary[1:]}.")
         return 0
     module, _, function = command.function.partition(":")
