@@ -20,7 +20,7 @@ from gadcore.errors import Interrupted, UserError
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
 from gadcore.record.tracking import check_tracker
 
-STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+TRAINING = ("train", "seqkd")
 
 
 class Command(NamedTuple):
@@ -92,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] and arguments[0] in ("help", "--version", *HELP):
         return _about(arguments)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    goes_on = "go on with --resume auto" if command in STAGES else "the same command goes on"
+    goes_on = "go on with --resume auto" if command in TRAINING else "the same command goes on"
     signals = None
     try:
         if command not in COMMANDS:
             near = loading.nearest(command, COMMANDS)
             hint = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}, or --help"
             raise UserError(f"unknown command {command!r}: {hint}")
-        if command not in STAGES:
+        if command not in TRAINING:
             return _other(command, arguments)
         signals = StopSignals()
         return _train(command, arguments, signals)
@@ -179,8 +179,9 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.report.page import write_report
     from gadcore.train.build import build
     from gadcore.train.inputs import describe_plan, has_discriminator, planned_steps, read_inputs
+    from gadcore.train.progress import stages_of
 
-    stages = STAGES[command]
+    stages = stages_of(config, command)
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))

@@ -55,6 +55,7 @@ class DataSettings(Section):
     )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
+    eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")
 
 
 class StudentSettings(Section):
@@ -172,9 +173,16 @@ class ScheduleSettings(Section):
     """How long each stage lasts."""
 
     batch_size: Positive = Field(256, description="Prompts per step.")
+    sft_epochs: NonNegative = Field(
+        0,
+        description="Of cross-entropy alone before the warmup, at student.warmup_lr; nothing is sampled. The paper's "
+        "student gets its cross-entropy in the warmup; with this, that may train the discriminator alone "
+        "(algorithm.student_warmup).",
+    )
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
     seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
@@ -182,6 +190,11 @@ class ScheduleSettings(Section):
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."
     )
+
+    @property
+    def has_sft(self) -> bool:
+        """Whether cross-entropy alone comes before the warmup."""
+        return self.sft_epochs > 0 and self.sft_steps != 0
 
 
 class GateSettings(Section):

@@ -11,8 +11,9 @@ from typing import Any
 class Measure:
     """One figure of an evaluation: its path in summary.json, its name for people, and when it is better.
 
-    better: "higher", "lower", "near 1", or "discriminator": a figure of the discriminator's, which moves with the
-    discriminator as much as with the student, so that no change of it is better or worse by itself.
+    better: "higher", "lower", "near 1", "as the teacher" (whose own figure the evaluation holds), or "discriminator": a
+    figure of the discriminator's, which moves with the discriminator as much as with the student, so that no change
+    of it is better or worse by itself.
     """
 
     path: tuple[str, ...]
@@ -38,7 +39,7 @@ class Measure:
 
     def change(self, first: float | None, last: float | None) -> str | None:
         """ "better", "worse", or "same" where no difference shows; None where that is unknown."""
-        if first is None or last is None or self.better == "discriminator":
+        if first is None or last is None or self.better in ("discriminator", "as the teacher"):
             return None
         if self.show(first) == self.show(last):
             return "same"
@@ -53,6 +54,9 @@ MEASURES = (
     Measure(("rouge_l",), "ROUGE-L", "higher"),
     *(Measure(("ngram_f1", str(n)), f"{n}-gram F1", "higher") for n in range(1, 5)),
     Measure(("length_ratio",), "length ratio", "near 1"),
+    Measure(("words",), "words", "as the teacher"),
+    Measure(("repeated",), "say a 3-gram twice", "lower", share=True),
+    Measure(("distinct_2",), "distinct-2", "higher"),
     Measure(("cut_share",), "responses cut", "lower", share=True),
     Measure(("accuracy",), "D tells apart", "discriminator", share=True),
     Measure(("margin",), "D margin", "discriminator"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from gadcore.errors import UserError
 from gadcore.record.tracking import Row, scan
 
-KNOWN_ORDER = ("before", "after_warmup", "after_seqkd", "after_gad")
+KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_gad")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
 
 def pretty(name: str) -> str:
     """The name of an evaluation or stage as people write it."""
-    return " ".join({"gad": "GAD", "seqkd": "SeqKD"}.get(word, word) for word in name.split("_"))
+    return " ".join({"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT"}.get(word, word) for word in name.split("_"))
 
 
 def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> list[str]:

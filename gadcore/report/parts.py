@@ -26,6 +26,7 @@ BETTER = {
     "higher": "higher",
     "lower": "lower",
     "near 1": "nearer 1",
+    "as the teacher": "as the teacher",
     "discriminator": "open",
 }
 ORDERS = (
