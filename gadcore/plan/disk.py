@@ -30,7 +30,8 @@ class Disk(NamedTuple):
 
     def sentence(self) -> str:
         each = f"{self.checkpoint / 1e9:.1f} GB"
-        kept = f"a checkpoint of {each}" if self.checkpoints == 1 else f"{self.checkpoints} checkpoints of {each} each"
+        few = {0: "no checkpoint", 1: f"a checkpoint of {each}"}
+        kept = few.get(self.checkpoints, f"{self.checkpoints} checkpoints of {each} each")
         return (
             f"disk: this run will leave about {self.left / 1e9:.1f} GB, with {kept} (checkpoint.keep), and takes up to "
             f"{self.peak / 1e9:.1f} GB on the way"
