@@ -31,6 +31,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.record.run_folder import LATEST, RunFolder
+from gadcore.text import say
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
 COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
@@ -71,20 +72,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             received = signals.received
     except UserError as error:
-        print(f"gadcore: {error}", file=sys.stderr)
+        say(f"gadcore: {error}", sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"gadcore: {error}", file=sys.stderr)
+        say(f"gadcore: {error}", sys.stderr)
         return 128 + (received or signal.SIGINT)
     except KeyboardInterrupt:
-        print(f"gadcore: stopped at once; {goes_on}", file=sys.stderr)
+        say(f"gadcore: stopped at once; {goes_on}", sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
         # A full disk (which names no file) or a folder that may not be written is the user's to mend.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = error.filename or "the run folder"
-        print(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", file=sys.stderr)
+        say(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", sys.stderr)
         return 2
 
 
@@ -125,7 +126,7 @@ def _report(arguments: list[str]) -> int:
         raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
     from gadcore.report.page import write_report
 
-    print(write_report(Path(arguments[0]) if arguments else LATEST))
+    say(write_report(Path(arguments[0]) if arguments else LATEST))
     return 0
 
 
@@ -146,9 +147,11 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     if dry_run:
-        print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        lines = f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}".split("\n")
         if has_discriminator(stages):
-            print("\n".join(ledger_lines(config, inputs.student.path, inputs.train)))
+            lines += ledger_lines(config, inputs.student.path, inputs.train)
+        for line in lines:
+            say(line)
         return 0
     folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
     with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:

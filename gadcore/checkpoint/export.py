@@ -33,6 +33,7 @@ from gadcore.models.loading import (
     resolve_model,
     save_model,
 )
+from gadcore.text import say
 
 MODELS = ("student", "discriminator")
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     if step not in found:
         raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
     export(found[step], Path(options.out), options.model)
-    print(f"{options.out}: the {options.model} of step {step}")
+    say(f"{options.out}: the {options.model} of step {step}")
     return 0
 
 

@@ -19,6 +19,7 @@ from gadcore.errors import UserError
 from gadcore.evaluate.responses import read_json, write_json
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.files import write_whole
+from gadcore.text import say
 
 
 def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None = None) -> int:
@@ -100,4 +101,4 @@ def _notes(folder: Path, models: Sequence[str]) -> list[str]:
 
 
 def _log(line: str) -> None:
-    print(line, flush=True)
+    say(line)
