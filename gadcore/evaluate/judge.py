@@ -121,7 +121,7 @@ def ask_both_orders(
     read: dict[tuple[int, int], Verdict] = {}
     unparsable, unanswered = [], []
     for (row, order), request in requests.items():
-        key = request.key(judge.endpoint.model)
+        key = judge.store.key(request, judge.endpoint.model)
         reply = judge.store.get(key)
         if reply is None:
             reason = tally.failed.get(key) or tally.stopped

@@ -20,11 +20,11 @@ from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
 from gadcore.evaluate.responses import read_json, read_responses, write_json
-from gadcore.record.text import clean
 from gadcore.teacher.client import exit_code
 from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
+from gadcore.text import say
 
 
 class JudgeSampling(SamplingSettings):
@@ -130,10 +130,10 @@ def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
                 result = job.about | job.figures(judge)
                 complete &= _finish(job.path, result, job.line(result))
                 if result["stopped"]:
-                    print(f"stopped: {clean(result['stopped'])}; the same command goes on")
+                    say(f"stopped: {result['stopped']}; the same command goes on")
                     return exit_code(result["stopped"])
     except KeyboardInterrupt:
-        print("stopped at once; what was answered is kept, the same command goes on", flush=True)
+        say("stopped at once; what was answered is kept, the same command goes on")
         return 128 + signal.SIGINT
     return 0 if complete else 1
 
@@ -143,9 +143,9 @@ def _judge(config: Asking, chosen: JudgingSettings) -> Iterator[Judge]:
     prompts = load_prompts(Path(chosen.prompts) if chosen.prompts else None)
     path = Path(chosen.store) if chosen.store else Path(chosen.responses) / "judgements.jsonl"
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    with ReplyStore(path) as store, progress(console, "judge") as watch:
-        if store.repaired:
-            print(f"gadcore: {store.repaired}", file=sys.stderr)
+    with ReplyStore(path, config.endpoint.address) as store, progress(console, "judge") as watch:
+        for note in store.notes():
+            say(f"gadcore: {note}", sys.stderr)
         yield Judge(config.endpoint, config.sampling.parameters(), prompts, store, config.budget, watch)
 
 
@@ -161,14 +161,12 @@ def _check_judge(path: Path, judge: str) -> None:
 def _finish(path: Path, result: Mapping[str, Any], line: str) -> bool:
     """Writes a result, prints its line and what is missing; False where requests stayed unanswered."""
     write_json(path, result)
-    print(line)
+    say(line)
     if result["unparsable"]:
-        print(f"  {result['unparsable']} replies could not be read, their prompts do not count: see {path}")
+        say(f"  {result['unparsable']} replies could not be read, their prompts do not count: see {path}")
     if result["unanswered"]:
         reasons = sorted({str(request["reason"]) for request in result["unanswered_requests"]})
-        print(
-            f"  {result['unanswered']} requests have no reply ({clean('; '.join(reasons))}): the same command goes on"
-        )
+        say(f"  {result['unanswered']} requests have no reply ({'; '.join(reasons)}): the same command goes on")
     return not result["unanswered"]
 
 
