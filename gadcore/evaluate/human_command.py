@@ -12,8 +12,9 @@ from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally
 from gadcore.evaluate.judge_rows import find, read_both
-from gadcore.evaluate.responses import read_json, write_json
+from gadcore.evaluate.responses import write_json
 from gadcore.files import write_whole
+from gadcore.record.reading import read_json
 from gadcore.text import say
 
 

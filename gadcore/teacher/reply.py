@@ -6,13 +6,13 @@ text that is not what it should be is left out and told (`Reply.told`), since th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gadcore.files import parse_json
 from gadcore.teacher.secret import Secret
 from gadcore.text import clean
 
@@ -151,8 +151,8 @@ class _Reading:
         if text.count("[") + text.count("{") > DEPTH and (shallow := _pruned(text)) != text:
             self.told.append(f"what is nested deeper than {DEPTH} was not read")
         try:
-            value = json.loads(shallow, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
-        except (ValueError, RecursionError):
+            value = parse_json(shallow)
+        except ValueError:
             raise Unusable(f"the answer is not JSON: {_brief(self._secret.mask(text))!r}", billed=True) from None
         masked = self._secret.mask_all(value)
         if masked != value:
