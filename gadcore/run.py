@@ -6,7 +6,7 @@ python -m gadcore.run --config mine.toml --dry-run      print the resolved plan 
 python -m gadcore.run --resume auto                     go on with the newest run
 python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
 python -m gadcore.run plan ...                          what a run will need: memory, time, does it fit
-python -m gadcore.run report [RUN_FOLDER]               write report.html again
+python -m gadcore.run report [RUN_FOLDER]               write report.html again; two folders: both on one page
 python -m gadcore.run export RUN_FOLDER --out FOLDER    a checkpoint as a Hugging Face directory
 python -m gadcore.run collect ...                       ask a teacher for responses, over an API
 python -m gadcore.run eval ...                          sample from models and compare them with the teacher
@@ -34,6 +34,13 @@ from gadcore.record.run_folder import LATEST, RunFolder
 from gadcore.text import say
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+REPORT_HELP = f"""\
+python -m gadcore.run report [RUN_FOLDER]
+python -m gadcore.run report RUN_FOLDER OTHER_RUN_FOLDER
+
+Writes report.html of a run again, from its files; default {LATEST}.
+Of two runs: OTHER_RUN_FOLDER/report-beside-RUN.html, their curves in the same charts, their last students compared
+prompt by prompt."""
 COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
 
 
@@ -120,13 +127,14 @@ def _other(command: str, arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     if any(argument in HELP for argument in arguments):
-        print(f"python -m gadcore.run report [RUN_FOLDER]\n\nWrites report.html of a run again; default {LATEST}.")
+        print(REPORT_HELP)
         return 0
-    if len(arguments) > 1:
-        raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
-    from gadcore.report.page import write_report
+    if len(arguments) > 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"report takes one run folder, or two to lay side by side, not {' '.join(arguments)}")
+    from gadcore.report.page import write_overlay, write_report
 
-    say(write_report(Path(arguments[0]) if arguments else LATEST))
+    folders = [Path(argument).expanduser() for argument in arguments] or [LATEST]
+    say(write_overlay(folders[0], folders[1]) if len(folders) == 2 else write_report(folders[0]))
     return 0
 
 

@@ -29,6 +29,7 @@ def evaluate(
             "student": candidate,
             "rouge_l": rouge_l(candidate, reference),
             "length_ratio": length_ratio(candidate, reference),
+            "finished": group.samples[0].finished,
         }
         for group, candidate, reference in zip(groups, candidates, references, strict=True)
     ]

@@ -19,9 +19,15 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _finite(value: Any) -> Any:
+    if not abs(_number(value)) <= 1e30:
+        raise ValueError("should be a finite number, and one that can be reckoned with")
+    return value
+
+
 # A figure as a run writes it, which may be NaN or infinite; a finite one that can be reckoned with.
 Figure = Annotated[float, BeforeValidator(_number)]
-Finite = Annotated[Figure, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
+Finite = Annotated[float, BeforeValidator(_finite)]
 Count = Annotated[int, Field(strict=True, ge=0, le=10**15)]
 
 
