@@ -19,6 +19,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
 from gadcore.record.tracking import check_tracker
+from gadcore.text import say
 
 TRAINING = ("train", "seqkd")
 
@@ -66,7 +67,10 @@ COMMANDS = {
         own_help=False,
     ),
     "report": Command(
-        "[RUN_FOLDER]", f"write report.html of a run again; default {LATEST}", "gadcore.run:report_main", own_help=False
+        "[RUN_FOLDER] [OTHER_RUN_FOLDER]",
+        f"write report.html of a run again (default {LATEST}), or two runs on one page",
+        "gadcore.run:report_main",
+        own_help=False,
     ),
     "export": Command(
         "RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]",
@@ -104,20 +108,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals = StopSignals()
         return _train(command, arguments, signals)
     except UserError as error:
-        print(f"gadcore: {error}", file=sys.stderr)
+        say(f"gadcore: {error}", sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"gadcore: {error}", file=sys.stderr)
+        say(f"gadcore: {error}", sys.stderr)
         return 128 + ((signals and signals.received) or signal.SIGINT)
     except KeyboardInterrupt:
-        print(f"gadcore: stopped at once; {goes_on}", file=sys.stderr)
+        say(f"gadcore: stopped at once; {goes_on}", sys.stderr)
         return 128 + ((signals and signals.received) or signal.SIGINT)
     except OSError as error:
         # A full disk (which names no file) or a folder that may not be written is the user's to mend.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = error.filename or "the run folder"
-        print(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", file=sys.stderr)
+        say(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", sys.stderr)
         return 2
 
 
@@ -156,12 +160,13 @@ def _prepare(config: Any) -> None:
 
 
 def report_main(arguments: list[str]) -> int:
-    """Writes report.html of a run again."""
-    if len(arguments) > 1:
-        raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
-    from gadcore.report.page import write_report
+    """Writes report.html of a run again, or of two runs OTHER_RUN_FOLDER/report-beside-RUN.html."""
+    if len(arguments) > 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"report takes one run folder, or two to lay side by side, not {' '.join(arguments)}")
+    from gadcore.report.page import write_overlay, write_report
 
-    print(write_report(Path(arguments[0]) if arguments else LATEST))
+    folders = [Path(argument).expanduser() for argument in arguments] or [LATEST]
+    say(write_overlay(folders[0], folders[1]) if len(folders) == 2 else write_report(folders[0]))
     return 0
 
 
@@ -188,9 +193,11 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     if needed is not None:
         inputs.notes.append(needed.sentence())
     if dry_run:
-        print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        lines = f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}".split("\n")
         if has_discriminator(stages):
-            print("\n".join(ledger_lines(config, inputs.student.path, inputs.train)))
+            lines += ledger_lines(config, inputs.student.path, inputs.train)
+        for line in lines:
+            say(line)
         return 0
     if needed is not None and not config.run.resume:
         disk.check(needed, Path(config.run.dir or RUNS))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gadcore.errors import UserError
+from gadcore.text import say
 
 MODELS = ("student", "discriminator")
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     if step not in found:
         raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
     export(found[step], out, options.model)
-    print(f"{options.out}: the {options.model} of step {step}")
+    say(f"{options.out}: the {options.model} of step {step}")
     return 0
 
 

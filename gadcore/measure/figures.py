@@ -20,6 +20,12 @@ class Measure:
     label: str
     better: str
     share: bool = False
+    sentence: str = ""
+
+    @property
+    def phrase(self) -> str:
+        """What the measure is called inside a sentence."""
+        return self.sentence or self.label
 
     def of(self, evaluation: dict[str, Any]) -> float | None:
         """The value, None where the evaluation has none."""
@@ -55,9 +61,9 @@ MEASURES = (
     *(Measure(("ngram_f1", str(n)), f"{n}-gram F1", "higher") for n in range(1, 5)),
     Measure(("length_ratio",), "length ratio", "near 1"),
     Measure(("words",), "words", "as the teacher"),
-    Measure(("repeated",), "say a 3-gram twice", "lower", share=True),
+    Measure(("repeated",), "say a 3-gram twice", "lower", True, "the share of responses that say a 3-gram twice"),
     Measure(("distinct_2",), "distinct-2", "higher"),
-    Measure(("cut_share",), "responses cut", "lower", share=True),
+    Measure(("cut_share",), "responses cut", "lower", True, "the share of responses that were cut"),
     Measure(("accuracy",), "D tells apart", "discriminator", share=True),
     Measure(("margin",), "D margin", "discriminator"),
 )

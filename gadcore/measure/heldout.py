@@ -18,7 +18,7 @@ REPEATED = 3
 def evaluate(
     groups: Sequence[Group], discriminator: Discriminator | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(figures, a row per prompt with its text and its figures) over groups with the same number of samples each.
+    """(figures, a row per prompt with its texts and the same figures) over groups with the same number of samples each.
 
     A figure is the mean over samples, then over prompts, so that prompts can be paired between evaluations. rouge_l,
     ngram_f1, length_ratio: beside the teacher's response. cut_share, repeated: shares of samples that were cut, and in
@@ -33,18 +33,14 @@ def evaluate(
         row["distinct_2"] = fmean(next(distinct) for _ in group.samples)
     names = ("rouge_l", "length_ratio", "cut_share", "repeated", "distinct_2", "words")
     result: dict[str, Any] = {name: fmean(row[name] for row in rows) for name in names}
-    result["ngram_f1"] = {
-        str(n): fmean(
-            fmean(ngram_f1(sample.text, group.teacher.text, n) for sample in group.samples) for group in groups
-        )
-        for n in NGRAMS
-    }
+    result["ngram_f1"] = {str(n): fmean(row["ngram_f1"][str(n)] for row in rows) for n in NGRAMS}
     result |= {"rows": len(groups), "samples": len(groups[0].samples), "teacher": _teacher(groups)}
     if discriminator is not None:
         scores = discriminator.score(groups, backward=False)
         result |= {"margin": scores.margin, "accuracy": scores.accuracy}
         for row, teacher, rewards in zip(rows, scores.teacher_scores, scores.rewards, strict=True):
             row |= {"teacher_score": teacher, "student_score": fmean(rewards)}
+            row |= {"margin": teacher - fmean(rewards), "accuracy": fmean(teacher > reward for reward in rewards)}
     return result, rows
 
 
@@ -55,6 +51,7 @@ def _row(group: Group) -> dict[str, Any]:
         "teacher": reference,
         "student": texts[0],
         "rouge_l": fmean(rouge_l(text, reference) for text in texts),
+        "ngram_f1": {str(n): fmean(ngram_f1(text, reference, n) for text in texts) for n in NGRAMS},
         "length_ratio": fmean(length_ratio(text, reference) for text in texts),
         "cut_share": fmean(not sample.finished for sample in group.samples),
         "repeated": fmean(map(_repeats, texts)),

@@ -1,8 +1,7 @@
-"""What every view of a run shows alike: the plan, lines and tables of evaluations, and text made safe for a screen."""
+"""What every view of a run shows alike: the plan, lines and tables of evaluations."""
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from gadcore.measure.figures import MEASURES
 from gadcore.record.tracking import Row
+from gadcore.text import clean
 
 BETTER = {
     "higher": "higher",
@@ -46,10 +46,10 @@ def summary_table(summary: Row) -> Table:
     evaluations: dict[str, Row] = summary.get("evaluations") or {}
     names = list(evaluations)
     rows = ", ".join(sorted({str(e.get("rows", "?")) for e in evaluations.values()}))
-    table = Table(title=Text(f"Held-out prompts ({rows or 'no'} rows)"), box=box.SIMPLE_HEAD)
+    table = Table(title=Text(clean(f"Held-out prompts ({rows or 'no'} rows)")), box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in names:
-        table.add_column(Text(name.replace("_", " ")), justify="right")
+        table.add_column(Text(clean(name.replace("_", " "))), justify="right")
     if len(names) > 1:
         table.add_column("change", justify="right")
     table.add_column("better when")
@@ -65,9 +65,3 @@ def summary_table(summary: Row) -> Table:
             cells.append(Text(measure.show(difference, signed=True), style=style))
         table.add_row(*cells, Text(BETTER[measure.better], style="dim"))
     return table
-
-
-def clean(text: str) -> str:
-    """One line without anything that a terminal would obey: white space is joined, control characters become ·."""
-    joined = " ".join(text.split())
-    return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\u200d" else c for c in joined)

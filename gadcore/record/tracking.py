@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
-from gadcore.files import write_whole
+from gadcore.files import parse_json, write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -45,12 +45,14 @@ def scan(path: Path) -> Scan:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the folder of a run that has written it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if lines[-1] == b"":
         lines.pop()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if isinstance(row, dict):

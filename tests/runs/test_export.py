@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gadcore import run as command
 from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
-from gadcore.evaluate.responses import read_json
+from gadcore.record.reading import read_json
 from tests.support.runs import run, tiny_arguments
 
 # Of 3 + 4 steps: every second one, and the ends of the stages.
