@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-import unicodedata
 from typing import IO
 
-# They join letters in many scripts and in emoji, and move nothing.
-_JOINERS = "\u200c\u200d"
-_UNUSUAL = re.compile(r"[^\n\t -~]")
+# Unicode's Cc, Cf and Cs (controls, formats, surrogates), but line feed and tab, the joiners U+200C and U+200D, which
+# many scripts and emoji need, and the formats that are seen, such as the Arabic number signs.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]"
+)
 _MARKUP = re.compile(r"(?<=\])\(|[\\`*_{}\[\]#|!~$@]")
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 # What GitHub's Markdown makes a link of without being asked.
@@ -22,12 +24,7 @@ _LINKS = re.compile(r"(?i)(?<=http)(s?):(?=//)|(?<=www)\.")
 
 def visible(text: str) -> str:
     """The text with · for control characters but line feed and tab: escapes, overrides of direction, surrogates."""
-    if not _UNUSUAL.search(text):
-        return text
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return "".join(
-        "·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t" + _JOINERS else c for c in text
-    )
+    return _HIDDEN.sub("·", text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text)
 
 
 def clean(text: str) -> str:

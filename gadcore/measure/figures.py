@@ -43,18 +43,6 @@ class Measure:
             return f"{round(100 * value, 1) + 0.0:+.1f} pp" if self.share else f"{round(value, 3) + 0.0:+.3f}"
         return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
 
-    def change(self, first: float | None, last: float | None) -> str | None:
-        """ "better", "worse", or "same" where no difference shows; None where that is unknown."""
-        if first is None or last is None or self.better in ("discriminator", "as the teacher"):
-            return None
-        if self.show(first) == self.show(last):
-            return "same"
-        if self.better == "near 1":
-            first, last = -abs(first - 1), -abs(last - 1)
-        elif self.better == "lower":
-            first, last = -first, -last
-        return "same" if first == last else "better" if last > first else "worse"
-
 
 MEASURES = (
     Measure(("rouge_l",), "ROUGE-L", "higher"),

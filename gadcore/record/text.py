@@ -42,7 +42,10 @@ def evaluation_line(name: str, result: Row) -> str:
 
 
 def summary_table(summary: Row) -> Table:
-    """The evaluations of summary.json side by side, with the change from first to last and when it is better."""
+    """The evaluations of summary.json side by side, with the change from first to last and when it would be better.
+
+    Nothing here says that it is: that takes the values of every prompt, which the report tests against the noise.
+    """
     evaluations: dict[str, Row] = summary.get("evaluations") or {}
     names = list(evaluations)
     rows = ", ".join(sorted({str(e.get("rows", "?")) for e in evaluations.values()}))
@@ -61,7 +64,6 @@ def summary_table(summary: Row) -> Table:
         if len(values) > 1:
             first, last = values[0], values[-1]
             difference = None if first is None or last is None else last - first
-            style = {"better": "green", "worse": "red"}.get(measure.change(first, last) or "", "")
-            cells.append(Text(measure.show(difference, signed=True), style=style))
+            cells.append(Text(measure.show(difference, signed=True)))
         table.add_row(*cells, Text(BETTER[measure.better], style="dim"))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import unicodedata
 
 import pytest
 
@@ -15,6 +16,17 @@ def test_what_a_terminal_obeys_is_shown_as_a_point() -> None:
     assert visible(EVIL) == "a·[31m·b······"
     assert visible("tab\tline\r\nfeed\rü 🧑‍🚀") == "tab\tline\nfeed\nü 🧑‍🚀"
     assert clean(f" two \n\u2028 words {EVIL}") == "two words a·[31m·b······"
+
+
+def test_every_control_and_format_of_unicode_is_thought_of() -> None:
+    seen = {"\n", "\t", "\r", "\u200c", "\u200d"}
+    for code_point in range(0x110000):
+        character = chr(code_point)
+        hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs") and character not in seen
+        # The formats that stand for something to be read.
+        hidden &= not (unicodedata.bidirectional(character) == "AN" or 0x13430 <= code_point <= 0x13440)
+        hidden &= code_point not in (0x70F, 0x110BD, 0x110CD)
+        assert (visible(character) == "·") == (hidden or character == "·"), hex(code_point)
 
 
 def test_a_printed_line_is_one_line_and_keeps_its_spaces() -> None:
