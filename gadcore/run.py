@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from gadcore.config.functions import check_functions
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.evaluate.settings import EvalConfig
-from gadcore.record.run_folder import LATEST, RunFolder
+from gadcore.record.run_folder import LATEST, RunFolder, run_folder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
 COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
@@ -125,7 +126,7 @@ def _report(arguments: list[str]) -> int:
         raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
     from gadcore.report.page import write_report
 
-    print(write_report(Path(arguments[0]) if arguments else LATEST))
+    print(write_report(Path(arguments[0]).expanduser() if arguments else LATEST))
     return 0
 
 
@@ -141,8 +142,18 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.report.page import write_report
     from gadcore.train.build import build
     from gadcore.train.inputs import describe_plan, has_discriminator, read_inputs
+    from gadcore.train.resuming import finished
 
     stages = STAGES[command]
+    if config.run.resume == "auto" and not dry_run and (path := finished(config, stages)):
+        # It may have been killed in between.
+        if not (path / "report.html").exists():
+            write_report(path)
+        print(
+            f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "
+            f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
+        )
+        return 0
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     if dry_run:
@@ -150,8 +161,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
         if has_discriminator(stages):
             print("\n".join(ledger_lines(config, inputs.student.path, inputs.train)))
         return 0
-    folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
-    with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+    with run_folder(config) as folder, build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
         if has_discriminator(stages):
             limit = trainer.memory.ledger.limit
             if warning := memory_warning(config, inputs.student.path, inputs.train, limit):

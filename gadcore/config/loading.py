@@ -238,6 +238,8 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         named = [f"{key}: {origin}" for key, origin in origins.items() if re.search(rf"{re.escape(key)}\b", message)]
+        if not named and (key := ".".join(map(str, error["loc"][:2]))) in origins:
+            named = [f"{key}: {origins[key]}"]
         return f"{message} ({', '.join(named)})" if named else message
     section, *path = error["loc"]
     if error["type"] == "union_tag_invalid":

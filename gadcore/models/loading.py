@@ -198,3 +198,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     except SafetensorError as e:
         raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then go on") from e
     tokenizer.save_pretrained(path)
+    # safetensors creates files that only their owner can read
+    for file in path.glob("*.safetensors"):
+        file.chmod((path / "config.json").stat().st_mode)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
 
 Price = Annotated[float, Field(ge=0)]
 # A request without these would not be one conversation with one whole answer, or would not be what its key says.
@@ -78,7 +78,9 @@ class Budget(Section):
 class PromptSettings(Section):
     """What to ask."""
 
-    source: str = Field("", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given.")
+    source: Location = Field(
+        "", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
     rows: Positive | None = Field(None, description="Use only the first rows.")
     system_prompt: str | None = Field(
@@ -127,7 +129,7 @@ class SamplingSettings(Section):
 class OutputSettings(Section):
     """What becomes of the replies."""
 
-    dir: str = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
+    dir: Location = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
     teacher: str | None = Field(None, description="Name of the teacher in the rows; default endpoint.model.")
     keep_cut: bool = Field(False, description="Also train on responses that ran into the length limit.")
     keep_refused: bool = Field(False, description="Also train on refusals.")

@@ -33,7 +33,7 @@ def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engi
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "run/summary.json").exists()
     assert json.loads((folder / "run/trace.json").read_text() + "]")
-    resumed = run(["--resume", "auto"], folder)
+    resumed = run(["--run.dir", "run", "--resume", "auto"], folder)
     assert resumed.returncode == 0, resumed.stderr
     assert_watched(folder / "run")
 
