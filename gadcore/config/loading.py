@@ -125,10 +125,10 @@ def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: 
         if saved and not bases:
             return _read(saved, str(saved), model, chosen=False)
         kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
-        return _read_preset(name, model) if kind == "preset" else _read(Path(name), name, model)
+        return _read_preset(name, model) if kind == "preset" else _read(Path(name).expanduser(), name, model)
     if bases and bases[0][0] == "preset":
         raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
-    return _read(Path(bases[0][1]), bases[0][1], model) if bases else []
+    return _read(Path(bases[0][1]).expanduser(), bases[0][1], model) if bases else []
 
 
 def _read_preset(name: str, model: type[Section]) -> list[Layer]:

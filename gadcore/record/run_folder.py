@@ -85,7 +85,7 @@ class RunFolder:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError("no object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}): put it back, or delete it and have the run finish again by "
                 "--resume auto"
@@ -217,17 +217,14 @@ def _told(folder: RunFolder, *, stays: bool) -> Iterator[None]:
 @contextmanager
 def _new(config: Config) -> Iterator[Path]:
     """A folder for a new run, locked; it goes again where nothing is in it at the end, with the ones made for it."""
+    if LATEST.exists() and not LATEST.is_symlink() and _belongs_to_runs(Path(config.run.dir or LATEST)):
+        raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
+    made = [] if config.run.dir or RUNS.exists() else [RUNS]
     path = Path(config.run.dir) if config.run.dir else _fresh(config.run.name)
     _refuse_another_run(path)
-    if _belongs_to_runs(path) and LATEST.exists() and not LATEST.is_symlink():
-        raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    made = [folder for folder in (path, *path.parents) if not folder.exists()] if config.run.dir else [path, *made]
     try:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)
-            raise UserError(f"{file} is a file where a folder is needed: choose another run.dir") from error
+        _make(path)
         with held(path / LOCK, f"the run {path}"):
             # Somebody may have come first.
             _refuse_another_run(path)
@@ -238,11 +235,19 @@ def _new(config: Config) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)
+        raise UserError(f"{file} is a file where a folder is needed: choose another run.dir") from error
+
+
 def _refuse_another_run(path: Path) -> None:
     if (path / CONFIG).exists():
         raise UserError(
-            f"{path} already holds another run: choose another run.dir, or go on with it by --run.dir {path} "
-            "--resume auto"
+            f"{path} already holds another run: choose another run.dir, or go on with it by --run.dir "
+            f"{shlex.quote(str(path))} --resume auto"
         )
     for name in NAMES:
         if os.path.lexists(path / name):
@@ -252,11 +257,18 @@ def _refuse_another_run(path: Path) -> None:
 
 
 def _belongs_to_runs(path: Path) -> bool:
-    return path.resolve().is_relative_to(RUNS.resolve())
+    return RUNS.resolve() in path.resolve().parents
 
 
 def _fresh(name: str) -> Path:
-    return free_name(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """A folder of runs/ that no other process has taken: it is made."""
+    while True:
+        path = free_name(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
 
 
 def _lines(path: Path) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from gadcore.config import loading
 from gadcore.files import write_whole
+from gadcore.locks import LOCK, held
 from gadcore.record.text import clean
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
     folder = Path(config.output.dir)
     requests = requests_of(config, prompts)
-    with ReplyStore(folder / "replies.jsonl") as store:
+    with held(folder / LOCK, f"the folder {folder}"), ReplyStore(folder / "replies.jsonl") as store:
         write_whole(folder / "config.toml", loading.dump(config))
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         if store.repaired:
