@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from gadcore.config.functions import check_functions
 from gadcore.config.process import StopSignals, keep_writing, set_environment
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
-from gadcore.record.run_folder import LATEST, RUNS, RunFolder
+from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
 from gadcore.record.tracking import check_tracker
 from gadcore.text import say
 
@@ -185,8 +186,18 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.train.build import build
     from gadcore.train.inputs import describe_plan, has_discriminator, planned_steps, read_inputs
     from gadcore.train.progress import stages_of
+    from gadcore.train.resuming import finished
 
     stages = stages_of(config, command)
+    if config.run.resume == "auto" and not dry_run and (path := finished(config, stages)):
+        # It may have been killed in between.
+        if not (path / "report.html").exists():
+            write_report(path)
+        say(
+            f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "
+            f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
+        )
+        return 0
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
@@ -201,8 +212,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
         return 0
     if needed is not None and not config.run.resume:
         disk.check(needed, Path(config.run.dir or RUNS))
-    folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
-    with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+    with run_folder(config) as folder, build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
         if has_discriminator(stages):
             limit = trainer.memory.ledger.limit
             if warning := memory_warning(config, inputs.student.path, inputs.train, limit):

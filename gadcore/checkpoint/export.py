@@ -6,6 +6,8 @@ the model that the run was started from.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from gadcore.config.settings import Config
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.files import whole_folder
+from gadcore.locks import LOCK, held
 from gadcore.models.loading import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,20 +57,23 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
     tokenizer = load_tokenizer(resolve_model(_name(config, which)))
     model = _untrained(config, which, tokenizer)
     restore_parameters(dict(model.named_parameters()), tensors[which], which)
-    with whole_folder(out) as folder:
-        save_model(model, tokenizer, folder)
+    place = Path(os.path.abspath(out))
+    with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
+        try:
+            with whole_folder(place) as folder:
+                save_model(model, tokenizer, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UserError(f"{out} was filled by somebody else meanwhile: choose another folder") from None
 
 
 @contextmanager
 def as_directory(path: str, place: Path) -> Iterator[str]:
-    """The model at `path` as a directory or hub id: of a checkpoint the student, in `place` as long as the block runs.
-
-    What a killed process has left in `place` is replaced.
-    """
+    """The model at `path` as a directory or hub id: of a checkpoint the student, in `place` while the block runs."""
     if not is_checkpoint(Path(path)):
         yield path
         return
-    shutil.rmtree(place, ignore_errors=True)
     try:
         export(Path(path), place)
         yield str(place)

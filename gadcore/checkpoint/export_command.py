@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     from gadcore.checkpoint import store
     from gadcore.checkpoint.export import export
 
-    folder, out = Path(options.run), Path(options.out)
+    folder, out = Path(options.run).expanduser(), Path(options.out).expanduser()
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder} is no run folder, it has no config.toml: give one, for example runs/latest")
     if out.resolve() == Path.cwd():

@@ -129,10 +129,12 @@ def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: 
         if saved and not bases:
             return _read(saved, str(saved), model, chosen=False)
         kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
-        return [*_read_preset(name, model), *_without_vllm()] if kind == "preset" else _read(Path(name), name, model)
+        if kind == "preset":
+            return [*_read_preset(name, model), *_without_vllm()]
+        return _read(Path(name).expanduser(), name, model)
     if bases and bases[0][0] == "preset":
         raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
-    return _read(Path(bases[0][1]), bases[0][1], model) if bases else []
+    return _read(Path(bases[0][1]).expanduser(), bases[0][1], model) if bases else []
 
 
 def _without_vllm() -> list[Layer]:
@@ -266,6 +268,8 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         named = [f"{key}: {origin}" for key, origin in origins.items() if re.search(rf"{re.escape(key)}\b", message)]
+        if not named and (key := ".".join(map(str, error["loc"][:2]))) in origins:
+            named = [f"{key}: {origins[key]}"]
         return f"{message} ({', '.join(named)})" if named else message
     section, *path = error["loc"]
     if error["type"] == "union_tag_invalid":

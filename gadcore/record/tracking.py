@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
-from gadcore.files import parse_json, write_whole
+from gadcore.files import parse_json, sync, write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -100,14 +100,24 @@ class MetricsLog:
         if not self.path.exists():
             return 0
         found = scan(self.path)
-        kept = []
-        for number, (row, line) in enumerate(zip(found.rows, found.lines, strict=True), 1):
-            if not isinstance(row.get("step"), int):
-                raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
-            if row["step"] <= step:
-                kept.append(line + b"\n")
+        kept = [line + b"\n" for at, line in zip(self._steps(found), found.lines, strict=True) if at <= step]
         write_whole(self.path, b"".join(kept), synced=True)
         return len(found.lines) - len(kept) + found.torn
+
+    def steps(self) -> list[int]:
+        """The "step" of every whole row. Raises UserError as truncate_after() does."""
+        return self._steps(scan(self.path)) if self.path.exists() else []
+
+    def _steps(self, found: Scan) -> list[int]:
+        for number, row in enumerate(found.rows, 1):
+            if type(row.get("step")) is not int:
+                raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
+        return [row["step"] for row in found.rows]
+
+    def sync(self) -> None:
+        """Returns when every row is on the disk."""
+        if self.path.exists():
+            sync(self.path)
 
     def close(self) -> None:
         """Closes the file; the next write opens it again."""
