@@ -8,13 +8,45 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def pairs(text: str, key: str) -> dict[str, str]:
+    """'a=x,b=y' as {"a": "x", "b": "y"}. Raises ValueError, which names the setting `key`."""
+    items = [item.partition("=") for item in text.split(",")]
+    if not all(name.strip() and equals and value.strip() for name, equals, value in items):
+        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
+    table = {name.strip(): value.strip() for name, _, value in items}
+    if len(table) < len(items):
+        raise ValueError(f"{key} uses a name twice: {text}")
+    return table
+
+
+def _columns(value: Any) -> Any:
+    try:
+        return pairs(value, "columns") if isinstance(value, str) else value
+    except ValueError:
+        return value  # and no table
+
+
+# A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 
 
 class Section(BaseModel):
@@ -34,13 +66,34 @@ class RunSettings(Section):
     threads: NonNegative = Field(0, description="CPU threads; 0: what the environment says.")
 
 
+# The value of data.eval that holds out some of the training rows.
+SPLIT = "split"
+
+
 class DataSettings(Section):
     """Rows, templates and limits."""
 
-    train: str = Field("builtin", description="File (.jsonl, .jsonl.gz, .parquet), directory, hub id, or 'builtin'.")
-    eval: str | None = Field("builtin", description='Held-out rows, in the same forms; "none": no evaluation.')
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
+    train: str = Field(
+        "builtin",
+        description="File (JSON lines, a JSON array, CSV, parquet), directory of these, hub id, or 'builtin'.",
+    )
+    eval: str | None = Field(
+        "builtin",
+        description='Held-out rows, in the same forms; "split": some of data.train, which is the default for rows of '
+        'your own; "none": no evaluation.',
+    )
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1,
+        description='Share of the training rows that data.eval = "split" holds out, eval_rows at most. Which ones '
+        "depends on run.seed and the prompts alone; rows with one prompt stay together.",
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="Column map, {prompt = 'question', teacher_response = 'answer'} or "
+        "prompt=question,teacher_response=answer; a+b joins columns, none leaves one out.",
+    )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
     max_prompt_tokens: Positive = 2048
@@ -54,6 +107,15 @@ class DataSettings(Section):
     )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_by_their_like(cls, values: Any) -> Any:
+        """Rows of one's own are not measured on rows that nobody named."""
+        if not isinstance(values, dict) or "eval" in values:
+            return values
+        own = "eval_share" in values or values.get("train", "builtin") != "builtin"
+        return {**values, "eval": SPLIT} if own else values
 
 
 class StudentSettings(Section):

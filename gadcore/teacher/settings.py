@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Columns, NonNegative, Positive, Rate, Section
 
 Price = Annotated[float, Field(ge=0)]
 # A request without these would not be one conversation with one whole answer, or would not be what its key says.
@@ -79,7 +79,7 @@ class PromptSettings(Section):
     """What to ask."""
 
     source: str = Field("", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
+    columns: Columns = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
     rows: Positive | None = Field(None, description="Use only the first rows.")
     system_prompt: str | None = Field(
         None, description="Told to the teacher where a conversation has no system message; not kept in the rows."
