@@ -68,7 +68,10 @@ def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tup
         key = key.replace("-", "_")
         if key in sections:
             raise UserError(f"{key} ({COMMAND_LINE}) is a group of settings: write --{key}.NAME VALUE")
-        overrides[key] = _parse(value, kinds.get(key, [str]))
+        parsed = _parse(value, kinds.get(key, [str]))
+        if dict in kinds.get(key, ()) and isinstance(parsed, str) and isinstance(overrides.get(key), str):
+            parsed = f"{overrides[key]},{parsed}"  # a=b given twice: both
+        overrides[key] = parsed
     if len(bases) > 1:
         raise UserError(
             f"{' and '.join(f'--{name} {value}' for name, value in bases)} are given together: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from gadcore.config.settings import AlgorithmSettings, Config, Section
+from gadcore.config.settings import SPLIT, AlgorithmSettings, Config, Section
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
 Reason = tuple[str, tuple[str, ...]]
@@ -92,8 +92,13 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
         yield "for the baseline only, the command seqkd", _OF_SEQKD
         yield from _of_training(config)
     yield from _of_machine(config, device)
-    if config.data.eval is None:
-        yield "data.eval is none, so no rows are held out", ("data.eval_rows", "data.eval_samples")
+    data = config.data
+    if data.eval is None:
+        yield "data.eval is none, so no rows are held out", ("data.eval_rows", "data.eval_share", "data.eval_samples")
+    elif data.eval != SPLIT:
+        yield f"data.eval = {data.eval} names the held-out rows", ("data.eval_share",)
+    if data.train == "builtin" and data.eval in (None, SPLIT, "builtin"):
+        yield "the rows that come with gadcore need no column map", ("data.columns",)
     tracker = config.tracking.tracker
     if tracker == "none":
         yield "no tracking.tracker is chosen", ("tracking.project",)

@@ -6,7 +6,8 @@
 A later value replaces an earlier one: defaults, then the file, then the command line from left to right. A file may
 begin with `base = "NAME"`, a preset that it changes. Values on the command line are written as in TOML, except that
 text needs no quotes. TOML has no null, so `none` unsets a setting that may be unset (data.eval, run.resume, ..), in a
-file as "none" and on the command line as none. Where the command line, or a file over its base, chooses another
+file as "none" and on the command line as none. Held-out rows of a preset belong to its training rows: whoever names
+others, and no data.eval, gets data.eval = "split". Where the command line, or a file over its base, chooses another
 engine, settings that only the former engine has are left behind.
 
 Commands with settings of their own (collect, eval) pass their model of sections; presets are for training runs only, so
@@ -40,6 +41,8 @@ Root = TypeVar("Root", bound=Section)
 
 DEFAULT_PRESET = "smollm2-cpu"
 _PRESETS = Path(__file__).parents[1] / "configs"
+# Begins the origin of a preset's settings.
+_PRESET = "preset "
 _SENTENCES = {
     "string_type": "must be text",
     "int_type": "must be a whole number",
@@ -149,7 +152,7 @@ def _read_preset(name: str, model: type[Section]) -> list[Layer]:
     if name not in presets():
         hint = _suggest(name, presets()) or f": choose one of {', '.join(presets())}"
         raise UserError(f"there is no preset {name}{hint}")
-    return _read(_PRESETS / f"{name}.toml", f"preset {name}", model, chosen=False)
+    return _read(_PRESETS / f"{name}.toml", _PRESET + name, model, chosen=False)
 
 
 def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True) -> list[Layer]:
@@ -200,6 +203,8 @@ def _merge(
             if key in kinds and key.endswith(".engine"):
                 for left in _of_other_engines(values, key, layer.values[key], model):
                     del values[left], origins[left]
+        if layer.chosen and _leaves_eval(layer.values, values) and origins.get("data.eval", "").startswith(_PRESET):
+            del values["data.eval"], origins["data.eval"]
         values.update(layer.values)
         origins.update(dict.fromkeys(layer.values, layer.origin))
     refuse_old_names(values, origins)
@@ -218,6 +223,13 @@ def _merge(
                 f'{", ".join(theirs)} {verb} of {key} = "{owner}"; this run has "{engine}" ({where}): leave {it} out'
             )
     return values, origins
+
+
+def _leaves_eval(chosen: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether these settings name other training rows, or a share of them to hold out, and no held-out rows."""
+    before = values.get("data.train")
+    other = "data.eval_share" in chosen or chosen.get("data.train", before) != before
+    return other and "data.eval" not in chosen
 
 
 def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: type[Section]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -44,6 +45,28 @@ def _expanded(value: str) -> str:
 
 # Of a file or folder, or a name that stands for one.
 Location = Annotated[str, AfterValidator(_expanded)]
+
+
+def pairs(text: str, key: str) -> dict[str, str]:
+    """'a=x,b=y' as {"a": "x", "b": "y"}. Raises ValueError, which names the setting `key`."""
+    items = [item.partition("=") for item in text.split(",")]
+    if not all(name.strip() and equals and value.strip() for name, equals, value in items):
+        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
+    table = {name.strip(): value.strip() for name, _, value in items}
+    if len(table) < len(items):
+        raise ValueError(f"{key} uses a name twice: {text}")
+    return table
+
+
+def _columns(value: Any) -> Any:
+    try:
+        return pairs(value, "columns") if isinstance(value, str) else value
+    except ValueError:
+        return value  # and no table
+
+
+# A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 
 
 class Section(BaseModel):
@@ -82,15 +105,34 @@ class RunSettings(Section):
         return resume
 
 
+# The value of data.eval that holds out some of the training rows.
+SPLIT = "split"
+
+
 class DataSettings(Section):
     """Rows, templates and limits."""
 
     train: Location = Field(
-        "builtin", description="File (.jsonl, .jsonl.gz, .parquet), directory, hub id, or 'builtin'."
+        "builtin",
+        description="File (JSON lines, a JSON array, CSV, parquet), directory of these, hub id, or 'builtin'.",
     )
-    eval: Location | None = Field("builtin", description='Held-out rows, in the same forms; "none": no evaluation.')
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
+    eval: Location | None = Field(
+        "builtin",
+        description='Held-out rows, in the same forms; "split": some of data.train, which is the default for rows of '
+        'your own; "none": no evaluation.',
+    )
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1,
+        description='Share of the training rows that data.eval = "split" holds out, eval_rows at most. Which ones '
+        "depends on run.seed and the prompts alone; rows with one prompt stay together.",
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="Column map, {prompt = 'question', teacher_response = 'answer'} or "
+        "prompt=question,teacher_response=answer; a+b joins columns, none leaves one out.",
+    )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
     max_prompt_tokens: Positive = 2048
@@ -105,6 +147,15 @@ class DataSettings(Section):
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
     eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_by_their_like(cls, values: Any) -> Any:
+        """Rows of one's own are not measured on rows that nobody named."""
+        if not isinstance(values, dict) or "eval" in values:
+            return values
+        own = "eval_share" in values or values.get("train", "builtin") != "builtin"
+        return {**values, "eval": SPLIT} if own else values
 
 
 class StudentSettings(Section):
@@ -371,7 +422,7 @@ class Config(Section):
     def started_new(self) -> Config:
         """These settings as a run folder keeps them: to start a run with, from any directory."""
         run = {"resume": None, "dir": None}
-        data = {"train": _anywhere(self.data.train, "builtin"), "eval": _anywhere(self.data.eval, "builtin")}
+        data = {"train": _anywhere(self.data.train, "builtin"), "eval": _anywhere(self.data.eval, "builtin", SPLIT)}
         discriminator = {"model": _anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
         memory = {"dir": self.memory.dir and os.path.abspath(self.memory.dir)}
         return self.model_copy(

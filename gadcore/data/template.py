@@ -8,6 +8,7 @@ ended by itself, the marker that the chat template puts after an assistant turn.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class ChatTemplate:
                 "chat_template.jinja to its directory"
             )
         self.end_id = self._find_end()
+        ends = {self.end_text, tokenizer.eos_token}
+        self._end_texts = tuple(sorted(end for end in ends if end))
         self._check_turn()
 
     def conversation(self, messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -64,6 +67,33 @@ class ChatTemplate:
         """A conversation up to and including the header of the assistant's turn."""
         return self._encode(self._render(messages, header=True))
 
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to and including the header of the assistant's turn."""
+        return self._render(messages, header=True)
+
+    def encode_all(self, rendered: Sequence[str]) -> list[tuple[int, ...]]:
+        """prompt_ids() of many rendered prompts by one call of the tokenizer."""
+        return [tuple(ids) for ids in self._tokenize(list(rendered))["input_ids"]] if rendered else []
+
+    @property
+    def end_text(self) -> str:
+        """The end marker as text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
+
+    def without_end(self, text: str) -> str:
+        """A response's text without end markers that were written behind it as text."""
+        kept = text
+        while (bare := kept.rstrip()).endswith(self._end_texts):
+            kept = bare[: -max(len(end) for end in self._end_texts if bare.endswith(end))]
+        return kept
+
+    def fingerprint(self) -> str:
+        """Equal where every conversation and response gets the same ids."""
+        tokenizer = self.tokenizer
+        settings = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "_lock", "_name")}
+        content = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(settings.items()))
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
     def fit_prompt(
         self, messages: Sequence[Message], limit: int, policy: Literal["truncate", "drop", "error"]
     ) -> tuple[Sequence[Message], tuple[int, ...]] | None:
@@ -71,7 +101,7 @@ class ChatTemplate:
         must be dropped.
 
         "truncate" removes tokens from the end of the last user text and keeps all else: earlier turns, system prompt,
-        assistant header. A prompt that is too long even without that text is dropped. "error" raises UserError.
+        assistant header. A prompt that nothing of that text fits into is dropped. "error" raises UserError.
         """
         ids = self.prompt_ids(messages)
         if len(ids) <= limit:
@@ -93,10 +123,10 @@ class ChatTemplate:
         kept = len(spans)
         # The end of the text may merge with what follows it, so one subtraction is not always enough.
         while (excess := len(ids := self.prompt_ids(turns)) - limit) > 0:
-            if kept == 0:
-                return None
             kept = max(0, kept - excess)
             turns[last]["content"] = text[: spans[kept - 1][1]] if kept else ""
+            if not turns[last]["content"].strip():
+                return None
         return turns, ids
 
     def response_ids(self, text: str, *, finished: bool, limit: int | None = None) -> tuple[int, ...]:

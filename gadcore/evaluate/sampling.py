@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
 from gadcore.data.batches import build_prompts
+from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
-from gadcore.data.rows import RawRow, load_rows
+from gadcore.data.rows import load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, digest_of, write_json, write_responses

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 from gadcore.config.effects import Reason, of_vllm, told
 from gadcore.config.settings import (
     BY_ENGINE,
+    Columns,
     Config,
     DataSettings,
     DiscriminatorSettings,
@@ -23,6 +24,7 @@ from gadcore.config.settings import (
     RunSettings,
     Section,
     VLLMRollout,
+    pairs,
 )
 
 # Column and file names beside the models' own.
@@ -34,18 +36,7 @@ class SetSettings(Section):
 
     source: Location = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
     rows: Positive | None = Field(None, description="Use only the first rows; default eval.rows.")
-    columns: dict[str, str] = Field(default_factory=dict, description="As data.columns of a training run.")
-
-
-def _pairs(text: str, key: str) -> dict[str, str]:
-    """'a=x,b=y' as {"a": "x", "b": "y"}."""
-    pairs = [item.partition("=") for item in text.split(",")]
-    if not all(name.strip() and equals and value.strip() for name, equals, value in pairs):
-        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
-    table = {name.strip(): value.strip() for name, _, value in pairs}
-    if len(table) < len(pairs):
-        raise ValueError(f"{key} uses a name twice: {text}")
-    return table
+    columns: Columns = Field(default_factory=dict, description="As data.columns of a training run.")
 
 
 class EvalSettings(Section):
@@ -67,12 +58,12 @@ class EvalSettings(Section):
     @field_validator("models", mode="before")
     @classmethod
     def _models(cls, value: Any) -> Any:
-        return _pairs(value, "eval.models") if isinstance(value, str) else value
+        return pairs(value, "eval.models") if isinstance(value, str) else value
 
     @field_validator("in_domain", "out_of_domain", mode="before")
     @classmethod
     def _sets(cls, value: Any) -> Any:
-        table = _pairs(value, "eval.in_domain, eval.out_of_domain") if isinstance(value, str) else value
+        table = pairs(value, "eval.in_domain, eval.out_of_domain") if isinstance(value, str) else value
         if not isinstance(table, dict):
             return table
         return {name: {"source": item} if isinstance(item, str) else item for name, item in table.items()}

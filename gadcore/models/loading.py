@@ -36,8 +36,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $GADCORE_CACHE, else ~/.cache/gadcore."""
-    return Path(os.environ.get("GADCORE_CACHE", "~/.cache/gadcore")).expanduser()
+    """Where models and encoded rows are kept: $GADCORE_CACHE, else gadcore/ in $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("GADCORE_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gadcore").expanduser()
 
 
 def resolve_model(name: str) -> str:

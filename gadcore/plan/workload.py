@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gadcore.config.settings import Config
+from gadcore.config.settings import SPLIT, Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
@@ -95,10 +95,10 @@ class Counted:
     @classmethod
     def of(cls, groups: Sequence[Group], config: Config) -> Counted:
         """Of the rows that a run trains on, one at least."""
-        prompt, teacher = (
-            sum(lengths) / len(groups)
-            for lengths in zip(*((len(g.prompt.token_ids), len(g.teacher.token_ids)) for g in groups), strict=True)
-        )
+        # Imported only here: most plans read no data.
+        from gadcore.data.encoded import token_lengths
+
+        prompt, teacher = (int(lengths.sum()) / len(groups) for lengths in token_lengths(groups))
         return cls(len(groups), prompt, teacher, f"counted in data.train = {config.data.train}")
 
 
@@ -157,18 +157,21 @@ def _from_data(config: Config) -> Counted | None:
     if data.train != "builtin" and not Path(data.train).expanduser().exists():
         return None
     # Imported only here: most plans read no data.
-    from gadcore.data.batches import build_prompts
-    from gadcore.data.rows import load_rows
+    from gadcore.data.encoded import Rows, split_off
+    from gadcore.data.sources import Source
     from gadcore.data.template import ChatTemplate
-    from gadcore.models.loading import BUNDLED, load_tokenizer, resolve_model
+    from gadcore.models.loading import BUNDLED, cache_dir, load_tokenizer, resolve_model
 
-    rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
+    rows = Rows(Source.find(data.train, "train"), data, data.train_rows)
+    rows.check()
     name = config.student.model
     at_hand = name in BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
     if not at_hand:
         return None
     template = ChatTemplate(load_tokenizer(resolve_model(name)), system_prompt=data.system_prompt)
-    groups, _ = build_prompts(rows, template, data)
+    groups, _, _ = rows.groups(template, cache_dir())
+    if data.eval == SPLIT:
+        groups, _ = split_off(groups, data.eval_share, data.eval_rows, config.run.seed)
     return Counted.of(groups, config)
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Columns, Location, NonNegative, Positive, Rate, Section
 
 OPENAI = "api.openai.com"
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -100,7 +100,7 @@ class PromptSettings(Section):
     source: Location = Field(
         "", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given."
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
+    columns: Columns = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
     rows: Positive | None = Field(None, description="Use only the first rows.")
     system_prompt: str | None = Field(
         None, description="Told to the teacher where a conversation has no system message; not kept in the rows."

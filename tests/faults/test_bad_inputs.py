@@ -147,7 +147,7 @@ def test_nothing_is_left_behind(start, tmp_path) -> None:
 
 def test_unknown_command_and_missing_run(start, tmp_path, monkeypatch, capsys) -> None:
     assert main(["trian"]) == 2
-    says(capsys.readouterr().err, "trian", "seqkd")
+    says(capsys.readouterr().err, "trian", "train?")
     assert main(["--resume", "auto"]) == 2
     says(capsys.readouterr().err, "no run to resume", "--run.dir")
     # none unsets it: the error is about the seed.

@@ -25,6 +25,14 @@ PAPER_STUDENTS = {
 }
 
 # SHA-256 of the resolved settings, as sorted JSON.
+# Settings that came later, with the values that leave a run as it was before them.
+LATER = {
+    "data.eval_share": 0.1,
+    "data.bad_rows": "error",
+    "data.eval_samples": 1,
+    "schedule.sft_epochs": 0,
+    "schedule.sft_steps": "none",
+}
 RESOLVED = {
     "llama-3.1-8b": "a97b408b0458dbae43900a8616df2f6163456754e30ebf4241a303bbe7de32e8",
     "llama-3.2-3b": "6638b814ba82adba8b79eb4cca116da336cee7f77f8c2057b153145db0b313ab",
@@ -277,6 +285,9 @@ def test_a_dump_names_every_setting() -> None:
 @pytest.mark.parametrize(("name", "digest"), RESOLVED.items())
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
+    for key, value in LATER.items():
+        section, _, setting = key.partition(".")
+        assert settings[section].pop(setting) == value
     assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
 
 
@@ -422,7 +433,7 @@ def test_a_saved_config_means_the_same_files_from_every_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("rows.jsonl", "model", "builtin", "student", "smollm2-135m-instruct"):
+    for name in ("rows.jsonl", "model", "builtin", "split", "student", "smollm2-135m-instruct"):
         (tmp_path / name).mkdir()
     given = [
         "--data.train",
@@ -433,7 +444,7 @@ def test_a_saved_config_means_the_same_files_from_every_directory(
         "--memory.dir=x",
     ]
     kept = load(given).started_new()
-    assert (kept.data.train, kept.data.eval) == (f"{tmp_path}/rows.jsonl", "builtin")
+    assert (kept.data.train, kept.data.eval) == (f"{tmp_path}/rows.jsonl", "split")
     assert (kept.student.model, kept.discriminator.model) == (f"{tmp_path}/model", f"{tmp_path}/model")
     assert kept.memory.dir == f"{tmp_path}/x"
     # Names that mean something else, whatever lies there.
@@ -493,3 +504,38 @@ def test_the_papers_settings_stay_the_defaults() -> None:
         assert algorithm.advantage_std_floor == 1e-6
         assert (judge.label_smoothing, judge.margin_cap) == (0, None)
         assert not config.gate.enabled and not config.convergence.enabled
+
+
+@pytest.mark.parametrize(
+    ("argv", "held_out"),
+    [
+        ([], "builtin"),
+        (["--data.train", "builtin"], "builtin"),
+        (["--data.train", "mine.jsonl"], "split"),
+        (["--preset", "qwen2.5-7b", "--data.train", "mine.jsonl"], "split"),
+        (["--preset", "qwen2.5-7b"], "ytz20/LMSYS-Chat-GPT-5-Chat-Response"),
+        (["--data.eval_share", "0.2"], "split"),
+        (["--data.train", "mine.jsonl", "--data.eval", "builtin"], "builtin"),
+        (["--data.train", "mine.jsonl", "--data.eval", "none"], None),
+        (["--data.eval", "other.jsonl", "--data.train", "mine.jsonl"], "other.jsonl"),
+    ],
+)
+def test_nobody_is_judged_by_rows_that_he_did_not_name(argv: list[str], held_out: str | None, toml) -> None:
+    config = load(argv)
+    assert config.data.eval == held_out
+    assert load(["--config", toml(dump(config))]) == config
+
+
+def test_rows_of_a_file_are_judged_by_those_of_the_file(toml) -> None:
+    mine = toml('base = "smollm2-cpu"\n[data]\ntrain = "mine.jsonl"\n')
+    assert load(["--config", mine]).data.eval == "split"
+    both = toml('base = "smollm2-cpu"\n[data]\ntrain = "mine.jsonl"\neval = "held_out.jsonl"\n')
+    assert load(["--config", both, "--data.train", "other.jsonl"]).data.eval == "held_out.jsonl"
+
+
+def test_a_column_map_is_written_as_one_writes_it() -> None:
+    as_table = load(["--data.columns", '{prompt = "a+b", completion = "d"}'])
+    assert load(["--data.columns", "prompt=a+b,completion=d"]) == as_table
+    assert load(["--data.columns=prompt=a+b", "--data.columns", "completion=d"]) == as_table
+    with pytest.raises(UserError, match="must be a table"):
+        load(["--data.columns", "prompt=a,prompt=b"])

@@ -143,7 +143,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
         ("b.jsonl", b'{"prompt": " "}\n', "{}:1: the last user turn is empty"),
         ("c.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "{}:1: messages is an empty conv"),
         ("d.jsonl", b"3\n", "{}:1: expected an object"),
-        ("e.csv", b"x\n", "{}: this kind of file cannot be read"),
+        ("e.xml", b"x\n", "{}: this kind of file cannot be read"),
     ],
 )
 def test_prompts_that_cannot_be_used(name: str, content: bytes | None, text: str, tmp_path: Path) -> None:
