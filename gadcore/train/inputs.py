@@ -49,6 +49,7 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     train, report = build_prompts(train_rows, student.template, data)
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
     notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
+    notes += student.notes()
     notes += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: list[Group] = []
     if eval_rows:
