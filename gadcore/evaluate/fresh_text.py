@@ -12,14 +12,13 @@ import torch
 from pydantic import TypeAdapter
 
 from gadcore.data.groups import Group, Prompt, Response
-from gadcore.data.template import ChatTemplate
-from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, digest_of, write_json
 from gadcore.evaluate.sampling import Log, identity
 from gadcore.evaluate.settings import FreshModelSettings
 from gadcore.measure.fresh import fresh_discriminator
 from gadcore.models.discriminator import Discriminator
-from gadcore.models.loading import load_discriminator, load_tokenizer
+from gadcore.models.loading import load_discriminator
+from gadcore.models.spec import ModelSpec
 from gadcore.record.reading import Finite, fitting, read_json
 
 
@@ -51,7 +50,7 @@ class TextTest:
         self.settings = settings
         self.device = device
         self.log = log
-        self.template = ChatTemplate(load_tokenizer(path))
+        self.template = ModelSpec.resolve(path).template
         self.weights = identity(path)
 
     def run(self, rows: Sequence[ResponseRow], kept: Path) -> dict[str, Any]:
@@ -73,8 +72,8 @@ class TextTest:
         return [
             Group(
                 Prompt(row.index, row.messages, self.template.prompt_ids(row.messages)),
-                self._response(row.reference, row.reference_finished, row.source),
-                [self._response(row.response, row.finished, row.source)],
+                self._response(row.reference, row.reference_finished),
+                [self._response(row.response, row.finished)],
             )
             for row in rows
         ]
@@ -102,14 +101,8 @@ class TextTest:
 
         return make
 
-    def _response(self, text: str, finished: bool, source: str) -> Response:
-        ids = self.template.response_ids(text, finished=finished)
-        if not ids:
-            raise UserError(
-                f"{source}: an empty response that did not end by itself cannot be scored: leave the row out of all "
-                "models' files, or set fresh.enabled to false"
-            )
-        return Response(text, ids, finished)
+    def _response(self, text: str, finished: bool) -> Response:
+        return Response(text, self.template.response_ids(text, finished=finished), finished)
 
     def _made_from(self, rows: Sequence[ResponseRow]) -> dict[str, Any]:
         texts = [(r.messages, r.reference, r.reference_finished, r.response, r.finished) for r in rows]

@@ -32,11 +32,14 @@ class Scores(Readout):
     """What one discriminator pass over a batch found, under the weights that it had then.
 
     loss: the BT loss. accuracy, margin: means over all pairs. tokens: tokens that went through the model.
+    cut, empty: samples that were cut for D, and that had no text.
     """
 
     loss: float
     accuracy: float
     margin: float
+    cut: int = 0
+    empty: int = 0
 
     def __init__(self, scores: Tensor, sizes: Sequence[int], figures: Mapping[str, Tensor], tokens: int) -> None:
         """scores: [S] of all responses, every group's teacher first. sizes: samples of every group."""
@@ -161,23 +164,39 @@ class Discriminator(Learner):
         ended by itself can tell teacher from student. So the token ids that a sample was drawn in are never taken, not
         even where they are of the same vocabulary: a text can be written in several ways, of which the teacher's is
         always the tokenizer's own. A row's prompt and teacher are encoded once, all samples of a batch by one call.
-        UserError where prompt and response exceed D's context.
+
+        No sample ends a run: one that is longer than D's context, or far longer here than as it was drawn and than a
+        micro-batch, is cut, as a teacher's response is that exceeds its limit; one of no text that was cut is the
+        prompt's last token once more. UserError where prompt and teacher exceed D's context.
         """
+        return self._fitted(groups)[0]
+
+    def _fitted(self, groups: Sequence[Group]) -> tuple[list[GroupTokens], int, int]:
+        """(tokens(groups), samples that were cut for D, samples without text)."""
         rows = self._encoded(groups)
         samples = [sample for group in groups for sample in group.samples]
         encoded = iter(self.template.responses_ids([s.text for s in samples], [s.finished for s in samples]))
-        found = []
+        found, cut, empty = [], 0, 0
         for group, (prompt, teacher) in zip(groups, rows, strict=True):
-            responses = (teacher, *(next(encoded) for _ in group.samples))
-            needed = len(prompt) + max(map(len, responses))
-            if self.context_tokens is not None and needed > self.context_tokens:
+            needed, context = len(prompt) + len(teacher), self.context_tokens
+            if context is not None and needed > context:
                 raise UserError(
                     f"row {group.prompt.index} of the data (from 0) needs {needed} of the discriminator's tokens, its "
-                    f"context has {self.context_tokens}: lower data.max_prompt_tokens or data.max_response_tokens "
+                    f"context has {context}: lower data.max_prompt_tokens or data.max_response_tokens "
                     "(they count the student's tokens), or choose another discriminator.model"
                 )
-            found.append(GroupTokens(prompt, responses))
-        return found
+            responses = [teacher or prompt[-1:]]
+            for sample in group.samples:
+                ids = next(encoded)
+                limit = max(2 * len(sample.token_ids), self.micro_batch_tokens - needed)
+                if context is not None:
+                    limit = min(limit, context - len(prompt))
+                cut += len(ids) > limit
+                empty += not ids
+                # In a context that prompt and teacher fill, a sample has one token all the same.
+                responses.append(ids[: max(limit, 1)] or prompt[-1:])
+            found.append(GroupTokens(prompt, tuple(responses)))
+        return found, cut, empty
 
     def _encoded(self, groups: Sequence[Group]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt, teacher) of every group in D's vocabulary, from what is known of its row or by the tokenizer."""
@@ -204,7 +223,7 @@ class Discriminator(Learner):
         The reward of a sample is the score inside this step's BT loss, so no separate scoring pass is needed;
         the weights do not change until step().
         """
-        tokens = self.tokens(groups)
+        tokens, cut, empty = self._fitted(groups)
         sizes = [len(group.samples) for group in groups]
         pairs = sum(sizes)
         zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
@@ -224,6 +243,7 @@ class Discriminator(Learner):
             made = result.scores.detach()
             scores = scores.to(made.dtype).index_copy(0, torch.tensor(micro.index, device=made.device), made)
         passed = Scores(scores, sizes, figures, tokens=sum(group.tokens for group in tokens))
+        passed.cut, passed.empty = cut, empty
         return self.later(passed) if backward else passed
 
     def _score(self, micro: MicroBatch, denominator: int) -> BTScore:

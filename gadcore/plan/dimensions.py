@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gadcore.errors import UserError
+from gadcore.errors import UserError, foreign
 from gadcore.models.backbone import decoder_layers
-from gadcore.models.loading import BUNDLED, HUB_ID, cache_dir, first_line
+from gadcore.models.loading import BUNDLED, HUB_ID, cache_dir
 
 _KNOWN = Path(__file__).with_name("models")
 
@@ -110,16 +110,14 @@ def find_config(name: str) -> Path:
 def read_config(name: str) -> tuple[Path, PreTrainedConfig]:
     """(file, settings) of a model. Raises UserError where it is none that transformers knows."""
     path = find_config(name)
-    try:
+    with foreign(f"cannot read the model settings {path}"):
         return path, AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the model settings {path}: {first_line(error)}") from error
 
 
 def read_dimensions(name: str) -> Dimensions:
     """The dimensions of a model by its name. Raises UserError as read_config does, or for a model of another kind."""
     path, config = read_config(name)
-    try:
+    with foreign(f"cannot plan for the model settings {path}"):
         text = config.get_text_config()
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -144,5 +142,3 @@ def read_dimensions(name: str) -> Dimensions:
             matrices=max(sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in layers),
             layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         )
-    except (AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"cannot plan for the model settings {path}: {first_line(error)}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,7 +39,6 @@ class HFEngine(Engine):
 
     def _one(self, request: SampleRequest, temperature: float, max_tokens: int) -> list[Response]:
         greedy = temperature == 0
-        # Every setting that a model's own generation_config could bring along is given here.
         settings = GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=not greedy,
@@ -55,7 +55,7 @@ class HFEngine(Engine):
         )
         prompt = torch.tensor([request.prompt_ids], device=self.model.device)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), _nothing_of_its_own(self.model):
             torch.manual_seed(request.seed)
             out = self.model.generate(  # type: ignore[operator]
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
@@ -79,3 +79,15 @@ class HFEngine(Engine):
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())
+
+
+@contextmanager
+def _nothing_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no settings of generation: generate() would add them to those that it is called with, and
+    the samples would be drawn from something else than softmax(logits / T)."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -93,6 +93,8 @@ class VLLMEngine(Engine):
             enforce_eager=rollout.enforce_eager,
             # Log-probs after the temperature, as the trainer computes them.
             logprobs_mode="processed_logprobs",
+            # The model's own generation_config is neither read nor obeyed.
+            generation_config="vllm",
             enable_sleep_mode=not self.on_cpu,
             disable_log_stats=True,
             use_tqdm_on_load=False,

@@ -70,7 +70,8 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
         train, held_out = split_off(train, data.eval_share, data.eval_rows, config.run.seed)
         told.append(_split_note(config, len(train), len(held_out)))
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
-    notes = [*without_effect(config, device.type, stages, loader.steps_per_epoch), *told]
+    notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
+    notes += [*student.notes(), *told]
     if discriminator is not None:
         if config.convergence.enabled and len(held_out) < 4:
             raise UserError(

@@ -43,6 +43,9 @@ def step_metrics(result: StepResult) -> dict[str, float]:
             "tokens/discriminator": scores.tokens,
         }
         values |= _sample_metrics(result)
+        # Rare, and of interest only where they are there.
+        odd = {"discriminator/cut_samples": scores.cut, "discriminator/empty_samples": scores.empty}
+        values |= {name: count for name, count in odd.items() if count}
         if result.discriminator_norm is not None:
             values["discriminator/grad_norm"] = result.discriminator_norm
             trained += scores.tokens

@@ -268,7 +268,7 @@ def test_identical_text_scores_identically_in_another_vocabulary(tmp_path, finis
 
 def test_a_context_that_is_too_short_is_told_with_the_row(tmp_path) -> None:
     batch, d = groups(2, 2), other_discriminator(tmp_path)
-    needed = max(len(tokens.prompt) + len(r) for tokens in d.tokens(batch) for r in tokens.responses)
+    needed = max(len(tokens.prompt) + len(tokens.responses[0]) for tokens in d.tokens(batch))
     d.context_tokens = needed
     d.score(batch, backward=False)
     d.context_tokens = needed - 1

@@ -82,6 +82,13 @@ def test_a_gad_step() -> None:
     assert values == pytest.approx({**POLICY_VALUES, **SCORES_VALUES, "tokens/trained": 140})
 
 
+def test_odd_samples_are_counted_where_there_are_any() -> None:
+    scores = Scores.of([[0.5, 0.1], [0.2, 0.3]], [1.0, 2.0])
+    scores.cut, scores.empty = 2, 1
+    values = step_metrics(StepResult("gad", 1, two_groups(), POLICY, 0.9, scores, 0.8))
+    assert (values["discriminator/cut_samples"], values["discriminator/empty_samples"]) == (2, 1)
+
+
 def test_a_warmup_step() -> None:
     values = step_metrics(StepResult("warmup", 1, two_groups(), SEQKD, 0.9, SCORES, 0.8))
     student = {"student/ce": 1.25, "student/grad_norm": 0.9, "tokens/student": 30}
