@@ -3,8 +3,8 @@
     python -m gadcore.run eval --eval.models "before=smollm2-135m-instruct,gad=runs/latest" \\
         --eval.in_domain "test=test.jsonl" --eval.out_of_domain "vicuna=vicuna.jsonl" --eval.out runs/eval
 
-Responses that eval.out holds are not drawn again, and tests that it holds are not made again: the same command goes on
-where it was stopped, and takes in the results that a judge has left there meanwhile.
+Responses are on disk as they come. Those that eval.out holds are not drawn again, and tests that it holds are not made
+again: the same command goes on where it was stopped, and takes in the results that a judge has left there meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gadcore.config import loading
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import write_json
 from gadcore.evaluate.settings import EvalConfig
-from gadcore.files import write_whole
+from gadcore.files import clear_temporaries, write_whole
+from gadcore.locks import LOCK, held
 from gadcore.text import say
 
 
@@ -60,6 +61,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     notes: list[str] = []
     with ExitStack() as stack:
+        stack.enter_context(held(out / LOCK, f"the folder {out}"))
+        for folder in (out, *(out / name for name in all_sets(config))):
+            clear_temporaries(folder)
         fresh = None
         if config.fresh.enabled:
             base = find_model(config.fresh.model or config.eval.models[names[0]])
@@ -77,14 +81,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 "differences": differences,
             }
             notes += _notes(out / name, names)
-    evaluation = {
-        "models": config.eval.models,
-        "sets": sets,
-        "notes": notes,
-        "settings": config.model_dump(exclude={"eval"}),
-    }
-    write_json(out / f"{NAME}.json", evaluation)
-    write_whole(out / f"{NAME}.md", markdown(evaluation))
+        evaluation = {
+            "models": config.eval.models,
+            "sets": sets,
+            "notes": notes,
+            "settings": config.model_dump(exclude={"eval"}),
+        }
+        write_json(out / f"{NAME}.json", evaluation)
+        write_whole(out / f"{NAME}.md", markdown(evaluation))
     _log(f"{out / NAME}.md")
     return evaluation
 

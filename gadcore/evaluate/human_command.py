@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from gadcore.config import loading
-from gadcore.config.settings import NonNegative, Positive, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally
@@ -21,14 +21,14 @@ from gadcore.text import say
 class SheetSettings(Section):
     """Which responses stand side by side."""
 
-    responses: str = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
+    responses: Location = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
     set: str = Field("", description="The set by name; may be left out where there is only one.")
     a: str = Field("", description="The model whose wins are counted; must be given.")
     b: str = Field("", description="The model that it is compared with; must be given.")
     prompts: Positive | None = Field(50, description="How many, drawn at random; none: all.")
     seed: NonNegative = Field(0, description="Of the choice, of the order and of the sides.")
     title: str = Field("Which answer is better?", description="Heading of the sheet; raters read it.")
-    out: str = Field("sheet", description="Folder for sheet.html and key.json.")
+    out: Location = Field("sheet", description="Folder for sheet.html and key.json.")
 
 
 class SheetConfig(Section):

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from gadcore.config import loading
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import JUDGED, find, read_both
@@ -39,11 +39,13 @@ class JudgeSampling(SamplingSettings):
 class JudgingSettings(Section):
     """What is judged."""
 
-    responses: str = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
+    responses: Location = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
     sets: tuple[str, ...] = Field((), description="Sets by name; empty: all.")
     rows: Positive | None = Field(None, description="Judge only the first rows of a set.")
-    prompts: str | None = Field(None, description="File of judge prompts; default evaluate/judge_prompts.md.")
-    store: str | None = Field(None, description="Raw replies; default judgements.jsonl in the folder of responses.")
+    prompts: Location | None = Field(None, description="File of judge prompts; default evaluate/judge_prompts.md.")
+    store: Location | None = Field(
+        None, description="Raw replies; default judgements.jsonl in the folder of responses."
+    )
     seed: NonNegative = Field(0, description="Of the bootstrap.")
 
 

@@ -16,6 +16,7 @@ from gadcore.config.settings import (
     DiscriminatorSettings,
     FreshSettings,
     HFRollout,
+    Location,
     NonNegative,
     Positive,
     Rate,
@@ -31,7 +32,7 @@ _RESERVED = ("teacher",)
 class SetSettings(Section):
     """One set of prompts with reference responses."""
 
-    source: str = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
+    source: Location = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
     rows: Positive | None = Field(None, description="Use only the first rows; default eval.rows.")
     columns: dict[str, str] = Field(default_factory=dict, description="As data.columns of a training run.")
 
@@ -53,14 +54,14 @@ class EvalSettings(Section):
     A set is a source, or a table {source = "..", rows = 500, columns = {prompt = "question"}}.
     """
 
-    models: dict[str, str] = Field(
+    models: dict[str, Location] = Field(
         default_factory=dict,
         description="Run folders (their student), checkpoint folders or models; differences are to the first.",
     )
     in_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Sets like the training data, by name.")
     out_of_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Other sets, by name.")
     rows: Positive | None = Field(None, description="Use only the first rows of every set.")
-    out: str = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
+    out: Location = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
     resamples: Positive = Field(2000, description="Of the bootstrap that the intervals come from.")
 
     @field_validator("models", mode="before")
@@ -146,7 +147,7 @@ class FreshModelSettings(FreshSettings):
     """The fresh discriminator of `eval`."""
 
     enabled: bool = Field(True, description="false: leaves this test out.")
-    model: str | None = Field(None, description="Its weights before training; default: those of the first model.")
+    model: Location | None = Field(None, description="Its weights before training; default: those of the first model.")
     lr: Rate = 1e-5
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"

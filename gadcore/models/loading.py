@@ -196,5 +196,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as e:
-        raise UserError(f"cannot write {path}: {first_line(e)}; free some space, then go on") from e
+        raise UserError(
+            f"no model can be written in {path.parent}: {first_line(e)}; free some space, then go on"
+        ) from e
     tokenizer.save_pretrained(path)
+    # safetensors creates files that only their owner can read
+    for file in path.glob("*.safetensors"):
+        file.chmod((path / "config.json").stat().st_mode)

@@ -13,7 +13,13 @@ from gadcore.measure.figures import MEASURES
 from gadcore.record.tracking import Row
 from gadcore.text import clean
 
-BETTER = {"higher": "higher", "lower": "lower", "near 1": "nearer 1", "discriminator": "–"}
+BETTER = {
+    "higher": "higher",
+    "lower": "lower",
+    "near 1": "nearer 1",
+    "as the teacher": "as the teacher",
+    "discriminator": "–",
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gadcore.errors import UserError
 from gadcore.record.reading import Count, Figure, Finite, fitting, read_json
 from gadcore.record.tracking import Row, scan
 
-KNOWN_ORDER = ("before", "after_warmup", "after_seqkd", "after_gad")
+KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_gad")
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Word = str | Finite | None
 
@@ -44,6 +44,11 @@ class _Evaluation:
     """Of summary.json."""
 
     rows: Count = 0
+    samples: Count = 1
+    teacher: dict[str, Figure] | None = None
+    words: Figure | None = None
+    repeated: Figure | None = None
+    distinct_2: Figure | None = None
     rouge_l: Figure | None = None
     ngram_f1: dict[str, Figure] | None = None
     length_ratio: Figure | None = None
@@ -143,7 +148,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of evaluations/<name>.jsonl. finished: whether the response ended by itself; older runs do not say."""
+    """Of evaluations/<name>.jsonl; older runs hold fewer of the figures."""
 
     prompt: str
     teacher: str
@@ -152,7 +157,13 @@ class _Answer:
     length_ratio: Annotated[Finite, Field(ge=0)]
     teacher_score: Figure | None = None
     student_score: Figure | None = None
-    finished: bool | None = None
+    ngram_f1: dict[str, Figure] | None = None
+    cut_share: Figure | None = None
+    repeated: Figure | None = None
+    distinct_2: Figure | None = None
+    words: Figure | None = None
+    accuracy: Figure | None = None
+    margin: Figure | None = None
 
 
 _CONFIG, _SUMMARY = TypeAdapter(_Config), TypeAdapter(_Summary)

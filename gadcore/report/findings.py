@@ -16,6 +16,7 @@ from gadcore.record.health import Warning, percent, watched
 from gadcore.record.tracking import Row
 
 FEW_ROWS = 30
+MINUS = str.maketrans("-", "−")
 ROUGE_L = next(measure for measure in MEASURES if measure.path == ("rouge_l",))
 
 
@@ -23,15 +24,14 @@ def _ngram_f1(n: int, row: Row) -> float:
     return ngram_f1(row["student"], row["teacher"], n)
 
 
-# The value that a row of an evaluation has for a measure, by the measure's path; None where the row lacks it.
-ROW_VALUES: dict[tuple[str, ...], Callable[[Row], float | None]] = {
-    ("rouge_l",): lambda row: row["rouge_l"],
+# What the rows of older runs, which drew one sample a prompt, say of measures that they do not hold.
+ONE_SAMPLE: dict[tuple[str, ...], Callable[[Row], float | None]] = {
     **{("ngram_f1", str(n)): partial(_ngram_f1, n) for n in NGRAMS},
-    ("length_ratio",): lambda row: row["length_ratio"],
-    ("cut_share",): lambda row: None if row.get("finished") is None else float(not row["finished"]),
     ("accuracy",): lambda row: None if (s := _scores(row)) is None else float(s[0] > s[1]),
     ("margin",): lambda row: None if (s := _scores(row)) is None else s[0] - s[1],
-}  # fmt: skip
+}
+# What the first sentence looks at, in this order: it names those that changed beyond the noise.
+HEADLINES = (("rouge_l",), ("repeated",), ("distinct_2",), ("cut_share",))
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Difference:
 
 def values_of(measure: Measure, rows: Sequence[Row]) -> list[float] | None:
     """The measure of every row of an evaluation; None where a row lacks it or it is not finite."""
-    read = ROW_VALUES.get(measure.path)
-    values = [read(row) for row in rows] if read else []
+    read = ONE_SAMPLE.get(measure.path, lambda row: None)
+    values = [read(row) if (held := measure.of(row)) is None else held for row in rows]
     known = [value for value in values if value is not None and math.isfinite(value)]
     return known if known and len(known) == len(rows) else None
 
@@ -81,7 +81,7 @@ def difference(measure: Measure, before: Sequence[Row], after: Sequence[Row]) ->
 
 def _gains(measure: Measure, first: Sequence[float], second: Sequence[float]) -> list[float] | None:
     """How much better every row has become; None for a measure of which no change is better or worse."""
-    if measure.better == "discriminator":
+    if measure.better in ("discriminator", "as the teacher"):
         return None
     # Of a mean that should be near 1: how much nearer it has come is the mean of these.
     if measure.better == "near 1":
@@ -103,7 +103,7 @@ def _scores(row: Row) -> tuple[float, float] | None:
 
 def pretty(name: str) -> str:
     """The name of an evaluation or stage as people write it."""
-    return " ".join({"gad": "GAD", "seqkd": "SeqKD"}.get(word, word) for word in name.split("_"))
+    return " ".join({"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT"}.get(word, word) for word in name.split("_"))
 
 
 def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -148,6 +148,7 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
         return f"The evaluation of {count} held-out prompts has no ROUGE-L."
     if len(names) == 1:
         return f"Only one evaluation exists ({pretty(names[0])}): held-out ROUGE-L is {a:.3f} on {count} prompts."
+    others = _others(names, rows)
     found = between(names[0], names[-1], rows)
     if found is None:
         word = "rose" if b > a else "fell" if b < a else "stayed"
@@ -157,8 +158,36 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
         return f"Held-out ROUGE-L went from {a:.3f} to {b:.3f}, on one prompt, which shows nothing."
     interval = f"{_signed(found.mean)} ± {found.margin:.3f}, {counts}"
     if not found.clear:
-        return f"Held-out ROUGE-L did not change measurably: {a:.3f} before, {b:.3f} now ({interval})."
-    return f"Held-out ROUGE-L {'rose' if found.mean > 0 else 'fell'} from {a:.3f} to {b:.3f} ({interval})."
+        rouge_l = f"ROUGE-L did not change measurably: {a:.3f} before, {b:.3f} now ({interval})"
+        return f"Held-out {'; '.join([*others, rouge_l])}." if others else f"Held-out {rouge_l}."
+    stage = _by_stage(names, ROUGE_L, found, rows)
+    rouge_l = f"ROUGE-L {'rose' if found.mean > 0 else 'fell'} from {a:.3f} to {b:.3f} ({interval}{stage})"
+    return f"Held-out {'; '.join([rouge_l, *others])}."
+
+
+def _others(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Of the other headlines those that changed beyond the noise: from, to, by how much, by which stage."""
+    told = []
+    for measure in MEASURES:
+        if measure.path not in HEADLINES or measure is ROUGE_L:
+            continue
+        found = between(names[0], names[-1], rows, measure)
+        if found is None or not found.clear or found.margin is None:
+            continue
+        one, two = (measure.show(fmean(values_of(measure, rows[name]) or [math.nan])) for name in (names[0], names[-1]))
+        change = f"{measure.show(found.mean, signed=True)} ± {measure.show(found.margin)}".translate(MINUS)
+        word = "rose" if found.mean > 0 else "fell"
+        told.append(f"{measure.phrase} {word} from {one} to {two} ({change}{_by_stage(names, measure, found, rows)})")
+    return told
+
+
+def _by_stage(names: Sequence[str], measure: Measure, whole: Difference, rows: Mapping[str, Sequence[Row]]) -> str:
+    """The stages whose own change in the same direction is beyond the noise; "" where there is one stage, or none."""
+    if len(names) < 3:
+        return ""
+    steps = [(b, between(a, b, rows, measure)) for a, b in pairwise(names)]
+    clear = [name for name, found in steps if found and found.clear and (found.mean > 0) == (whole.mean > 0)]
+    return f", by {' and '.join(pretty(name).removeprefix('after ') for name in clear)}" if clear else ""
 
 
 def _step(a: str, b: str, evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str:
@@ -188,4 +217,4 @@ def warnings(rows: Sequence[Row]) -> list[Warning]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+.3f}".translate(MINUS)

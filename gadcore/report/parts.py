@@ -17,7 +17,7 @@ from gadcore.report import findings
 from gadcore.report.charts import Band, draw
 from gadcore.report.curves import Group, groups_of
 from gadcore.report.files import RunFiles
-from gadcore.report.findings import pretty
+from gadcore.report.findings import MINUS, pretty
 from gadcore.report.memory_bars import memory_of
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
@@ -26,6 +26,7 @@ BETTER = {
     "higher": "higher",
     "lower": "lower",
     "near 1": "nearer 1",
+    "as the teacher": "as the teacher",
     "discriminator": "open",
 }
 ORDERS = (
@@ -38,7 +39,6 @@ ORDERS = (
 # Whoever asks whether the student has improved need not see these.
 FOLDED = ("machinery", "hardware", "other")
 Fact = tuple[str, str, str]  # label, value, small print
-MINUS = str.maketrans("-", "−")
 
 
 def parts_of(run: RunFiles) -> dict[str, Any]:
@@ -225,9 +225,20 @@ def table_of(
         shown = [measure.show(value).translate(MINUS) for value in values.values()]
         rows.append({"label": measure.label, "values": shown, "changes": changes, "better": BETTER[measure.better]})
     counts = sorted({str(e["rows"]) for e in figures.values() if "rows" in e})
-    caption = f"On {' or '.join(counts) or 'the'} held-out prompts, one response each.{caption}"
+    samples = {e.get("samples", 1) for e in figures.values()}
+    each = "one response each" if samples == {1} else f"{' or '.join(map(str, sorted(samples)))} responses each"
+    caption = f"On {' or '.join(counts) or 'the'} held-out prompts, {each}.{_teachers_words(figures)}{caption}"
     titles = [f"{title(a)} → {title(b)}" for a, b in pairs]
     return {"names": [title(name) for name in names], "changes": titles, "rows": rows, "caption": caption}
+
+
+def _teachers_words(figures: Mapping[str, Row]) -> str:
+    """What the teacher's responses have of the measures that they have by themselves."""
+    teachers = [e["teacher"] for e in figures.values() if e.get("teacher")]
+    if not teachers or any(teacher != teachers[0] for teacher in teachers):
+        return ""
+    named = [(measure, value) for measure in MEASURES if (value := measure.of(teachers[0])) is not None]
+    return " The teacher's: " + ", ".join(f"{measure.label} {measure.show(value)}" for measure, value in named) + "."
 
 
 def _change(measure: Measure, gap: float | None, found: findings.Difference | None) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gadcore.config import loading
 from gadcore.files import write_whole
+from gadcore.locks import LOCK, held
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
 from gadcore.text import say
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> int:
 
     folder = Path(config.output.dir)
     requests = requests_of(config, prompts)
-    with ReplyStore(folder / "replies.jsonl", config.endpoint.address) as store:
+    lock = held(folder / LOCK, f"the folder {folder}")
+    with lock, ReplyStore(folder / "replies.jsonl", config.endpoint.address) as store:
         write_whole(folder / "config.toml", loading.dump(config))
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         for note in store.notes():

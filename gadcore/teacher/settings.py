@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
 
 OPENAI = "api.openai.com"
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -97,7 +97,9 @@ class Budget(Section):
 class PromptSettings(Section):
     """What to ask."""
 
-    source: str = Field("", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given.")
+    source: Location = Field(
+        "", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
     rows: Positive | None = Field(None, description="Use only the first rows.")
     system_prompt: str | None = Field(
@@ -150,7 +152,7 @@ class SamplingSettings(Section):
 class OutputSettings(Section):
     """What becomes of the replies."""
 
-    dir: str = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
+    dir: Location = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
     teacher: str | None = Field(None, description="Name of the teacher in the rows; default endpoint.model.")
     keep_cut: bool = Field(False, description="Also train on responses that ran into the length limit.")
     keep_refused: bool = Field(False, description="Also train on refusals.")

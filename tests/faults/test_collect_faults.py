@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gadcore.errors import UserError
+from gadcore.locks import LOCK, held
 from gadcore.teacher.command import main
 from gadcore.teacher.store import ReplyStore
 from tests.support.collecting import answered, arguments, prompts_file, rows, start
@@ -278,6 +280,12 @@ def test_a_store_in_use_is_refused(prompts: Path, tmp_path: Path) -> None:
         ReplyStore(tmp_path / "out/replies.jsonl"),
         pytest.raises(UserError, match="another process is writing to"),
     ):
+        main(arguments(prompts, "http://127.0.0.1:9/v1", tmp_path / "out"))
+
+
+def test_a_folder_in_use_names_who_uses_it(prompts: Path, tmp_path: Path) -> None:
+    told = f"the folder .*out is in use by process {os.getpid()} on "
+    with held(tmp_path / "out" / LOCK, "x"), pytest.raises(UserError, match=told):
         main(arguments(prompts, "http://127.0.0.1:9/v1", tmp_path / "out"))
 
 

@@ -14,6 +14,7 @@ import pytest
 from gadcore.config.loading import dump, load, presets
 from gadcore.config.settings import Config, HFRollout
 from gadcore.errors import UserError
+from gadcore.evaluate.settings import EvalConfig
 
 PAPER_STUDENTS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
@@ -30,7 +31,7 @@ RESOLVED = {
     "qwen2.5-14b": "461e94cd430f89d0962e537f2d40464612902aad4f7735f850f6fb6caaba226b",
     "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
-    "smollm2-cpu": "2affdcdbb0efbd3a1417a99cce2c08b32784b8f315208945c19270185af52c60",
+    "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
 }
 
 
@@ -403,6 +404,55 @@ def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFi
     assert "--schedule.batch_size" in out
     assert "(default: 77)" in out
     assert "--preset" in out
+
+
+def test_the_home_folder_is_that_and_no_folder_of_its_name(monkeypatch: pytest.MonkeyPatch, toml) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(["--data.train=~/rows.jsonl", "--run.dir", "~", "--student.model", "owner/na~me", "--memory.dir=~/x"])
+    assert (config.data.train, config.run.dir) == ("/home/me/rows.jsonl", "/home/me")
+    assert (config.student.model, config.memory.dir) == ("owner/na~me", "/home/me/x")
+    chosen = load(["--eval.models=a=~/a,b=b", "--eval.in_domain=s=~/s", "--eval.out=~/out"], EvalConfig).eval
+    assert (chosen.models, chosen.in_domain["s"].source) == ({"a": "/home/me/a", "b": "b"}, "/home/me/s")
+    assert chosen.out == "/home/me/out"
+    with pytest.raises(UserError, match=r"'~nobody.s/x' begins with the home folder .*\(data.train: command line\)"):
+        load(["--data.train", "~nobody.s/x"])
+
+
+def test_a_saved_config_means_the_same_files_from_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "model", "builtin", "student", "smollm2-135m-instruct"):
+        (tmp_path / name).mkdir()
+    given = [
+        "--data.train",
+        "rows.jsonl",
+        "--student.model",
+        "model",
+        "--discriminator.model=./model",
+        "--memory.dir=x",
+    ]
+    kept = load(given).started_new()
+    assert (kept.data.train, kept.data.eval) == (f"{tmp_path}/rows.jsonl", "builtin")
+    assert (kept.student.model, kept.discriminator.model) == (f"{tmp_path}/model", f"{tmp_path}/model")
+    assert kept.memory.dir == f"{tmp_path}/x"
+    # Names that mean something else, whatever lies there.
+    kept = load(["--data.train=owner/rows", "--data.eval=none"]).started_new()
+    assert (kept.data.train, kept.data.eval) == ("owner/rows", None)
+    assert (kept.student.model, kept.discriminator.model) == ("smollm2-135m-instruct", "student")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "", ".", "..", "x" * 300, "ä" * 150])
+def test_the_name_of_a_run_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match=r"run.name = .* cannot name a folder of runs/.*run.dir"):
+        load(["--run.name", name])
+
+
+@pytest.mark.parametrize("resume", ["yes", "step-", "step-3.replaced", "3", "step-x", "/step-3", "abandoned-step-3"])
+def test_what_to_resume_is_auto_or_a_checkpoint(resume: str) -> None:
+    with pytest.raises(UserError, match="must be auto or a checkpoint of the run, like step-000003"):
+        load(["--run.resume", resume])
+    assert load(["--run.resume", "step-000003"]).run.resume == "step-000003"
 
 
 def test_loading_settings_imports_no_torch() -> None:

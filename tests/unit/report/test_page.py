@@ -8,6 +8,7 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def page_of(path: Path) -> Page:
 def test_a_finished_run(tmp_path: Path) -> None:
     page = page_of(folder(tmp_path / "run", metrics(), THREE))
     for part in (
-        "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down).",
+        "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down, by warmup).",
         "GAD +0.000 ± 0.000, within the noise.",
         "tells 75 % of the held-out pairs apart",
         "No warnings.",
@@ -214,7 +215,7 @@ def noisy(mean: float, spread: float, count: int = 40, **more: Any) -> list[dict
     for row in rows:
         row["rouge_l"] = min(1.0, max(0.0, rng.gauss(mean, spread)))
         row["length_ratio"] = 1 + rng.gauss(mean, spread)
-        row["finished"] = rng.random() < mean
+        row["cut_share"] = float(rng.random() >= mean)
     return rows
 
 
@@ -245,7 +246,7 @@ def test_what_cannot_be_tested_has_no_arrow(tmp_path: Path) -> None:
     for name in ("before", "after_gad"):
         path = run / "evaluations" / f"{name}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text(lines([{k: v for k, v in row.items() if k != "finished"} for row in rows]))
+        path.write_text(lines([{k: v for k, v in row.items() if k != "cut_share"} for row in rows]))
     assert table_of_page(run)["responses cut"][0] == "untested"
     (run / "evaluations/before.jsonl").unlink()
     assert {kind for kind, _ in table_of_page(run).values()} <= {"untested", ""}
@@ -333,7 +334,7 @@ def test_two_runs_that_cannot_be_laid_side_by_side(arguments, problem, tmp_path:
 
 def test_help_says_what_report_takes(capsys) -> None:
     assert run_command(["report", "--help"]) == 0
-    assert "report RUN_FOLDER OTHER_RUN_FOLDER" in capsys.readouterr().out
+    assert "report [RUN_FOLDER] [OTHER_RUN_FOLDER]" in capsys.readouterr().out
 
 
 def test_every_number_of_the_metrics_has_a_curve() -> None:
@@ -444,3 +445,35 @@ def test_a_chart_in_words_leaves_out_what_is_not_finite() -> None:
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", metrics(1000, 3000), {}, False)
     assert write_report(run).stat().st_size < 2_500_000
+
+
+def measured(rouge_l: float, repeated: float, seed: int) -> list[dict[str, Any]]:
+    """Answers of 40 prompts with a small scatter."""
+    rng = random.Random(seed)
+    rows = answers(rouge_l, 40)
+    for row in rows:
+        row["rouge_l"] = rouge_l + rng.uniform(-0.01, 0.01)
+        row["repeated"] = repeated + rng.uniform(-0.01, 0.01)
+    return rows
+
+
+def first_sentence(**evaluations: list[dict[str, Any]]) -> str:
+    figures = {name: {"rouge_l": fmean(row["rouge_l"] for row in rows)} for name, rows in evaluations.items()}
+    return findings.verdict(figures, evaluations)[0]
+
+
+def test_the_first_sentence_says_what_changed_and_by_which_stage() -> None:
+    said = first_sentence(
+        before=measured(0.15, 0.08, 1), after_sft=measured(0.22, 0.08, 2), after_gad=measured(0.22, 0.02, 3)
+    )
+    assert re.match(r"Held-out ROUGE-L rose from 0.15\d to 0.22\d \(\+0.0\d+ ± .*, by SFT\); ", said)
+    assert re.search(r"; the share of responses that say a 3-gram twice fell from 8.\d % to 2.\d % \(−", said)
+    assert said.endswith(", by GAD).")
+
+
+def test_the_first_sentence_without_a_change_of_rouge_l() -> None:
+    quiet, same = measured(0.2, 0.08, 1), measured(0.2, 0.08, 2)
+    assert first_sentence(before=quiet, after_gad=same).startswith("Held-out ROUGE-L did not change measurably")
+    said = first_sentence(before=quiet, after_gad=measured(0.2, 0.02, 3))
+    assert said.startswith("Held-out the share of responses that say a 3-gram twice fell from 8")
+    assert "; ROUGE-L did not change measurably" in said
