@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from gadcore.errors import UserError
 from gadcore.evaluate.trained import trained_student
-from gadcore.record.text import clean
+from gadcore.text import visible
 
 Messages = list[dict[str, str]]
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         said = []
         for piece in respond(messages):
             said.append(piece)
-            print(clean(piece), end="", flush=True)
+            print(visible(piece), end="", flush=True)
         print(flush=True)
         messages.append({"role": "assistant", "content": "".join(said)})
     return 0

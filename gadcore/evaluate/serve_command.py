@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from gadcore.errors import UserError
 from gadcore.evaluate.trained import trained_student
+from gadcore.text import say
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,9 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     environment = {"VLLM_NO_USAGE_STATS": "1", **os.environ}
     if on_cpu:
         environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", **environment}
-    print(f"{student.folder} as {options.name!r} at http://{options.host}:{options.port}/v1, once vLLM has started")
+    say(f"{student.folder} as {options.name!r} at http://{options.host}:{options.port}/v1, once vLLM has started")
     if student.system_prompt is not None:
-        print(f"it was trained with this system message, send it too: {student.system_prompt!r}")
+        say(f"it was trained with this system message, send it too: {student.system_prompt!r}")
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
 

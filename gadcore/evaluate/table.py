@@ -39,7 +39,7 @@ class _Value:
     """A mean or a difference: of a judge without a verdict there is none."""
 
     mean: Finite | None
-    interval: tuple[Finite, Finite] | None = None
+    interval: tuple[Finite, Finite] | None
     unparsable: Count = 0
 
 

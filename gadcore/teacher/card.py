@@ -34,7 +34,7 @@ def data_card(config: CollectConfig, collected: Collected, tally: Tally, others:
         "parameters": code(json.dumps(config.sampling.parameters(), ensure_ascii=False)),
         "system prompt": markdown(config.prompts.system_prompt) if config.prompts.system_prompt else "none",
         "prompts": f"{markdown(config.prompts.source)}: {collected.prompts}, {collected.repeated} of them repeated",
-        "collected (UTC)": " to ".join(collected.dates) or "nothing yet",
+        "collected (UTC)": markdown(" to ".join(collected.dates)) or "nothing yet",
         "answers paid for": f"{tally.spent.requests} (unusable and earlier ones included), "
         f"{tally.spent.prompt} prompt tokens, {tally.spent.response} response tokens"
         + (f", {tally.spent.uncounted} answers estimated" if tally.spent.uncounted else ""),

@@ -22,7 +22,7 @@ from gadcore.teacher.store import ChatRequest, ReplyStore, Spent
 from tests.support import judging
 from tests.support.damage import odd_bytes, odd_json, thorough
 from tests.support.openai_server import completion
-from tests.unit.report.test_page import answers, folder, metrics
+from tests.support.report_runs import answers, folder, metrics
 
 KEY = "sk-0123456789abcdefghijklmnopqrstuvwxyz"
 REQUEST = ChatRequest(({"role": "user", "content": "Hello"},), {"max_completion_tokens": 16})

@@ -171,7 +171,8 @@ def server() -> Iterator[str]:
     """The address of a teacher that is also a judge, of ratings and of wins."""
 
     def behave(prompt: str, attempt: int) -> Callable[[Handler], None] | None:
-        return (lambda handler: handler.reply(200, completion("7 5\n[[A]]"))) if "<answer A>" in prompt else None
+        verdict = "7 5" if "Rate each answer" in prompt else "A"
+        return (lambda handler: handler.reply(200, completion(verdict))) if "<answer A>" in prompt else None
 
     with serve(behave) as running:
         yield running.base_url

@@ -49,6 +49,13 @@ def test_a_conversation_goes_on_until_an_empty_line(finished: Path, heard, monke
     assert capsys.readouterr().out == "yes\n" * 3
 
 
+def test_a_response_keeps_its_spaces_and_loses_what_a_terminal_obeys(finished: Path, monkeypatch, capsys) -> None:
+    pieces = ("The ", "sky", " is\n", "\n  blue", "\x1b[2J\u202e")
+    monkeypatch.setattr(chat_command, "_responder", lambda *_: lambda messages: iter(pieces))
+    say("One\n", monkeypatch, str(finished))
+    assert capsys.readouterr().out == "The sky is\n\n  blue·[2J·\n"
+
+
 def test_the_system_message_is_that_of_the_run_or_the_one_given(finished: Path, heard, monkeypatch) -> None:
     say("One\n", monkeypatch, str(finished), "--system", "Shout.")
     say("One\n", monkeypatch, str(finished / "student"))

@@ -8,7 +8,7 @@ import pytest
 
 from gadcore.report.page import write_overlay, write_report
 from tests.support.browser import Browser, find_browser
-from tests.unit.report.test_page import THREE, folder, metrics
+from tests.support.report_runs import THREE, folder, metrics
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome")
 IN_SIGHT = """[...document.querySelectorAll(".changes td")].every((cell) => {
