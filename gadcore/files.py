@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import xxhash
 
@@ -46,6 +47,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+_LONGEST_NAME = 120  # file systems take 255 bytes
+
+
 def write_whole(path: Path, content: str | bytes, *, errors: str = "strict", synced: bool = False) -> None:
     """Writes a file, text as UTF-8; its folder is made. A reader, or a kill, finds the old file or the new one.
 
@@ -69,6 +73,18 @@ def write_whole(path: Path, content: str | bytes, *, errors: str = "strict", syn
         partial.unlink(missing_ok=True)
     if synced:
         sync(path.parent)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError for whatever is none, also where it is nested too deep to be read.
+
+    A whole number of more than 18 digits becomes a float, which may be infinite: no figure of ours has as many, and few
+    things that are done with figures can take one.
+    """
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], *, synced: bool = False) -> None:
@@ -114,6 +130,17 @@ def replace_link(link: Path, target: Path) -> None:
         os.replace(new, link)
     finally:
         new.unlink(missing_ok=True)
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder that stands for this text alone, whatever characters it has."""
+    name = quote(text, safe="+", errors="backslashreplace").replace("~", "%7E")
+    name = "%2E" + name[1:] if name.startswith(".") else name or "%"
+    return (
+        name
+        if len(name) <= _LONGEST_NAME
+        else f"{name[:_LONGEST_NAME]}%{hashlib.sha256(repr(text).encode()).hexdigest()[:16]}"
+    )
 
 
 def free_name(path: Path, ending: str = "") -> Path:

@@ -1,20 +1,17 @@
-"""python -m gadcore.run export RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]
+"""A checkpoint of a run as an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-A checkpoint of a run as an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer. vLLM
-serves it, and gadcore.run trains or evaluates it, as any other model. Without --step the newest checkpoint is taken.
-Architecture, config and tokenizer are those of the model that the run was started from.
+vLLM serves it, and gadcore trains or evaluates it, as any other model. Architecture, config and tokenizer are those of
+the model that the run was started from.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -36,28 +33,6 @@ from gadcore.models.loading import (
     resolve_model,
     save_model,
 )
-
-MODELS = ("student", "discriminator")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code. Raises UserError for whatever the user has to mend."""
-    options = _parser().parse_args(arguments)
-    folder = Path(options.run).expanduser()
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} is no run folder, it has no config.toml: give one, for example runs/latest")
-    found = store.available(folder / "checkpoints")
-    if not found:
-        raise UserError(
-            f"{folder} has no checkpoints: set checkpoint.every for the next run; a finished run has its last "
-            "models in student/ and discriminator/"
-        )
-    step = max(found) if options.step is None else options.step
-    if step not in found:
-        raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
-    export(found[step], Path(options.out).expanduser(), options.model)
-    print(f"{options.out}: the {options.model} of step {step}")
-    return 0
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -127,17 +102,3 @@ def _untrained(config: Config, which: str, tokenizer: PreTrainedTokenizerBase) -
     return load_discriminator(
         path, config.discriminator.dtype, device=cpu, seed=config.run.seed, end_id=end_id, tokenizer=tokenizer
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"export: {message}; see export --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m gadcore.run export", description="A checkpoint as a Hugging Face directory.")
-    parser.add_argument("run", metavar="RUN_FOLDER")
-    parser.add_argument("--step", type=int, help="the checkpoint's step; default the newest")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--model", choices=MODELS, default="student", help="default student")
-    return parser

@@ -84,7 +84,7 @@ def _parse(text: str, kinds: Sequence[Any]) -> Any:
     for spelling in (text, text.lower()):  # True and False, as Python writes them
         try:
             table = tomllib.loads(f"value = {spelling}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # an integer of more digits than Python reads, deep nesting
             continue
         if len(table) == 1:
             return table["value"]

@@ -15,7 +15,10 @@ these start from the model's defaults.
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from rapidfuzz import fuzz, process
 from gadcore.config.command_line import COMMAND_LINE, HELP, kinds_of, setting_kinds, split
 from gadcore.config.renamed import refuse_old_names
 from gadcore.config.settings import Config, Section
-from gadcore.config.writing import print_help, to_toml
+from gadcore.config.writing import print_help, shown, to_toml
 from gadcore.errors import UserError
 
 Root = TypeVar("Root", bound=Section)
@@ -84,6 +87,7 @@ def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | No
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
+        _check_texts(key, value, origins[key])
         nested.setdefault(section, {})[name] = _settle(value, kinds[key])
     try:
         # Strict, or `batch_size = true` would count as 1 and a number in quotes as a number.
@@ -125,10 +129,20 @@ def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: 
         if saved and not bases:
             return _read(saved, str(saved), model, chosen=False)
         kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
-        return _read_preset(name, model) if kind == "preset" else _read(Path(name).expanduser(), name, model)
+        if kind == "preset":
+            return [*_read_preset(name, model), *_without_vllm()]
+        return _read(Path(name).expanduser(), name, model)
     if bases and bases[0][0] == "preset":
         raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
     return _read(Path(bases[0][1]).expanduser(), bases[0][1], model) if bases else []
+
+
+def _without_vllm() -> list[Layer]:
+    """A preset's engine where there is no vLLM to install: it has wheels for Linux on x86-64 and arm64 alone."""
+    has_wheel = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    if has_wheel or importlib.util.find_spec("vllm") is not None:
+        return []
+    return [Layer("this machine, for which there is no vLLM", {"rollout.engine": "hf"}, chosen=False)]
 
 
 def _read_preset(name: str, model: type[Section]) -> list[Layer]:
@@ -149,13 +163,15 @@ def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True)
         raise UserError(f"the config file {origin} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{origin} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{origin} holds a value that is nested too deeply: settings are lists and tables") from None
+    except ValueError as error:  # TOMLDecodeError, and an integer of more digits than Python reads
         raise UserError(f"{origin} is not valid TOML: {error}") from None
     below: list[Layer] = []
     if model is Config and "base" in table:
         base = table.pop("base")
         if not isinstance(base, str):
-            raise UserError(f"base = {to_toml(base)} ({origin}) must be the name of a preset")
+            raise UserError(f"base = {shown(base)} ({origin}) must be the name of a preset")
         below = _read_preset(base, model)
     return [*below, Layer(origin, _flatten(table, origin, model), chosen)]
 
@@ -222,6 +238,20 @@ def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: t
     return found
 
 
+def _check_texts(key: str, value: Any, origin: str) -> None:
+    """Raises UserError where a value is nested beyond any setting's need, or holds the one character no path may."""
+    level = [value]
+    for _ in range(8):
+        if any("\0" in item for item in level if isinstance(item, str)):
+            raise UserError(f"{key} ({origin}) holds the character NUL: leave it out")
+        lists = [item for item in level if isinstance(item, list | tuple)]
+        lists += [[*item, *item.values()] for item in level if isinstance(item, Mapping)]
+        level = [item for items in lists for item in items]
+        if not level:
+            return
+    raise UserError(f"{key} ({origin}) is nested too deeply: settings are plain values, lists and tables")
+
+
 def _settle(value: Any, kinds: Sequence[Any]) -> Any:
     if NoneType in kinds and isinstance(value, str) and value.lower() == "none":
         return None
@@ -245,11 +275,11 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
     if error["type"] == "union_tag_invalid":
         key = f"{section}.engine"
         engines = error["ctx"]["expected_tags"].replace(", ", " or ")
-        return f"{key} = {to_toml(values[key])} ({origins[key]}) must be {engines}"
+        return f"{key} = {shown(values[key])} ({origins[key]}) must be {engines}"
     if f"{section}.{path[0]}" not in values:
         del path[0]  # The engine, where a section has alternatives.
     key = f"{section}.{path[0]}"
     inside = "".join(f"[{to_toml(part)}]" for part in path[1:] if error["type"] != "missing")
     inside = f": item {inside}" if inside else ""
     rule = _SENTENCES.get(error["type"], error["msg"].replace("Input should be", "must be"))
-    return f"{key} = {to_toml(values[key])} ({origins[key]}){inside} {rule}"
+    return f"{key} = {shown(values[key])} ({origins[key]}){inside} {rule}"

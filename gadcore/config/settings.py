@@ -21,8 +21,9 @@ from pydantic import (
     model_validator,
 )
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Whatever counts or seeds something fits into 32 bits, as the libraries below want it.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
 # Comes with gadcore (gadcore.models.loading), whatever lies in the directory.
@@ -103,6 +104,7 @@ class DataSettings(Section):
     )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
+    eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")
 
 
 class StudentSettings(Section):
@@ -151,7 +153,7 @@ class CommonRollout(Section):
     """Sampling, with any engine."""
 
     engine: str
-    group_size: Positive = Field(8, description="N, samples per prompt.")
+    group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
     temperature: Annotated[float, Field(gt=0)] = 0.8
     context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
 
@@ -220,9 +222,16 @@ class ScheduleSettings(Section):
     """How long each stage lasts."""
 
     batch_size: Positive = Field(256, description="Prompts per step.")
+    sft_epochs: NonNegative = Field(
+        0,
+        description="Of cross-entropy alone before the warmup, at student.warmup_lr; nothing is sampled. The paper's "
+        "student gets its cross-entropy in the warmup; with this, that may train the discriminator alone "
+        "(algorithm.student_warmup).",
+    )
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
     seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
@@ -230,6 +239,11 @@ class ScheduleSettings(Section):
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."
     )
+
+    @property
+    def has_sft(self) -> bool:
+        """Whether cross-entropy alone comes before the warmup."""
+        return self.sft_epochs > 0 and self.sft_steps != 0
 
 
 class GateSettings(Section):

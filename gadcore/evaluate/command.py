@@ -16,10 +16,11 @@ from typing import Any
 
 from gadcore.config import loading
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import read_json, write_json
+from gadcore.evaluate.responses import write_json
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.files import clear_temporaries, write_whole
 from gadcore.locks import LOCK, held
+from gadcore.text import say
 
 
 def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None = None) -> int:
@@ -46,10 +47,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from gadcore.config.device import device_of, quiet
     from gadcore.evaluate.fresh_text import TextTest
     from gadcore.evaluate.measure import measure_set
+    from gadcore.evaluate.run_limits import with_run_limits
     from gadcore.evaluate.sampling import all_sets, exported, find_model, sample_all
     from gadcore.evaluate.table import NAME, markdown
 
     quiet()
+    config = with_run_limits(config, _log)
     device = device_of(config.as_run())
     for note in config.without_effect(device.type):
         _log(note)
@@ -92,10 +95,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _notes(folder: Path, models: Sequence[str]) -> list[str]:
     """What happened to a set's rows, said once where it happened to all models alike."""
+    from gadcore.evaluate.sampling import sampled
+
     noted: dict[str, list[str]] = {}
     for model in models:
         record = folder / f"sampled-{model}.json"
-        for note in read_json(record)["notes"] if record.is_file() else ():
+        for note in sampled(record).notes if record.is_file() else ():
             noted.setdefault(note, []).append(model)
     return [
         f"{folder.name}: {note}" if who == list(models) else f"{folder.name}, {' and '.join(who)}: {note}"
@@ -104,4 +109,4 @@ def _notes(folder: Path, models: Sequence[str]) -> list[str]:
 
 
 def _log(line: str) -> None:
-    print(line, flush=True)
+    say(line)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
@@ -22,10 +24,11 @@ from gadcore.data.groups import Response
 from gadcore.data.rows import RawRow, load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, write_json, write_responses
+from gadcore.evaluate.responses import ResponseRow, digest_of, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.files import checksum, temporary, write_whole
 from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
+from gadcore.record.reading import read_as
 from gadcore.record.tracking import MetricsLog, Row, Scan, scan
 from gadcore.rollout.engine import Done, Engine, SampleRequest, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
@@ -72,6 +75,21 @@ def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
         sampler.close()
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What sampled-<model>.json says of how responses were made."""
+
+    made_from: dict[str, Any]
+    notes: list[str]
+
+
+_SAMPLED = TypeAdapter(Sampled)
+
+
+def sampled(path: Path) -> Sampled:
+    return read_as(_SAMPLED, path, "delete it and the responses beside it, and run eval again")
+
+
 def exported(out: Path, name: str) -> Path:
     """Where a checkpoint is a model directory while eval needs it as one."""
     return temporary(out / name)
@@ -114,7 +132,7 @@ def _is_done(folder: Path, model: str, made_from: dict[str, Any]) -> bool:
     if not record.is_file():
         # Responses that another system wrote are there to be measured.
         return True
-    _check_made_from(responses, read_json(record).get("made_from", {}), made_from)
+    _check_made_from(responses, sampled(record).made_from, made_from)
     return True
 
 

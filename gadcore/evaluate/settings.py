@@ -102,7 +102,7 @@ class MachineSettings(Section):
 
 
 class LimitSettings(Section):
-    """Templates and limits, as those of a training run."""
+    """Templates and limits, as those of a training run. What is not chosen is as in the runs that are evaluated."""
 
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
     max_prompt_tokens: Positive = 2048

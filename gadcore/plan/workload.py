@@ -12,7 +12,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import stage_steps, stages_of
 
 if TYPE_CHECKING:
     from gadcore.data.groups import Group
@@ -26,7 +26,6 @@ _KNOWN = {
         "card of a copy of the set: 192,014 rows of 1,908 bytes; assumed: 4.4 bytes a token, a quarter the prompt's",
     )
 }
-STAGES = ("warmup", "gad")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def read_workload(
         response=items[3].value,
         limit=data.max_response_tokens,
         longest_prompt=data.max_prompt_tokens,
-        steps=stage_steps(config, STAGES, per_epoch),
+        steps=stage_steps(config, stages_of(config, "train"), per_epoch),
         eval_rows=(data.eval_rows or 500) if data.eval else 0,
     )
     why = "data.eval_rows" if data.eval_rows else "assumed: data.eval_rows is not set"

@@ -8,6 +8,7 @@ that fails later is reported once and switched off, while the run goes on: its f
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
-from gadcore.files import sync, write_whole
+from gadcore.files import parse_json, sync, write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
+_MISSING = 'tracking.tracker = "{0}" needs the package {0} ({1}): pip install {0}, or set it to "none"'
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ def scan(path: Path) -> Scan:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the folder of a run that has written it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if lines[-1] == b"":
         lines.pop()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -296,13 +300,17 @@ def make_tracker(
     return tracker if kind == "none" else _Guarded(kind, tracker, log)
 
 
+def check_tracker(kind: str) -> None:
+    """Raises UserError where the package of a tracker is not installed. Loads none."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(_MISSING.format(kind, "it is not installed"))
+
+
 def _package(name: str, module: str | None = None) -> Any:
     try:
         return importlib.import_module(module or name)
     except ImportError as error:
-        raise UserError(
-            f'tracking.tracker = "{name}" needs the package {name} ({error}): pip install {name}, or set it to "none"'
-        ) from error
+        raise UserError(_MISSING.format(name, error)) from error
 
 
 def _identity(run_dir: Path, kind: str, make: Callable[[], str]) -> str:

@@ -111,16 +111,20 @@ def _few_held_out(config: Config, rows: int) -> list[str]:
     ]
 
 
+def planned_steps(config: Config, stages: Sequence[str], inputs: Inputs) -> dict[str, int]:
+    """{stage: its steps}."""
+    loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
+    return stage_steps(config, stages, loader.steps_per_epoch)
+
+
 def describe_plan(config: Config, stages: Sequence[str], inputs: Inputs) -> str:
     """What the run would do, in lines."""
-    loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-    steps = stage_steps(config, stages, loader.steps_per_epoch)
     lines = [
         f"student {config.student.model} ({inputs.student.path})",
         f"rows: {len(inputs.train)} for training, {len(inputs.held_out)} held out",
         *inputs.notes,
     ]
-    for stage, count in steps.items():
+    for stage, count in planned_steps(config, stages, inputs).items():
         line = f"{stage}: {count} steps of {config.schedule.batch_size} prompts"
         if stage == "gad" or (stage == "warmup" and config.algorithm.discriminator_warmup):
             samples = count * config.schedule.batch_size * config.rollout.group_size

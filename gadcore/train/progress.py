@@ -46,6 +46,13 @@ class Progress:
         return cls(**{**state, "gate": gate, "convergence": convergence})
 
 
+def stages_of(config: Config, command: str) -> tuple[str, ...]:
+    """The stages of a run by the command `train` or `seqkd`, in order."""
+    if command == "seqkd":
+        return ("seqkd",)
+    return ("sft", "warmup", "gad") if config.schedule.has_sft else ("warmup", "gad")
+
+
 def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:
     """Steps of each stage, in order, under its epochs and its upper limit.
 

@@ -68,7 +68,15 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
-        self.heldout = Heldout(held_out, sampler, discriminator, self.phases, self.memory, make_discriminator)
+        self.heldout = Heldout(
+            held_out,
+            sampler,
+            discriminator,
+            self.phases,
+            self.memory,
+            make_discriminator,
+            samples=config.data.eval_samples,
+        )
         self.stop_requested = stop_requested
         self.facts = facts or {}
         reward = config.algorithm.reward

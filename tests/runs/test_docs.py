@@ -178,9 +178,9 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def prepared(worker: Worker, tmp_path_factory) -> Path:
+def prepared(worker: Worker, module_folder: Path) -> Path:
     """A folder with what the guides' commands read, in which a tiny run has finished: runs/gad, the latest one."""
-    folder = tmp_path_factory.mktemp("prepared")
+    folder = module_folder
     small = tiny_arguments(folder)
     for name in ("answers", "held_out", "test", "vicuna"):
         write_rows(folder / f"{name}.jsonl")

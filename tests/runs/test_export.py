@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gadcore import run as command
 from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
-from gadcore.evaluate.responses import read_json
 from gadcore.locks import LOCK, held
+from gadcore.record.reading import read_json
 from tests.support.runs import run, tiny_arguments
 
 # Of 3 + 4 steps: every second one, and the ends of the stages.
@@ -22,12 +22,11 @@ STEPS = "2, 3, 4, 6, 7"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(module_folder: Path) -> Path:
     """A finished run: its folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run([*tiny_arguments(folder), "--run.dir", "run", "--checkpoint.keep", "9"], folder)
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run", "--checkpoint.keep", "9"], module_folder)
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return module_folder / "run"
 
 
 @pytest.fixture

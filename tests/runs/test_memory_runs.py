@@ -21,8 +21,8 @@ def made(folder: Path, name: str, *settings: str, engine: str = "hf") -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    return made(tmp_path_factory.mktemp("plain"), "run")
+def plain(module_folder: Path) -> Path:
+    return made(module_folder, "run")
 
 
 def test_offload_to_files_changes_no_bit(plain, tmp_path) -> None:

@@ -21,11 +21,10 @@ MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("check
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    done = run([*tiny_arguments(folder), "--run.dir", "run"], folder)
+def whole(module_folder):
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run"], module_folder)
     assert done.returncode == 0, done.stderr
-    return folder
+    return module_folder
 
 
 def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str = "hf") -> None:

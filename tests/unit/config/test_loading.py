@@ -31,7 +31,7 @@ RESOLVED = {
     "qwen2.5-14b": "461e94cd430f89d0962e537f2d40464612902aad4f7735f850f6fb6caaba226b",
     "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
-    "smollm2-cpu": "2affdcdbb0efbd3a1417a99cce2c08b32784b8f315208945c19270185af52c60",
+    "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
 }
 
 
