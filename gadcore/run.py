@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] and arguments[0] in ("help", "--version", *HELP):
         return _about(arguments)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    goes_on = "go on with --resume auto" if command in TRAINING else "the same command goes on"
+    # What goes on with a run that has begun is said where its folder is known (gadcore.record.run_folder).
+    goes_on = "give the same command again" if command in TRAINING else "the same command goes on"
     signals = None
     try:
         if command not in COMMANDS:
@@ -230,7 +231,8 @@ def _saved_config(arguments: list[str]) -> Path | None:
     resume, directory = (overrides.get(key, "none") for key in ("run.resume", "run.dir"))
     if bases or resume.lower() == "none":
         return None
-    return RunFolder.existing(None if directory.lower() == "none" else directory).path / "config.toml"
+    given = None if directory.lower() == "none" else str(Path(directory).expanduser())
+    return RunFolder.existing(given).path / "config.toml"
 
 
 if __name__ == "__main__":

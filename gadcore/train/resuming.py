@@ -63,6 +63,13 @@ def check(config: Config, data: Mapping[str, str], folder: RunFolder, saved: Che
 
     data: fingerprints of this run's rows.
     """
+    progress = saved.state.get("progress", {})
+    in_gad = progress.get("stage") == "gad" and progress["stage_step"] > 0 and "gad" not in progress["done"]
+    if in_gad and config.algorithm.kl_coef > 0 and store.latest(folder.reference) is None:
+        raise UserError(
+            f"the reference policy is missing from {folder.reference}: put it back, go back to a checkpoint of the "
+            "warmup (--resume step-..), or start a new run"
+        )
     records = saved.state.get("records")
     before = saved.state.get("data")
     if records is None or before is None:

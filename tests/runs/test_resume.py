@@ -95,17 +95,22 @@ def test_resume_before_the_first_checkpoint_starts_again(whole, tmp_path) -> Non
     assert_same_run(tmp_path / "run", whole / "run")
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When everything in a folder was written, and its size."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
 def test_a_finished_run_is_finished_and_goes_back_only_when_told(whole, tmp_path) -> None:
     shutil.copytree(whole / "run", tmp_path / "run")
-    before = {path: path.stat() for path in (tmp_path / "run").rglob("*")}
+    before = written(tmp_path / "run")
     again = run(["--run.dir", "run", "--resume", "auto"], tmp_path)
     assert again.returncode == 0 and "the run run is finished, there is nothing to do" in again.stdout, again.stderr
-    assert {path: path.stat() for path in (tmp_path / "run").rglob("*")} == before
+    assert written(tmp_path / "run") == before
 
     with held(tmp_path / "run" / LOCK, "x"):
         refused = run(["--run.dir", "run", "--resume", "step-000007"], tmp_path)
     assert refused.returncode == 2 and f"the run run is in use by process {os.getpid()} on " in refused.stderr
-    assert {path for path in (tmp_path / "run").rglob("*")} == set(before)
+    assert written(tmp_path / "run").keys() == before.keys()
 
 
 def test_a_run_goes_back_to_a_checkpoint(whole, tmp_path) -> None:

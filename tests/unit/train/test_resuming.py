@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gadcore.checkpoint import store
-from gadcore.config.settings import Config, RunSettings
+from gadcore.config.settings import AlgorithmSettings, Config, RunSettings
 from gadcore.data.groups import Group, Response
 from gadcore.errors import UserError
 from gadcore.record.run_folder import RunFolder, run_folder
@@ -89,6 +89,24 @@ def test_a_checkpoint_that_says_nothing_of_rows_is_told(folder: RunFolder) -> No
     store.save(folder.checkpoints, 5, {}, {}, keep=9)
     (note,) = check(Config(), DATA, folder, newest(folder))
     assert "does not say with which rows" in note
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "kl_coef"), [("gad", 1, 0.1), ("gad", 0, 0.1), ("warmup", 4, 0.1), ("gad", 1, 0)]
+)
+def test_a_missing_reference_is_told_where_one_is_needed(
+    folder: RunFolder, stage: str, step: int, kl_coef: float
+) -> None:
+    progress = {"stage": stage, "stage_step": step, "done": []}
+    store.save(folder.checkpoints, 5, {}, {"data": DATA, "records": {}, "progress": progress}, keep=9)
+    config = Config(algorithm=AlgorithmSettings(kl_coef=kl_coef))
+    if (stage, step, kl_coef) != ("gad", 1, 0.1):
+        assert check(config, DATA, folder, newest(folder)) == []
+        return
+    with pytest.raises(UserError, match="the reference policy is missing from .*reference: put it back"):
+        check(config, DATA, folder, newest(folder))
+    store.save(folder.reference, 4, {}, {}, keep=1)
+    assert check(config, DATA, folder, newest(folder)) == []
 
 
 def test_the_checkpoint_to_go_on_from(folder: RunFolder) -> None:
