@@ -6,6 +6,7 @@ python -m gadcore.run --config mine.toml --dry-run      print the resolved plan 
 python -m gadcore.run --resume auto                     go on with the newest run
 python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
 python -m gadcore.run plan ...                          what a run will need: memory, time, does it fit
+python -m gadcore.run data FILE                         what a run would read of FILE: rows, lengths, examples
 python -m gadcore.run report [RUN_FOLDER]               write report.html again
 python -m gadcore.run export RUN_FOLDER --out FOLDER    a checkpoint as a Hugging Face directory
 python -m gadcore.run collect ...                       ask a teacher for responses, over an API
@@ -24,6 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.functions import check_functions
@@ -33,7 +36,7 @@ from gadcore.evaluate.settings import EvalConfig
 from gadcore.record.run_folder import LATEST, RunFolder
 
 STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
-COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
+COMMANDS = (*STAGES, "data", "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
 
 
 class StopSignals:
@@ -92,6 +95,10 @@ def _other(command: str, arguments: list[str]) -> int:
     """A command that trains nothing. Each is imported only when it is asked for."""
     if command == "report":
         return _report(arguments)
+    if command == "data":
+        from gadcore.train.data_command import main as data
+
+        return data(arguments, set_environment)
     if command == "plan":
         from gadcore.plan.command import main as plan
 
@@ -140,11 +147,14 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
     from gadcore.train.build import build
+    from gadcore.train.data_command import warning_panel, wide
     from gadcore.train.inputs import describe_plan, has_discriminator, read_inputs
 
     stages = STAGES[command]
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
+    if inputs.warnings:
+        wide(Console(stderr=True, markup=False, emoji=False, highlight=False)).print(warning_panel(inputs.warnings))
     if dry_run:
         print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
         if has_discriminator(stages):

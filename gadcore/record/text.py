@@ -63,5 +63,11 @@ def summary_table(summary: Row) -> Table:
 
 def clean(text: str) -> str:
     """One line without anything that a terminal would obey: white space is joined, control characters become ·."""
-    joined = " ".join(text.split())
-    return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\u200d" else c for c in joined)
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """Text as it stands, line by line, without anything else that a terminal would obey."""
+    return "".join(
+        "·" if c not in "\n\u200d" and unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text.expandtabs(4)
+    )
