@@ -33,10 +33,14 @@ def clear_temporaries(folder: Path, name: str | None = None) -> None:
 
     For the one process that may write there: what another one is just filling goes too.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and (name is None or match[1] == name[:_KEPT]):
-            remove(path)
+    for path in temporaries(folder, name):
+        remove(path)
+
+
+def temporaries(folder: Path, name: str | None = None) -> list[Path]:
+    """What has a temporary name in a folder, of all files or of those named `name`."""
+    found = [(path, _TEMPORARY.fullmatch(path.name)) for path in (folder.iterdir() if folder.is_dir() else ())]
+    return [path for path, match in found if match and (name is None or match[1] == name[:_KEPT])]
 
 
 def remove(path: Path) -> None:

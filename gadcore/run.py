@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
 from gadcore import __version__
 from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
@@ -40,6 +42,12 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("[settings]", "train a student; without a command this one is meant"),
     "seqkd": Command("[settings]", "the baseline: cross-entropy on the teacher's responses only"),
+    "data": Command(
+        "FILE [settings]",
+        "what a run would read of a file: rows, lengths, what is cut, examples",
+        "gadcore.train.data_command:main",
+        prepared=True,
+    ),
     "plan": Command(
         "[settings]", "what a run will need: memory, time, does it fit", "gadcore.plan.command:main", prepared=True
     ),
@@ -85,6 +93,7 @@ COMMANDS = {
 }
 EXAMPLES = """\
   gadcore                                           the default job, preset smollm2-cpu
+  gadcore data answers.jsonl                        look at rows of your own
   gadcore --preset qwen2.5-7b --data.train answers.jsonl
   gadcore --config mine.toml --dry-run              print the resolved plan and stop
   gadcore --resume auto                             go on with the newest run
@@ -185,6 +194,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
     from gadcore.train.build import build
+    from gadcore.train.data_command import warning_panel, wide
     from gadcore.train.inputs import describe_plan, has_discriminator, planned_steps, read_inputs
     from gadcore.train.progress import stages_of
     from gadcore.train.resuming import finished
@@ -201,6 +211,8 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
         return 0
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
+    if inputs.warnings:
+        wide(Console(stderr=True, markup=False, emoji=False, highlight=False)).print(warning_panel(inputs.warnings))
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
     if needed is not None:
         inputs.notes.append(needed.sentence())

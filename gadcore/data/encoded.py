@@ -7,7 +7,12 @@ that it depends on, the code that wrote it included. Reading maps the file: noth
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -25,12 +30,17 @@ from gadcore.data.rows import BadRows, good_rows, read_rows
 from gadcore.data.sources import Source
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.files import checksum, whole_folder
+from gadcore.files import checksum, temporaries, whole_folder
 
 # Bytes of text from which on a source is kept encoded; below, encoding takes a few seconds.
 KEPT_FROM = 16 << 20
 _BATCH = 1024
-_ROWS, _REPORT = "rows.arrow", "report.json"
+# Seconds between two words on how far it is.
+_SILENCE = 10
+_ROWS, _INDEX, _REPORT = "rows.arrow", "index.npy", "report.json"
+_INDEXED = np.dtype([("prompt", np.int32), ("response", np.int32), ("key", np.uint64)])
+# Seconds after which a folder that nobody fills any more was left behind by a process that was killed.
+_ABANDONED = 3600
 _SCHEMA = pa.schema(
     {
         "index": pa.int64(),
@@ -39,7 +49,6 @@ _SCHEMA = pa.schema(
         "text": pa.string(),
         "response": pa.list_(pa.int32()),
         "finished": pa.bool_(),
-        "key": pa.uint64(),
     }
 )
 _FIELDS = ("max_prompt_tokens", "max_response_tokens", "long_prompt", "long_response", "columns", "bad_rows")
@@ -65,32 +74,35 @@ class _Lazy(Sequence[Group]):
 
 
 class EncodedGroups(_Lazy):
-    """The groups of a file that write() made. Raises UserError where it is damaged."""
+    """The groups of a folder that write() filled. Raises UserError where it is damaged.
 
-    def __init__(self, path: Path) -> None:
+    known: of every row the tokens of its prompt and response, and prompt_key() of its prompt.
+    """
+
+    def __init__(self, folder: Path) -> None:
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._count = sum(self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"the encoded rows in {path.parent} are damaged: delete that folder ({error})") from None
+            self.known = np.load(folder / _INDEX)
+            self._reader = pa.ipc.open_file(pa.memory_map(str(folder / _ROWS)))
+            if self._reader.num_record_batches != -(-len(self.known) // _BATCH):
+                raise ValueError("its files do not belong together")
+        except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+            raise damaged(folder, error) from None
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.known)
 
     def _group(self, place: int) -> Group:
         batch, row = self._reader.get_batch(place // _BATCH), place % _BATCH
-        index, messages, prompt, text, response, finished, _ = (column[row] for column in batch.columns)
+        index, messages, prompt, text, response, finished = (column[row] for column in batch.columns)
         return Group(
             Prompt(index.as_py(), tuple(json.loads(messages.as_py())), tuple(prompt.values.to_numpy().tolist())),
             Response(text.as_py(), tuple(response.values.to_numpy().tolist()), finished.as_py()),
         )
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of numbers whole, or the lengths of a column of lists."""
-        parts = (self._reader.get_batch(i).column(name) for i in range(self._reader.num_record_batches))
-        return np.concatenate(
-            [(part.value_lengths() if pa.types.is_list(part.type) else part).to_numpy() for part in parts]
-        )
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"the encoded rows in {folder} are damaged: delete that folder ({reason})")
 
 
 class Subset(_Lazy):
@@ -112,7 +124,7 @@ def token_lengths(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
         prompts, responses = token_lengths(groups.groups)
         return prompts[groups.places], responses[groups.places]
     if isinstance(groups, EncodedGroups):
-        return groups.column("prompt"), groups.column("response")
+        return groups.known["prompt"], groups.known["response"]
     lengths = [(len(group.prompt.token_ids), len(group.teacher.token_ids)) for group in groups]
     prompts, responses = np.array(lengths, dtype=np.int64).reshape(-1, 2).T
     return prompts, responses
@@ -121,7 +133,7 @@ def token_lengths(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
 def prompt_keys(groups: Sequence[Group]) -> np.ndarray:
     """[rows] uint64, equal for equal prompts."""
     if isinstance(groups, EncodedGroups):
-        return groups.column("key")
+        return groups.known["key"]
     return np.array([prompt_key(group.prompt.messages) for group in groups], dtype=np.uint64)
 
 
@@ -173,9 +185,12 @@ class Rows:
         if self._bad.count and not self._skip:
             raise self._bad.error(self._source.name)
 
-    def groups(self, template: ChatTemplate, cache: Path) -> tuple[Sequence[Group], DataReport, list[str]]:
-        """(groups, what became of the rows, what to say of the cache). cache: folder for what many rows become.
+    def groups(
+        self, template: ChatTemplate, cache: Path, say: Callable[[str], None]
+    ) -> tuple[Sequence[Group], DataReport, list[str]]:
+        """(groups, what became of the rows, what to say of the cache).
 
+        cache: folder for what many rows become. say: is told how far that is, every ten seconds.
         Raises UserError for rows that cannot be used, all of them at once, and where none is left.
         """
         encoder = Encoder(template, self._settings, self._bad)
@@ -186,12 +201,12 @@ class Rows:
         folder = cache / "rows" / self._key(fingerprint, template)
         made = not (folder / _REPORT).is_file()
         if made:
-            self._write(folder, encoder)
-        kept = EncodedGroups(folder / _ROWS)
+            self._write(folder, encoder, say)
+        kept = EncodedGroups(folder)
         try:
             report = DataReport.from_json(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"the encoded rows in {folder} are damaged: delete that folder") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise damaged(folder, error) from None
         size = (folder / _ROWS).stat().st_size / 2**30
         verb = "encoded once and kept" if made else "read as they were encoded before"
         return kept, report, [f"{len(kept)} rows of {self._source.name} were {verb}: {folder} ({size:.1f} GiB)"]
@@ -202,10 +217,11 @@ class Rows:
         content = (self._source.name, fingerprint, self._limit, settings, template.fingerprint(), code)
         return xxhash.xxh3_128_hexdigest(repr(content).encode())
 
-    def _write(self, folder: Path, encoder: Encoder) -> None:
+    def _write(self, folder: Path, encoder: Encoder, say: Callable[[str], None]) -> None:
         try:
-            with whole_folder(folder, shared=True) as partial:
-                write(partial / _ROWS, encoder.groups(self._rows))
+            remove_abandoned(folder)
+            with whole_folder(folder, shared=True) as partial, _all_cores():
+                write(partial, self._counted(encoder.groups(self._rows), say))
                 report = encoder.report(self._source.name, skip=self._skip)
                 (partial / _REPORT).write_text(json.dumps(report.as_json()), encoding="utf-8")
         except OSError as error:
@@ -215,13 +231,47 @@ class Rows:
                     "another folder by the environment variable GADCORE_CACHE"
                 ) from None
 
+    def _counted(self, groups: Iterable[Group], say: Callable[[str], None]) -> Iterator[Group]:
+        began = time.monotonic()
+        for count, group in enumerate(groups, 1):
+            if time.monotonic() - began > _SILENCE:
+                began = time.monotonic()
+                say(f"encoding the rows of {self._source.name}, which is done once: {count} so far")
+            yield group
 
-def write(path: Path, groups: Iterable[Group]) -> None:
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets the tokenizer use all cores, which it must not while processes are forked."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def write(folder: Path, groups: Iterable[Group]) -> None:
     """Writes groups without samples as EncodedGroups reads them."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    lengths, keys = array("i"), array("Q")
+    with pa.OSFile(str(folder / _ROWS), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         left = iter(groups)
         while batch := list(islice(left, _BATCH)):
             writer.write_batch(pa.RecordBatch.from_pylist([_record(group) for group in batch], schema=_SCHEMA))
+            for group in batch:
+                lengths.extend((len(group.prompt.token_ids), len(group.teacher.token_ids)))
+                keys.append(prompt_key(group.prompt.messages))
+    index = np.empty(len(keys), _INDEXED)
+    index["prompt"], index["response"], index["key"] = lengths[::2], lengths[1::2], keys
+    np.save(folder / _INDEX, index)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed have left of `folder`: gigabytes, perhaps."""
+    for left in temporaries(folder.parent, folder.name):
+        times = [path.stat().st_mtime for path in (left, *left.iterdir()) if path.exists()]
+        if times and max(times) < time.time() - _ABANDONED:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _record(group: Group) -> dict[str, Any]:
@@ -232,5 +282,4 @@ def _record(group: Group) -> dict[str, Any]:
         "text": group.teacher.text,
         "response": group.teacher.token_ids,
         "finished": group.teacher.finished,
-        "key": prompt_key(group.prompt.messages),
     }

@@ -169,7 +169,7 @@ def _from_data(config: Config) -> Counted | None:
     if not at_hand:
         return None
     template = ChatTemplate(load_tokenizer(resolve_model(name)), system_prompt=data.system_prompt)
-    groups, _, _ = rows.groups(template, cache_dir())
+    groups, _, _ = rows.groups(template, cache_dir(), print)
     if data.eval == SPLIT:
         groups, _ = split_off(groups, data.eval_share, data.eval_rows, config.run.seed)
     return Counted.of(groups, config)

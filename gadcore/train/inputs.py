@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,12 +59,12 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             f"prompt and response limits need a context of {config.context_tokens} tokens, the model {student.path} "
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
-    train, report, told = rows.groups(student.template, cache_dir())
+    train, report, told = rows.groups(student.template, cache_dir(), _say)
     warnings = [f"training: {sentence}" for sentence in report.warnings()]
     told += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: Sequence[Group] = []
     if held_out_rows is not None:
-        held_out, of_held_out, more = held_out_rows.groups(student.template, cache_dir())
+        held_out, of_held_out, more = held_out_rows.groups(student.template, cache_dir(), _say)
         warnings += [f"held out: {sentence}" for sentence in of_held_out.warnings()]
         told += [*more, *(f"held out: {sentence}" for sentence in of_held_out.sentences())]
     elif data.eval == SPLIT:
@@ -82,6 +83,11 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
         if discriminator is not student:
             _check_context(config, discriminator, student, [*train, *held_out])
     return Inputs(student, discriminator, train, held_out, notes, warnings, report)
+
+
+def _say(text: str) -> None:
+    """On its way to a run's view, which is not there yet."""
+    print(f"gadcore: {text}", file=sys.stderr, flush=True)
 
 
 def _split_note(config: Config, train: int, held_out: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.sources import Source
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
+from gadcore.files import temporary
 from tests.support.tiny import tiny_tokenizer
 
 
@@ -38,7 +41,7 @@ def write(path: Path, count: int = 2500) -> Path:
 def read(path: Path, template: ChatTemplate, cache: Path, **settings: Any) -> tuple[Any, Any, list[str]]:
     limits: dict[str, Any] = {"max_prompt_tokens": 60, "max_response_tokens": 16, "long_prompt": "drop"}
     data = DataSettings.model_validate(limits | settings)
-    return Rows(Source.find(str(path), "train"), data, settings.get("train_rows")).groups(template, cache)
+    return Rows(Source.find(str(path), "train"), data, settings.get("train_rows")).groups(template, cache, print)
 
 
 def test_many_rows_become_what_few_rows_become(tmp_path: Path, template: ChatTemplate, monkeypatch) -> None:
@@ -59,6 +62,13 @@ def test_many_rows_become_what_few_rows_become(tmp_path: Path, template: ChatTem
             many[len(few)]
         loaders = [Loader(groups, 64, seed=3) for groups in (few, many)]
         assert [next(loaders[0]) for _ in range(45)] == [next(loaders[1]) for _ in range(45)]
+
+
+def test_it_is_said_how_far_the_encoding_is(tmp_path: Path, template: ChatTemplate, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(encoded, "KEPT_FROM", 1)
+    monkeypatch.setattr(encoded, "_SILENCE", 0)
+    read(write(tmp_path / "rows.jsonl", 30), template, tmp_path)
+    assert "rows.jsonl, which is done once: 20 so far" in capsys.readouterr().out
 
 
 def test_a_second_time_no_row_is_read(tmp_path: Path, template: ChatTemplate, monkeypatch) -> None:
@@ -97,7 +107,7 @@ def test_what_the_encoded_rows_depend_on(change: str, tmp_path: Path, template: 
     assert "encoded once" in said and len(list((tmp_path / "rows").iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
+@pytest.mark.parametrize("name", ["rows.arrow", "report.json", "index.npy"])
 def test_a_damaged_file_is_told(name: str, tmp_path: Path, template: ChatTemplate, monkeypatch) -> None:
     path = write(tmp_path / "rows.jsonl", 30)
     monkeypatch.setattr(encoded, "KEPT_FROM", 1)
@@ -106,6 +116,22 @@ def test_a_damaged_file_is_told(name: str, tmp_path: Path, template: ChatTemplat
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"the encoded rows in {file.parent} are damaged: delete that folder"):
         read(path, template, tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, template: ChatTemplate, monkeypatch) -> None:
+    path = write(tmp_path / "rows.jsonl", 30)
+    monkeypatch.setattr(encoded, "KEPT_FROM", 1)
+    read(path, template, tmp_path)
+    (folder,) = (tmp_path / "rows").iterdir()
+    shutil.rmtree(folder)
+    left = {name: temporary(folder) for name in ("old", "new")}
+    for place in left.values():
+        place.mkdir()
+        (place / "rows.arrow").write_text("half")
+    for file in (left["old"], left["old"] / "rows.arrow"):
+        os.utime(file, (0, 0))
+    read(path, template, tmp_path)
+    assert folder.is_dir() and left["new"].is_dir() and not left["old"].exists()
 
 
 def test_bad_rows_leave_nothing_behind(tmp_path: Path, template: ChatTemplate, monkeypatch) -> None:
