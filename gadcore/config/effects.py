@@ -94,9 +94,12 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
     yield from _of_machine(config, device)
     data = config.data
     if data.eval is None:
-        yield "data.eval is none, so no rows are held out", ("data.eval_rows", "data.eval_share", "data.eval_samples")
+        idle = ("data.eval_rows", "data.eval_share", "data.eval_samples", "data.eval_columns")
+        yield "data.eval is none, so no rows are held out", idle
     elif data.eval != SPLIT:
         yield f"data.eval = {data.eval} names the held-out rows", ("data.eval_share",)
+    else:
+        yield "the held-out rows are some of data.train", ("data.eval_columns",)
     if data.train == "builtin" and data.eval in (None, SPLIT, "builtin"):
         yield "the rows that come with gadcore need no column map", ("data.columns",)
     tracker = config.tracking.tracker

@@ -131,6 +131,7 @@ class DataSettings(Section):
         description="Column map, {prompt = 'question', teacher_response = 'answer'} or "
         "prompt=question,teacher_response=answer; a+b joins columns, none leaves one out.",
     )
+    eval_columns: Columns | None = Field(None, description="Column map of data.eval; default: data.columns.")
     bad_rows: Literal["error", "skip"] = Field(
         "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
     )

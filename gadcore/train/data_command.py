@@ -7,6 +7,7 @@ student.model), as they would for training; nothing is written but what many row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -18,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gadcore.config import loading
+from gadcore.config.command_line import HELP
 from gadcore.config.settings import Config
+from gadcore.errors import UserError
 from gadcore.text import visible
 
 if TYPE_CHECKING:
@@ -34,10 +37,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
 
     prepare: called with the settings before torch is loaded.
     """
-    given = list(arguments)
-    if given and not given[0].startswith("-"):
-        given = ["--data.train", given[0], *given[1:]]
-    config = loading.load(given)
+    config = loading.load(_with_file(arguments))
     prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.train.inputs import read_inputs
@@ -57,6 +57,23 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
     if inputs.warnings:
         console.print(warning_panel(inputs.warnings))
     return 0
+
+
+def _with_file(arguments: Sequence[str]) -> list[str]:
+    """The settings of a command line, FILE among them as data.train, wherever it stands."""
+    settings: list[str] = []
+    files: list[str] = []
+    items = iter(arguments)
+    for item in items:
+        if not item.startswith("-"):
+            files.append(item)
+            continue
+        settings.append(item)
+        if "=" not in item and item not in HELP:
+            settings += islice(items, 1)
+    if len(files) > 1:
+        raise UserError(f"data takes one FILE, not {' '.join(files)}: put files that belong together in one directory")
+    return [*settings, *(f"--data.train={file}" for file in files)]
 
 
 def wide(console: Console) -> Console:

@@ -43,8 +43,11 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     data = config.data
     # The rows first: a broken line is told before a model is looked for.
     rows = Rows(Source.find(data.train, "train"), data, data.train_rows)
-    named = data.eval not in (None, SPLIT)
-    held_out_rows = Rows(Source.find(str(data.eval), "eval"), data, data.eval_rows) if named else None
+    held_out_rows = None
+    if data.eval is not None and data.eval != SPLIT:
+        columns = data.columns if data.eval_columns is None else data.eval_columns
+        as_eval = data.model_copy(update={"columns": columns})
+        held_out_rows = Rows(Source.find(data.eval, "eval"), as_eval, data.eval_rows)
     device = device_of(config)
     try:
         student = ModelSpec.resolve(config.student.model, system_prompt=data.system_prompt)

@@ -209,6 +209,8 @@ def small_training(argv: list[str], folder: Path) -> list[str]:
     loading.load([word for word in argv if word not in ("--dry-run", "seqkd")])
     tiny = tiny_arguments(folder)[2:]
     settings = dict(zip([key[2:] for key in tiny[::2]], tiny[1::2], strict=True)) | TRAINING
+    if "--data.train" in argv:
+        del settings["data.eval"]  # rows of one's own are split
     if "--preset" in argv:
         at = argv.index("--preset")
         argv = [*argv[:at], *argv[at + 2 :]]
@@ -229,6 +231,9 @@ def small_command(code: Code, folder: Path, server: str) -> list[str]:
         return [command, *with_small(argv[1:], EVALUATION)]
     if command in ("judge", "compare", "collect"):
         return [command, *with_small(argv[1:], asking)]
+    if command == "data":
+        return [command, *with_small(argv[1:], {"student.model": folder / "model", "data.max_prompt_tokens": 96,
+                                                "data.max_response_tokens": 24})]  # fmt: skip
     if command == "plan":
         return [command, *with_small(argv[1:], {"plan.check_activations": "false"})]
     if command == "tally":

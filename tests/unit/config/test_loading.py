@@ -29,6 +29,7 @@ PAPER_STUDENTS = {
 LATER = {
     "data.eval_share": 0.1,
     "data.bad_rows": "error",
+    "data.eval_columns": "none",
     "data.eval_samples": 1,
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",

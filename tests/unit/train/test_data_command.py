@@ -31,7 +31,7 @@ def show(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 
 def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
     limits = ("--data.max_prompt_tokens", 96, "--data.max_response_tokens", 100)
-    code, said, _ = show(capsys, "data", folder / "mine.json", "--student.model", folder / "model", *limits)
+    code, said, _ = show(capsys, "data", "--student.model", folder / "model", *limits, folder / "mine.json")
     assert code == 0
     assert f"{folder / 'mine.json'}: 20 rows" in said
     for text in (
@@ -61,6 +61,11 @@ def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
 def test_the_default_rows_are_shown_without_an_argument(folder: Path, capsys) -> None:
     code, said, _ = show(capsys, "data", "--student.model", folder / "model", "--data.max_prompt_tokens", 128)
     assert code == 0 and "builtin: 240 rows" in said
+
+
+def test_two_files_are_refused(capsys) -> None:
+    code, _, said = show(capsys, "data", "a.jsonl", "--run.seed", 3, "b.jsonl")
+    assert code == 2 and "data takes one FILE, not a.jsonl b.jsonl" in said
 
 
 def test_bad_rows_are_listed(folder: Path, capsys) -> None:

@@ -68,8 +68,15 @@ def test_a_column_map_is_of_ones_own_rows_alone(tmp_path: Path) -> None:
     config = own_rows(tmp_path, **{"data.columns": "prompt=prompt", "data.eval": "builtin", "data.eval_rows": 2})
     assert len(read_inputs(config, ("seqkd",)).held_out) == 2
     (tmp_path / "mine.jsonl").write_text('{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}\n')
-    config = load([*arguments(config), "--data.columns", "prompt=q,teacher_response=a"])
+    mapped = ["--data.columns", "prompt=q,teacher_response=a"]
+    config = load([*arguments(config), *mapped])
     assert len(read_inputs(config, ("seqkd",)).train) == 2
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    named = [*arguments(config), *mapped, "--data.eval", str(tmp_path / "other.jsonl")]
+    with pytest.raises(UserError, match="other.jsonl:1: there is no column 'q'"):
+        read_inputs(load(named), ("seqkd",))
+    held_out = read_inputs(load([*named, "--data.eval_columns", "{}"]), ("seqkd",)).held_out
+    assert [group.teacher.text for group in held_out] == ["b"]
 
 
 def arguments(config: Config) -> list[str]:
