@@ -11,7 +11,6 @@ from rich.console import Console
 
 from gadcore.config import loading
 from gadcore.files import write_whole
-from gadcore.locks import LOCK, held
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
 from gadcore.text import say
@@ -32,8 +31,7 @@ def main(arguments: list[str]) -> int:
 
     folder = Path(config.output.dir)
     requests = requests_of(config, prompts)
-    lock = held(folder / LOCK, f"the folder {folder}")
-    with lock, ReplyStore(folder / "replies.jsonl", config.endpoint.address) as store:
+    with ReplyStore(folder / "replies.jsonl", config.endpoint.address) as store:
         write_whole(folder / "config.toml", loading.dump(config))
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         for note in store.notes():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gadcore.errors import UserError
+from gadcore.locks import LOCK, held
 from gadcore.teacher.reply import Reply
 
 
@@ -123,26 +124,21 @@ class ReplyStore:
         self._offsets: dict[str, int] = {}
 
     def __enter__(self) -> ReplyStore:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be written: {error.strerror}: choose another folder") from None
-        self._reader = self.path.open("rb")
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.path.with_name(f"{LOCK}-{self.path.name}"), str(self.path)))
+                self._writer = stack.enter_context(self.path.open("ab", buffering=0))
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be written: {error.strerror}: choose another folder"
+                ) from None
+            self._reader = stack.enter_context(self.path.open("rb"))
             self._read()
-        except BlockingIOError:
-            self.__exit__()
-            raise UserError(f"another process is writing to {self.path}: wait for it or stop it") from None
-        except BaseException:
-            self.__exit__()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.close()
-        self._writer.close()
+        self._open.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._offsets

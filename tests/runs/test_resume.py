@@ -22,7 +22,7 @@ MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("check
 
 @pytest.fixture(scope="module")
 def whole(module_folder):
-    done = run([*tiny_arguments(module_folder), "--run.dir", "run"], module_folder)
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run", "--checkpoint.keep", "2"], module_folder)
     assert done.returncode == 0, done.stderr
     return module_folder
 
