@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,12 +22,18 @@ def _number(value: Any) -> Any:
 
 def _finite(value: Any) -> Any:
     if not abs(_number(value)) <= 1e30:
-        raise ValueError("should be a finite number, and one that can be reckoned with")
+        raise ValueError("should be a finite number that can be reckoned with")
     return value
 
 
-# A figure as a run writes it, which may be NaN or infinite; a finite one that can be reckoned with.
-Figure = Annotated[float, BeforeValidator(_number)]
+def _figure(value: Any) -> Any:
+    if math.isfinite(_number(value)) and abs(value) > 1e100:
+        raise ValueError("should be a number that can be reckoned with")
+    return value
+
+
+# A figure as a run writes it, which may be NaN or infinite; a finite one.
+Figure = Annotated[float, BeforeValidator(_figure)]
 Finite = Annotated[float, BeforeValidator(_finite)]
 Count = Annotated[int, Field(strict=True, ge=0, le=10**15)]
 
