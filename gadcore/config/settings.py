@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from gadcore.config.template_arguments import TemplateArguments
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
@@ -43,6 +45,11 @@ class DataSettings(Section):
         default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
+    template_arguments: TemplateArguments = Field(
+        default_factory=dict,
+        description="What chat templates are rendered with, for example {enable_thinking = false}, or "
+        "enable_thinking=false on a command line; the template that is saved with the student has them as defaults.",
+    )
     max_prompt_tokens: Positive = 2048
     max_response_tokens: Positive = 1536
     long_prompt: Literal["truncate", "drop", "error"] = Field(

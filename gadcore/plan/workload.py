@@ -160,16 +160,16 @@ def _from_data(config: Config) -> Counted | None:
     # Imported only here: most plans read no data.
     from gadcore.data.batches import build_prompts
     from gadcore.data.rows import load_rows
-    from gadcore.data.template import ChatTemplate
-    from gadcore.models.loading import BUNDLED, load_tokenizer, resolve_model
+    from gadcore.models.loading import BUNDLED
+    from gadcore.models.spec import ModelSpec
 
     rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     name = config.student.model
     at_hand = name in BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
     if not at_hand:
         return None
-    template = ChatTemplate(load_tokenizer(resolve_model(name)), system_prompt=data.system_prompt)
-    groups, _ = build_prompts(rows, template, data)
+    spec = ModelSpec.resolve(name, system_prompt=data.system_prompt, arguments=data.template_arguments)
+    groups, _ = build_prompts(rows, spec.template, data)
     return Counted.of(groups, config)
 
 

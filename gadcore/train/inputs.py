@@ -38,7 +38,14 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     train_rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
     eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
     device = device_of(config)
-    student = ModelSpec.resolve(config.student.model, system_prompt=data.system_prompt)
+    student = ModelSpec.resolve(
+        config.student.model, system_prompt=data.system_prompt, arguments=data.template_arguments
+    )
+    if unused := student.template.unused_arguments():
+        raise UserError(
+            f"data.template_arguments has {', '.join(unused)}, which the template of {student.path} does not read: "
+            "leave it out, or look for its name in that template"
+        )
     discriminator = _discriminator_spec(config, student) if has_discriminator(stages) else None
     limit = student.context_tokens
     if limit and config.context_tokens > limit:
@@ -50,6 +57,8 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
     notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
     notes += student.notes()
+    if discriminator is not None and discriminator is not student:
+        notes += discriminator.template.notes
     notes += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: list[Group] = []
     if eval_rows:
@@ -76,7 +85,10 @@ def _discriminator_spec(config: Config, student: ModelSpec) -> ModelSpec:
     """The student's own where they begin as the same model: it is looked for, and checked, once."""
     if config.discriminator_model == config.student.model:
         return student
-    return ModelSpec.resolve(config.discriminator_model, system_prompt=config.data.system_prompt)
+    data = config.data
+    return ModelSpec.resolve(
+        config.discriminator_model, system_prompt=data.system_prompt, arguments=data.template_arguments
+    )
 
 
 def _check_context(config: Config, spec: ModelSpec, student: ModelSpec, groups: Sequence[Group]) -> None:
