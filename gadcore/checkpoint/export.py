@@ -20,19 +20,11 @@ from gadcore.checkpoint.state import restore_parameters
 from gadcore.config import loading
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
-from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.files import whole_folder
 from gadcore.locks import LOCK, held
-from gadcore.models.loading import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    load_causal_lm,
-    load_discriminator,
-    load_tokenizer,
-    resolve_model,
-    save_model,
-)
+from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
+from gadcore.models.spec import ModelSpec
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -54,14 +46,16 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
     tensors = store.load(saved).tensors
     if which not in tensors:
         raise UserError(f"{saved} has no {which}: a run of seqkd trains none; export its student")
-    tokenizer = load_tokenizer(resolve_model(_name(config, which)))
-    model = _untrained(config, which, tokenizer)
+    spec = ModelSpec.resolve(
+        _name(config, which), system_prompt=config.data.system_prompt, arguments=config.data.template_arguments
+    )
+    model = _untrained(config, which, spec)
     restore_parameters(dict(model.named_parameters()), tensors[which], which)
     place = Path(os.path.abspath(out))
     with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
         try:
             with whole_folder(place) as folder:
-                save_model(model, tokenizer, folder)
+                save_model(model, spec.tokenizer, folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -93,12 +87,16 @@ def _name(config: Config, which: str) -> str:
     return config.student.model if which == "student" else config.discriminator_model
 
 
-def _untrained(config: Config, which: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _untrained(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
     """The model as the run loaded it, so that what is no parameter comes with it."""
-    path, cpu = resolve_model(_name(config, which)), torch.device("cpu")
+    cpu = torch.device("cpu")
     if which == "student":
-        return load_causal_lm(path, config.student.dtype, cpu)
-    end_id = ChatTemplate(tokenizer, system_prompt=config.data.system_prompt).end_id
+        return load_causal_lm(spec.path, config.student.dtype, cpu)
     return load_discriminator(
-        path, config.discriminator.dtype, device=cpu, seed=config.run.seed, end_id=end_id, tokenizer=tokenizer
+        spec.path,
+        config.discriminator.dtype,
+        device=cpu,
+        seed=config.run.seed,
+        end_id=spec.template.end_id,
+        tokenizer=spec.tokenizer,
     )

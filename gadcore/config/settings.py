@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from gadcore.config.template_arguments import TemplateArguments
+
 # Whatever counts or seeds something fits into 32 bits, as the libraries below want it.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
@@ -136,6 +138,11 @@ class DataSettings(Section):
         "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
+    template_arguments: TemplateArguments = Field(
+        default_factory=dict,
+        description="What chat templates are rendered with, for example {enable_thinking = false}, or "
+        "enable_thinking=false on a command line; the template that is saved with the student has them as defaults.",
+    )
     max_prompt_tokens: Positive = 2048
     max_response_tokens: Positive = 1536
     long_prompt: Literal["truncate", "drop", "error"] = Field(

@@ -26,7 +26,7 @@ def adapt(llm: Any) -> None:
     shorten_layers(model)
     sample_by_one_number(runner)
     share_prompts_in_decoding(runner)
-    if SharedPrefill.fits(runner):
+    if SharedPrefill.fits(runner, model):
         SharedPrefill(runner, model)
 
 
@@ -85,11 +85,13 @@ class SharedPrefill:
             layer.register_forward_hook(self._select)
 
     @staticmethod
-    def fits(runner: Any) -> bool:
-        """Whether tokens of the model see each other in plain attention layers alone."""
+    def fits(runner: Any, model: nn.Module) -> bool:
+        """Whether tokens of the model see each other in plain attention layers alone, and these are called as modules:
+        those under a model of transformers' are not, and no hook of theirs would repeat what the step was given."""
         from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.models.transformers.base import Base
 
-        return all(type(layer) is Attention for layer in _attention_layers(runner))
+        return not isinstance(model, Base) and all(type(layer) is Attention for layer in _attention_layers(runner))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._row_of = None

@@ -28,7 +28,8 @@ from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, digest_of, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.files import checksum, temporary, write_whole
-from gadcore.models.loading import load_causal_lm, load_tokenizer, resolve_model
+from gadcore.models.loading import load_causal_lm, resolve_model
+from gadcore.models.spec import ModelSpec
 from gadcore.record.reading import read_as
 from gadcore.record.tracking import MetricsLog, Row, Scan, scan
 from gadcore.rollout.engine import Done, Engine, SampleRequest, make_engine
@@ -59,7 +60,7 @@ def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
     out = Path(config.eval.out)
     sets = {name: _load(name, settings, config) for name, settings in all_sets(config).items()}
     paths = {name: find_model(value) for name, value in config.eval.models.items()}
-    sampler = _Sampler(config, device)
+    sampler = _Sampler(config, device, log)
     try:
         for model, path in paths.items():
             weights = identity(path)
@@ -122,6 +123,9 @@ def _made_from(config: EvalConfig, weights: str, rows: list[RawRow]) -> dict[str
     """Everything that the responses depend on."""
     text = digest_of([(row.messages, row.teacher_response) for row in rows])
     settings = {**config.data.model_dump(), "seed": config.run.seed}
+    if not settings["template_arguments"]:
+        # As before there were any: what is on disk without them is not drawn again.
+        del settings["template_arguments"]
     settings |= {name: getattr(config.sampling, name) for name in ("temperature", "dtype")}
     return {"weights": weights, "rows": text, **settings}
 
@@ -151,8 +155,9 @@ class _Sampler:
     model: PreTrainedModel
     template: ChatTemplate
 
-    def __init__(self, config: EvalConfig, device: torch.device) -> None:
+    def __init__(self, config: EvalConfig, device: torch.device, log: Log) -> None:
         self.config = config
+        self.log = log
         self.run_config = config.as_run()
         self.device = device
         self.engine: Engine | None = None
@@ -163,9 +168,15 @@ class _Sampler:
         """From here on generate() samples from the model at `path`."""
         if path == self._path:
             return
+        data = self.config.data
+        spec = ModelSpec.resolve(path, system_prompt=data.system_prompt, arguments=data.template_arguments)
         model = load_causal_lm(path, self.config.sampling.dtype, self.device)
         _check_context(model, path, self.run_config.context_tokens)
-        self.template = ChatTemplate(load_tokenizer(path), system_prompt=self.config.data.system_prompt)
+        self.template = spec.template
+        for name in self.template.unused_arguments():
+            self.log(f"  data.template_arguments: the chat template of {path} does not read {name}")
+        for note in self.template.notes:
+            self.log(f"  {note}")
         kind = _kind_of(model, self.template)
         if self.engine is not None and kind == self._kind:
             with torch.no_grad():

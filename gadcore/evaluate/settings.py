@@ -26,6 +26,7 @@ from gadcore.config.settings import (
     VLLMRollout,
     pairs,
 )
+from gadcore.config.template_arguments import TemplateArguments
 
 # Column and file names beside the models' own.
 _RESERVED = ("teacher",)
@@ -96,6 +97,9 @@ class LimitSettings(Section):
     """Templates and limits, as those of a training run. What is not chosen is as in the runs that are evaluated."""
 
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
+    template_arguments: TemplateArguments = Field(
+        default_factory=dict, description="As those of a training run, for all models."
+    )
     max_prompt_tokens: Positive = 2048
     max_response_tokens: Positive = Field(1536, description="Longer references are cut there, as responses are.")
     long_prompt: Literal["truncate", "drop", "error"] = Field(

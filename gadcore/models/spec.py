@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -21,11 +23,21 @@ class ModelSpec:
     template: ChatTemplate
 
     @classmethod
-    def resolve(cls, name: str, *, system_prompt: str | None = None) -> ModelSpec:
-        """The model of that name: a directory, a hub id or a bundled one. Raises UserError where there is none, or
-        where its tokenizer has no chat template that gadcore can use."""
+    def resolve(
+        cls, name: str, *, system_prompt: str | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> ModelSpec:
+        """The model of that name: a directory, a hub id or a bundled one; its conversations are rendered with
+        `system_prompt` and `arguments` (ChatTemplate). Raises UserError where there is none, or where its tokenizer has
+        no chat template that gadcore can use."""
         path = resolve_model(name)
-        return cls(name, path, load_config(path), ChatTemplate(load_tokenizer(path), system_prompt=system_prompt))
+        config = load_config(path)
+        template = ChatTemplate(
+            load_tokenizer(path),
+            system_prompt=system_prompt,
+            arguments=arguments,
+            vocabulary=getattr(config.get_text_config(), "vocab_size", None),
+        )
+        return cls(name, path, config, template)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -40,7 +52,7 @@ class ModelSpec:
     def notes(self) -> list[str]:
         """What of its files is not taken as it stands there, in sentences."""
         _, changed = read_generation_config(self.path)
-        return [changed] if changed else []
+        return [*self.template.notes, *([changed] if changed else [])]
 
     def same_tokens(self, other: ModelSpec) -> bool:
         """Whether both give equal token ids for equal conversations."""

@@ -159,8 +159,8 @@ def _from_data(config: Config) -> Counted | None:
     # Imported only here: most plans read no data.
     from gadcore.data.encoded import Rows, split_off
     from gadcore.data.sources import Source
-    from gadcore.data.template import ChatTemplate
-    from gadcore.models.loading import BUNDLED, cache_dir, load_tokenizer, resolve_model
+    from gadcore.models.loading import BUNDLED, cache_dir
+    from gadcore.models.spec import ModelSpec
 
     rows = Rows(Source.find(data.train, "train"), data, data.train_rows)
     rows.check()
@@ -168,8 +168,8 @@ def _from_data(config: Config) -> Counted | None:
     at_hand = name in BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
     if not at_hand:
         return None
-    template = ChatTemplate(load_tokenizer(resolve_model(name)), system_prompt=data.system_prompt)
-    groups, _, _ = rows.groups(template, cache_dir(), print)
+    spec = ModelSpec.resolve(name, system_prompt=data.system_prompt, arguments=data.template_arguments)
+    groups, _, _ = rows.groups(spec.template, cache_dir(), print)
     if data.eval == SPLIT:
         groups, _ = split_off(groups, data.eval_share, data.eval_rows, config.run.seed)
     return Counted.of(groups, config)

@@ -21,11 +21,16 @@ from gadcore import cpu
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
+from gadcore.errors import UserError, foreign
 from gadcore.kernels.cast_copy import cast_copy
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout.engine import Done, Engine, SampleRequest
+from gadcore.rollout.vllm_classes import TrainersClasses
 from gadcore.rollout.weights import PlainWeights, WeightSource, checksums
+
+# How far log-probs of a sample may lie from the trainer's, in the mean, by the engine's dtype: rounding, and no more.
+_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.2}
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,34 @@ class VLLMEngine(Engine):
         return config.vllm.dtype
 
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
-        rollout = config.vllm
         self.template = template
         self.on_cpu = model.device.type == "cpu"
-        self.vllm = _import_vllm(self.on_cpu, rollout.kv_cache_gib)
-        self.llm = self.vllm.LLM(
+        self.vllm = _import_vllm(self.on_cpu, config.vllm.kv_cache_gib)
+        classes = TrainersClasses(model)
+        engine_models: list[nn.Module] = []
+        try:
+            with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
+                self.llm = self._start(config, model_path)
+                engine_models = self.llm.apply_model(lambda m: m)
+                (self.engine_model,) = engine_models
+                self.slices = map_weights(model, self.engine_model)
+        finally:
+            classes.restore(engine_models)
+        if self.on_cpu and config.vllm.enforce_eager:
+            cpu.adapt_vllm(self.llm)
+        self._kv_cache = self._find_kv_cache()
+        self.shared = self.shares_weights(config, model.device.type)
+        if self.shared:
+            self._share(model)
+        self._awake: set[EnginePart] = {"weights", "kv_cache"}
+        self._current = False
+        self.update_weights(PlainWeights(model))
+        self._check_distribution(model, config, model_path)
+        self.sleep()
+
+    def _start(self, config: Config, model_path: str) -> Any:
+        rollout = config.vllm
+        return self.vllm.LLM(
             model=model_path,
             dtype=rollout.dtype,
             max_model_len=config.context_tokens,
@@ -106,18 +134,22 @@ class VLLMEngine(Engine):
                 else {"gpu_memory_utilization": rollout.gpu_memory_utilization}
             ),
         )
-        (self.engine_model,) = self.llm.apply_model(lambda m: m)
-        if self.on_cpu and rollout.enforce_eager:
-            cpu.adapt_vllm(self.llm)
-        self.slices = map_weights(model, self.engine_model)
-        self._kv_cache = self._find_kv_cache()
-        self.shared = self.shares_weights(config, model.device.type)
-        if self.shared:
-            self._share(model)
-        self._awake: set[EnginePart] = {"weights", "kv_cache"}
-        self._current = False
-        self.update_weights(PlainWeights(model))
-        self.sleep()
+
+    def _check_distribution(self, model: PreTrainedModel, config: Config, model_path: str) -> None:
+        """Raises UserError where a sample's log-probs are not the trainer's, equal weights or not."""
+        tokens = max(1, min(8, config.context_tokens // 2))
+        prompt = tuple(1 + 7 * i % (model.config.get_text_config().vocab_size - 1) for i in range(tokens))
+        ((sample,),) = self.generate([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
+        ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, tokens - 1 : -1].float()
+        found = logits.log_softmax(-1).gather(-1, ids[0, tokens:, None])[:, 0]
+        difference = (found - torch.tensor(sample.logprobs, device=found.device)).abs().mean().item()
+        if not difference < _DIFFERENCE[self.dtype(config)]:
+            raise UserError(
+                f"vLLM does not compute what the trainer does for the model {model_path} ({model.config.model_type}): "
+                f'log-probs of a sample differ by {difference:.2g} in the mean; set rollout.engine = "hf"'
+            )
 
     def _share(self, model: PreTrainedModel) -> None:
         views = self.weights()
@@ -258,23 +290,35 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
     parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
     members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
     engine = dict(engine_model.named_parameters())
-    trainer = dict(model.named_parameters())
+    called = {name: name if name in engine else _in_vllms_words(name, model) for name, _ in model.named_parameters()}
+    rows = {called[name]: len(p) for name, p in model.named_parameters()}
     slices = []
-    for name, p in trainer.items():
-        vllm_name, start = name, 0
-        if name not in engine:
-            prefix, module, kind = _split(name)
-            if module not in parts:
+    for name, p in model.named_parameters():
+        vllm_name, start = called[name], 0
+        if vllm_name not in engine:
+            prefix, module, kind = _split(vllm_name)
+            fused = ".".join(filter(None, (prefix, parts.get(module), kind)))
+            if module not in parts or fused not in engine:
                 raise RuntimeError(f"vLLM's model has no parameter for the trainer's {name}")
-            fused = parts[module]
-            vllm_name = ".".join(filter(None, (prefix, fused, kind)))
-            before = members[fused][: members[fused].index(module)]
-            start = sum(len(trainer[".".join(filter(None, (prefix, m, kind)))]) for m in before)
+            before = members[parts[module]][: members[parts[module]].index(module)]
+            vllm_name, start = fused, sum(rows[".".join(filter(None, (prefix, m, kind)))] for m in before)
         slices.append(Slice(name, vllm_name, start, start + len(p)))
         view = engine[vllm_name].data[start : start + len(p)]
         if not torch.equal(view, p.detach().to(view)):
             raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
+    # Weights that no update would reach, for example a head of its own where the trainer's is the embedding.
+    if left := sorted(engine.keys() - {s.vllm_name for s in slices}):
+        raise RuntimeError(f"vLLM's {left[0]} is no parameter of the trainer's")
     return slices
+
+
+def _in_vllms_words(name: str, model: PreTrainedModel) -> str:
+    """A parameter's name where backbone and output head are called `model` and `lm_head`, as vLLM calls them."""
+    backbone, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    if name.startswith(backbone):
+        return "model." + name.removeprefix(backbone)
+    of_head = next((f"{n}." for n, module in model.named_modules() if module is head), backbone)
+    return "lm_head." + name.removeprefix(of_head) if name.startswith(of_head) else name
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -50,7 +50,14 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
         held_out_rows = Rows(Source.find(data.eval, "eval"), as_eval, data.eval_rows)
     device = device_of(config)
     try:
-        student = ModelSpec.resolve(config.student.model, system_prompt=data.system_prompt)
+        student = ModelSpec.resolve(
+            config.student.model, system_prompt=data.system_prompt, arguments=data.template_arguments
+        )
+        if unused := student.template.unused_arguments():
+            raise UserError(
+                f"data.template_arguments has {', '.join(unused)}, which the template of {student.path} does not read: "
+                "leave it out, or look for its name in that template"
+            )
         discriminator = _discriminator_spec(config, student) if has_discriminator(stages) else None
     except UserError:
         for read in filter(None, (rows, held_out_rows)):
@@ -75,7 +82,10 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
         told.append(_split_note(config, len(train), len(held_out)))
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
     notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
-    notes += [*student.notes(), *told]
+    notes += student.notes()
+    if discriminator is not None and discriminator is not student:
+        notes += discriminator.template.notes
+    notes += told
     if discriminator is not None:
         if config.convergence.enabled and len(held_out) < 4:
             raise UserError(
@@ -111,7 +121,10 @@ def _discriminator_spec(config: Config, student: ModelSpec) -> ModelSpec:
     """The student's own where they begin as the same model: it is looked for, and checked, once."""
     if config.discriminator_model == config.student.model:
         return student
-    return ModelSpec.resolve(config.discriminator_model, system_prompt=config.data.system_prompt)
+    data = config.data
+    return ModelSpec.resolve(
+        config.discriminator_model, system_prompt=data.system_prompt, arguments=data.template_arguments
+    )
 
 
 def _check_context(config: Config, spec: ModelSpec, student: ModelSpec, groups: Sequence[Group]) -> None:

@@ -10,6 +10,7 @@ import transformers.utils.chat_template_utils as template_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gadcore.data import rendering
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 
@@ -249,10 +250,9 @@ def test_truncation_under_a_template_that_trims() -> None:
         (CHATML.replace(" + '<|im_end|>\n'", ""), "puts '' after an assistant turn"),
         (CHATML.replace("m.content", "'fixed'"), "after an assistant turn, which does not begin with a special token"),
         (
-            CHATML.replace("m.content", "('<think></think>' if m.role == 'assistant' else '') + m.content"),
+            CHATML.replace("m.content", "(messages[0].content if m.role == 'assistant' else '') + m.content"),
             "writes an assistant turn as",
         ),
-        (CHATML.partition("{% if add")[0], "writes an assistant turn as"),
         ("{{ raise_exception('Only two turns') }}", "refuses the conversation: Only two turns"),
         ("{% for %}", "the chat template of models/tiny refuses the conversation"),
     ],
@@ -269,3 +269,190 @@ def test_a_template_that_drops_the_system_prompt_is_refused() -> None:
     ChatTemplate(byte_level(source))
     with pytest.raises(UserError, match="models/tiny leaves out system messages: unset data.system_prompt"):
         ChatTemplate(byte_level(source), system_prompt="Be brief.")
+
+
+# What a template raises, and what it takes for ever over
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ messages + 1 }}", "fails on the conversation: TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ messages | strange }}", "refuses the conversation: No filter named 'strange'"),
+        ({"tool_use": CHATML}, "no default"),
+        (5, "fails on the conversation"),
+    ],
+)
+def test_what_a_template_raises_is_a_sentence(source: object, words: str) -> None:
+    tokenizer = byte_level(None)
+    tokenizer.chat_template = source
+    with pytest.raises(UserError) as caught:
+        ChatTemplate(tokenizer)
+    assert words in str(caught.value) and "models/tiny" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_template_that_loops_for_ever_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_SECONDS", 0.1)
+    loops = "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="models/tiny was not done with a conversation after 0.1 s"):
+        ChatTemplate(byte_level(loops + CHATML))
+
+
+# Tokens that the model does not have
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model() -> None:
+    tokenizer = byte_level(CHATML)
+    base = len(tokenizer)
+    ChatTemplate(tokenizer, vocabulary=base)
+    with pytest.raises(UserError, match=f"a token of id {base - 1} .* embeddings for {base - 1} tokens"):
+        ChatTemplate(tokenizer, vocabulary=base - 1)
+    tokenizer.add_tokens(["<tool>"])
+    with pytest.raises(UserError, match=f"a token of id {base} \\('<tool>'\\)"):
+        ChatTemplate(tokenizer, vocabulary=base)
+
+
+def test_a_special_token_beyond_the_model_is_told_where_a_prompt_has_it() -> None:
+    tokenizer = byte_level(CHATML)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    template = ChatTemplate(tokenizer, vocabulary=len(tokenizer) - 1)
+    assert template.prompt_ids(QUESTION)
+    with pytest.raises(UserError, match=r"gives '\[PAD\]' the id \d+, the model has embeddings for"):
+        template.prompt_ids([{"role": "user", "content": "What is [PAD]?"}])
+    assert max(template.response_ids("[PAD]", finished=True)) < len(tokenizer) - 1
+
+
+# Arguments of the template
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+BLOCK = "<think>\n\n</think>\n\n"
+
+
+def prompt_of(template: ChatTemplate) -> str:
+    return str(template.tokenizer.decode(template.prompt_ids(QUESTION)))
+
+
+def test_arguments_are_given_wherever_a_conversation_is_rendered_and_saved() -> None:
+    template = ChatTemplate(byte_level(THINKING), arguments={"enable_thinking": False})
+    assert prompt_of(template).endswith("assistant\n" + BLOCK) and template.notes == []
+    assert template.unused_arguments() == []
+    # Whoever serves the model renders the same, and may still choose otherwise.
+    render = template.tokenizer.apply_chat_template
+    assert render(QUESTION, tokenize=False, add_generation_prompt=True) == prompt_of(template)
+    other = render(QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert other == prompt_of(template).removesuffix(BLOCK)
+    once = template.tokenizer.chat_template
+    assert ChatTemplate(template.tokenizer, arguments={"enable_thinking": False}).tokenizer.chat_template == once
+
+
+@pytest.mark.parametrize("value", ['it\'s {% "x" %}\n', 3, 2.5, True, [1, "a"], {"a": [False]}])
+def test_values_of_arguments_arrive_as_they_are(value: object) -> None:
+    source = "{{ '<|im_start|>' + (given | string) + '<|im_end|>' }}\n" + CHATML
+    template = ChatTemplate(byte_level(source), arguments={"given": value})
+    assert prompt_of(template).startswith(f"<|im_start|>{value}<|im_end|>")
+
+
+def test_an_argument_changes_nothing_else() -> None:
+    for source in (CHATML, "\n" + CHATML, "  {% if true %}x{% endif %}\n" + CHATML, LLAMA3):
+        plain, given = ChatTemplate(byte_level(source)), ChatTemplate(byte_level(source), arguments={"unread": 1})
+        assert given.prompt_ids(LONG) == plain.prompt_ids(LONG)
+        assert given.unused_arguments() == ["unread"]
+
+
+# The header that an assistant's last turn has
+
+
+@pytest.mark.parametrize(
+    ("source", "header"),
+    [
+        (THINKING, "<|im_start|>assistant\n" + BLOCK),
+        # A prompt that begins to think, and a turn that has not thought.
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "<|im_start|>assistant\n"),
+        # No header for a prompt at all.
+        (CHATML.partition("{% if add")[0], "<|im_start|>assistant\n"),
+    ],
+)
+def test_a_prompt_ends_in_the_header_of_a_turn(source: str, header: str) -> None:
+    template = ChatTemplate(byte_level(source))
+    (note,) = template.notes
+    assert "models/tiny" in note and "data.template_arguments" in note
+    assert prompt_of(template).endswith("What is two plus two?<|im_end|>\n" + header)
+    turn = [*QUESTION, {"role": "assistant", "content": "Four."}]
+    whole = template.tokenizer.apply_chat_template(turn, tokenize=False)
+    assert whole == byte_level(source).apply_chat_template(turn, tokenize=False)
+    joined = template.prompt_ids(QUESTION) + template.response_ids("Four.", finished=True)
+    assert whole.startswith(template.tokenizer.decode(joined))
+    # It is the template that is saved, and needs no second change.
+    again = ChatTemplate(byte_level(template.tokenizer.chat_template))
+    assert again.notes == [] and again.prompt_ids(LONG) == template.prompt_ids(LONG)
+
+
+def test_a_changed_header_and_an_argument_that_asks_for_it() -> None:
+    template = ChatTemplate(byte_level(THINKING))
+    rendered = template.tokenizer.apply_chat_template(
+        QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert rendered == prompt_of(template)
+
+
+# A tokenizer that writes a text's first word in another way behind a line break
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def sentencepiece(chat_template: str) -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space in front of a text, and byte tokens for what the vocabulary lacks."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    letters = sorted({*"Hello Sentinel answer What is two plus There Where user assistant <|>?. Four [INST]/"} - {" "})
+    words = ["Sen", "▁Sen", "Fo", "▁Fo", "ur", "tin", "el", "He", "▁He"]
+    merges = [("S", "en"), ("▁", "Sen"), ("F", "o"), ("▁", "Fo"), ("u", "r"), ("e", "n"), ("t", "in"), ("e", "l")]
+    merges += [("H", "e"), ("▁", "He"), ("i", "n")]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *letters, "en", "in", *words]))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", name_or_path="models/tiny",
+        chat_template=chat_template,
+    )  # fmt: skip
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+# Llama 2's turns begin with a space, in which one of the text's own is lost.
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [(ZEPHYR, " Four"), *((s, t) for s in (ZEPHYR, LLAMA2) for t in ("Four.", "Sentinel answer", "\nFour", "Four "))],
+)
+def test_a_response_is_written_as_behind_its_header(source: str, text: str) -> None:
+    template = ChatTemplate(sentencepiece(source))
+    assert template.tokenizer.convert_ids_to_tokens(template.end_id) == "</s>"
+    ids = template.response_ids(text, finished=True)
+    assert template.text_of(ids) == (text, True)
+    assert template.response_ids(template.text_of(ids)[0], finished=True) == ids
+    whole = [*QUESTION, {"role": "assistant", "content": text}]
+    expected = template.tokenizer(
+        template.tokenizer.apply_chat_template(whole, tokenize=False), add_special_tokens=False
+    ).input_ids
+    joined = list(template.prompt_ids(QUESTION) + ids)
+    assert expected[: len(joined)] == joined
