@@ -20,7 +20,7 @@ from typing import Any
 from bench import options
 from gadcore.checkpoint import store
 from gadcore.config import loading
-from gadcore.config.settings import Config
+from gadcore.config.settings import SPLIT, Config
 from gadcore.errors import UserError
 from gadcore.evaluate.measure import TEACHER, Results, values_of
 from gadcore.evaluate.responses import read_responses
@@ -127,8 +127,8 @@ def read(folder: Path) -> Run:
     if not (folder / "config.toml").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is no run folder: it lacks config.toml or metrics.jsonl")
     config = loading.load(["--config", str(folder / "config.toml")])
-    if config.data.eval is None:
-        raise UserError(f"the run {folder} has no held-out rows (data.eval): there is nothing to compare on")
+    if config.data.eval in (None, SPLIT):
+        raise UserError(f"the run {folder} names no held-out rows (data.eval): there is nothing to compare on")
     saved = store.available(folder / "checkpoints")
     if not saved:
         raise UserError(f"{folder} has no checkpoints: train with checkpoint.every, and checkpoint.keep large")

@@ -20,9 +20,10 @@ def joined(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     replies: list[tuple[str, str, Any]] = []
     for where, record in records:
         key = record.get("custom_id") if isinstance(record, Mapping) else None
-        if not isinstance(key, str) or not ("body" in record or "response" in record):
+        asks, answers = _kind(record) if isinstance(key, str) else (False, False)
+        if not isinstance(key, str) or not (asks or answers):
             yield where, record
-        elif "body" in record:
+        elif asks:
             if key in requests:
                 yield where, Broken(f"the request {key!r} is there twice: keep one")
             requests[key] = where, record["body"]
@@ -41,6 +42,13 @@ def joined(records: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
                 where,
                 Broken("this request of a batch has no reply: put the batch's output file into the same directory"),
             )
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a record with a custom_id is a batch's request, and whether it is a reply: no row has such columns."""
+    response = record.get("response")
+    failed = "response" in record and response is None and isinstance(record.get("error"), Mapping)
+    return isinstance(record.get("body"), Mapping), failed or isinstance(response, Mapping)
 
 
 def _row(key: str, requests: Mapping[str, tuple[str, Any]], record: Mapping[str, Any]) -> Any:

@@ -165,6 +165,11 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
             except UnicodeDecodeError as error:
                 yield where, Broken(f"not UTF-8 (byte {error.start} of the line): save the file as UTF-8")
             except json.JSONDecodeError as error:
+                if text.strip() == "{" and number == 1:
+                    raise UserError(
+                        f"{name} is neither a list of rows nor a row a line: write [ and ] around its rows, with "
+                        "commas between them, or each on one line"
+                    ) from None
                 yield where, Broken(f"broken JSON: {error.msg} (column {error.colno})")
             except RecursionError:
                 yield where, Broken("broken JSON: nested too deeply")

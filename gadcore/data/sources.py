@@ -143,6 +143,10 @@ def _parquet(path: Path, wanted: Collection[str] | None) -> Iterator[tuple[str, 
         raise UserError(f"the data file {path} does not exist") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: a text in the rows from {index} on is not UTF-8") from None
+    except NotImplementedError as error:
+        raise UserError(
+            f"{path} has a column of a type that cannot be read ({_reason(error)}): write the file again without it"
+        ) from None
     except (ArrowException, ValueError, OverflowError, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet: {_reason(error)}") from None
 

@@ -6,17 +6,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from gadcore.config.device import device_of, quiet
 from gadcore.config.effects import without_effect
 from gadcore.config.settings import SPLIT, Config
 from gadcore.data.batches import DataReport, Loader
-from gadcore.data.encoded import Rows, split_off
+from gadcore.data.encoded import Rows, Subset, split_off, token_lengths
 from gadcore.data.groups import Group
 from gadcore.data.sources import Source
 from gadcore.errors import UserError
 from gadcore.models.loading import cache_dir
 from gadcore.models.spec import ModelSpec
 from gadcore.train.progress import stage_steps
+
+# Rows whose lengths in a discriminator's own tokens are counted at the start, which takes some seconds.
+_LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             )
         notes += _few_held_out(config, len(held_out))
         if discriminator is not student:
-            _check_context(config, discriminator, student, [*train, *held_out])
+            _check_context(config, discriminator, student, [*_longest(train), *_longest(held_out)])
     return Inputs(student, discriminator, train, held_out, notes, warnings, report)
 
 
@@ -150,6 +155,17 @@ def _check_context(config: Config, spec: ModelSpec, student: ModelSpec, groups: 
                 f"row {group.prompt.index} (from 0) with its teacher response is {needed} tokens of the discriminator "
                 f"{spec.path}, whose context has {limit}: {advice}"
             )
+
+
+def _longest(groups: Sequence[Group]) -> Sequence[Group]:
+    """Those to be looked at one by one: all, or of very many the longest ones of the student's tokens.
+
+    The discriminator tells any other that does not fit when its turn comes.
+    """
+    if len(groups) <= _LOOKED_AT:
+        return groups
+    prompts, responses = token_lengths(groups)
+    return Subset(groups, np.sort(np.argsort(prompts + responses, kind="stable")[-_LOOKED_AT:]))
 
 
 def _few_held_out(config: Config, rows: int) -> list[str]:

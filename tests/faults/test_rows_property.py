@@ -27,9 +27,9 @@ from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from tests.support.tiny import tiny_tokenizer
 
-EXAMPLES = int(os.environ.get("GADCORE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("GADCORE_EXAMPLES", "40"))
 tried = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 60,
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 

@@ -48,11 +48,13 @@ def turn(role: str, text: str) -> dict[str, str]:
         ({"messages": [USER, TEACHER | {"tool_calls": None, "function_call": {}, "refusal": None}]}, (USER,)),
         ({"prompt": QUESTION, "teacher_response": [{"type": "output_text", "text": "Four."}]}, (USER,)),
         ({"prompt": QUESTION, "teacher_response": "Four.", "system": 3}, (USER,)),
+        ({"prompt": QUESTION, "completion": "Four.", "custom_id": "a", "response": "x", "body": "y"}, (USER,)),
         ({"prompt": QUESTION, "teacher_response": "Four.", "history": "none", "output": 5, "input": []}, (USER,)),
     ],
 )  # fmt: skip
 def test_a_form_is_read(record: dict[str, Any], messages: tuple[dict[str, str], ...]) -> None:
-    assert parse_row(record, {}, "x:1") == RawRow(messages, "Four.", "x:1")
+    ((where, same),) = joined([("x:1", record)])
+    assert parse_row(same, {}, where) == RawRow(messages, "Four.", "x:1")
 
 
 @pytest.mark.parametrize(

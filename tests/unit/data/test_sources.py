@@ -98,6 +98,11 @@ def error_of_content(path: Path, content: bytes, columns: dict[str, str] | None 
         ("a.json", b'["\xff"]', "a.json: not UTF-8 (byte 2)"),
         ("a.json", b"[3]", "a.json[0]: expected an object with columns, found a number"),
         ("a.jsonl", "{}".encode("utf-16"), "a.jsonl is not UTF-8 but UTF-16: save the file as UTF-8"),
+        (
+            "a.json",
+            b'{\n "prompt": "a",\n "teacher_response": "b"\n}\n',
+            "a.json is neither a list of rows nor a row a",
+        ),
         ("a.csv", b'prompt,teacher_response\na,"b\n', "a.csv:2: broken CSV"),
         ("a.csv", b"prompt,teacher_response\na,\xff\n", "a.csv: not UTF-8"),
         ("a.csv", b"", "a.csv has no rows"),
@@ -214,3 +219,15 @@ def test_where_nothing_is_good_the_end_is_not_waited_for(tmp_path: Path) -> None
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "x"}\n' * 5000)
     assert error_of(path).startswith(f"1000 of the first 1000 rows of {path} cannot be used")
+
+
+def test_a_parquet_type_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise pa.ArrowNotImplementedError("Integers with less than 8 bits not implemented")
+
+    path = tmp_path / "rows.parquet"
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+    assert error_of(path) == (
+        f"{path} has a column of a type that cannot be read (Integers with less than 8 bits not implemented): "
+        "write the file again without it"
+    )

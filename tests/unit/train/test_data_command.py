@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,18 @@ def test_a_run_warns_before_it_begins(folder: Path, capsys) -> None:
     assert "95 % of the rows need" in " ".join(said.replace("┃", " ").split())
     code, _, said = show(capsys, *settings, *limits, 150, "--data.train_rows", 6, "--dry-run")
     assert code == 0 and "WARNING" not in said
+
+
+def test_a_pipe_that_speaks_ascii_alone(folder: Path, monkeypatch) -> None:
+    (folder / "far.jsonl").write_text(
+        json.dumps({"prompt": "x", "teacher_response": "\u65e5"}) + "\n" + '{"prompt": "y", "teacher_response": "z"}'
+    )
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    settings = ("--student.model", folder / "model", "--data.max_prompt_tokens", 96, "--data.max_response_tokens", 24)
+    assert main(["data", str(folder / "far.jsonl"), *map(str, settings)]) == 0
+    out.flush()
+    assert b"trained on, from here" in out.buffer.getvalue()
 
 
 def test_help_names_the_command(capsys) -> None:
