@@ -48,6 +48,7 @@ def tiny_arguments(folder: Path, engine: str = "hf") -> list[str]:
         "schedule.gad_epochs": 4,
         "schedule.seqkd_steps": 3,
         "checkpoint.every": 2,
+        "checkpoint.keep": 2,
         "student.lr": 1e-3,
         "student.warmup_lr": 1e-3,
         "student.seqkd_lr": 1e-3,
