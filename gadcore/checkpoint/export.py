@@ -1,18 +1,17 @@
-"""python -m gadcore.run export RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]
+"""A checkpoint of a run as an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-A checkpoint of a run as an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer. vLLM
-serves it, and gadcore.run trains or evaluates it, as any other model. Without --step the newest checkpoint is taken.
-Architecture, config and tokenizer are those of the model that the run was started from.
+vLLM serves it, and gadcore trains or evaluates it, as any other model. Architecture, config and tokenizer are those of
+the model that the run was started from.
 """
 
 from __future__ import annotations
 
-import argparse
+import errno
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -23,30 +22,9 @@ from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.files import whole_folder
+from gadcore.locks import LOCK, held
 from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
 from gadcore.models.spec import ModelSpec
-
-MODELS = ("student", "discriminator")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit code. Raises UserError for whatever the user has to mend."""
-    options = _parser().parse_args(arguments)
-    folder = Path(options.run)
-    if not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} is no run folder, it has no config.toml: give one, for example runs/latest")
-    found = store.available(folder / "checkpoints")
-    if not found:
-        raise UserError(
-            f"{folder} has no checkpoints: set checkpoint.every for the next run; a finished run has its last "
-            "models in student/ and discriminator/"
-        )
-    step = max(found) if options.step is None else options.step
-    if step not in found:
-        raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
-    export(found[step], Path(options.out), options.model)
-    print(f"{options.out}: the {options.model} of step {step}")
-    return 0
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -73,20 +51,23 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
     )
     model = _untrained(config, which, spec)
     restore_parameters(dict(model.named_parameters()), tensors[which], which)
-    with whole_folder(out) as folder:
-        save_model(model, spec.tokenizer, folder)
+    place = Path(os.path.abspath(out))
+    with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
+        try:
+            with whole_folder(place) as folder:
+                save_model(model, spec.tokenizer, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UserError(f"{out} was filled by somebody else meanwhile: choose another folder") from None
 
 
 @contextmanager
 def as_directory(path: str, place: Path) -> Iterator[str]:
-    """The model at `path` as a directory or hub id: of a checkpoint the student, in `place` as long as the block runs.
-
-    What a killed process has left in `place` is replaced.
-    """
+    """The model at `path` as a directory or hub id: of a checkpoint the student, in `place` while the block runs."""
     if not is_checkpoint(Path(path)):
         yield path
         return
-    shutil.rmtree(place, ignore_errors=True)
     try:
         export(Path(path), place)
         yield str(place)
@@ -119,17 +100,3 @@ def _untrained(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
         end_id=spec.template.end_id,
         tokenizer=spec.tokenizer,
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"export: {message}; see export --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m gadcore.run export", description="A checkpoint as a Hugging Face directory.")
-    parser.add_argument("run", metavar="RUN_FOLDER")
-    parser.add_argument("--step", type=int, help="the checkpoint's step; default the newest")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--model", choices=MODELS, default="student", help="default student")
-    return parser

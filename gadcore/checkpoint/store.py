@@ -6,8 +6,8 @@ What goes into one is said in gadcore/checkpoint/state.py.
     checkpoints/step-000012/state.json            everything that is not a tensor
     checkpoints/step-000012/manifest.json         size and xxh3_128 checksum of every file
 
-A checkpoint is written into a folder whose name starts with ".tmp-", flushed to the disk and then renamed, so a kill
-at any moment leaves the whole checkpoint or none. One process writes to a checkpoints folder at a time.
+A checkpoint is written into a folder with a temporary name, flushed to the disk and then renamed, so a kill at any
+moment leaves the whole checkpoint or none. One process writes to a checkpoints folder at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gadcore.errors import UserError
-from gadcore.files import TEMPORARY, checksum, free_name, sync, whole_folder
+from gadcore.files import checksum, clear_temporaries, free_name, sync, temporary, whole_folder
 
 JSON = Any
 FORMAT = 1
@@ -136,7 +136,9 @@ def load(path: Path) -> Checkpoint:
         manifest = _verify(path)
     except UserError as error:
         older = _newest_sound_before(path)
-        advice = f"resume from {older} instead" if older else "there is no sound older checkpoint to resume from"
+        advice = "there is no sound older checkpoint to resume from"
+        if older:
+            advice = f"resume from {older} instead, by --resume {older.name}"
         raise UserError(f"{error}: {advice}") from error
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name)
@@ -156,26 +158,30 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
         file.chmod(mode)
     files = {file.name: {"size": file.stat().st_size, "xxh3_128": checksum(file)} for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
 
 
-def _make_room(root: Path, target: Path, step: int) -> None:
-    """Renames what the new checkpoint of a step must not meet: those of later steps, and one of the same step."""
+def abandon_after(root: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of later steps to abandoned-<name>, the newest first; returns their new places."""
+    places = []
     for found_step, path in _checkpoints(root):
         if found_step > step:
             kept = free_name(root / f"abandoned-{path.name}")
             path.rename(kept)
-            _log.warning("checkpoint %s is of a later step than the %d now saved: kept as %s", path, step, kept)
+            places.append(kept)
+    return places
+
+
+def _make_room(root: Path, target: Path, step: int) -> None:
+    """Renames what the new checkpoint of a step must not meet: those of later steps, and one of the same step."""
+    for kept in abandon_after(root, step):
+        _log.warning("a checkpoint of a later step than the %d now saved is kept as %s", step, kept)
     if target.exists():
         # Under its second name the old one still counts, should a kill come between the two renames.
         target.rename(target.with_name(target.name + REPLACED))
 
 
 def _clean(root: Path) -> None:
-    for path in root.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+    clear_temporaries(root)
     for path in root.glob(f"step-*{REPLACED}"):
         original = path.with_name(path.name.removesuffix(REPLACED))
         if original.exists():
@@ -186,7 +192,7 @@ def _clean(root: Path) -> None:
 
 def _delete(path: Path) -> None:
     # Renamed first: a kill while files are being removed must not leave something that looks like a checkpoint.
-    doomed = path.with_name(f"{TEMPORARY}delete-{path.name}")
+    doomed = temporary(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 

@@ -68,7 +68,10 @@ def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tup
         key = key.replace("-", "_")
         if key in sections:
             raise UserError(f"{key} ({COMMAND_LINE}) is a group of settings: write --{key}.NAME VALUE")
-        overrides[key] = _parse(value, kinds.get(key, [str]))
+        parsed = _parse(value, kinds.get(key, [str]))
+        if dict in kinds.get(key, ()) and isinstance(parsed, str) and isinstance(overrides.get(key), str):
+            parsed = f"{overrides[key]},{parsed}"  # a=b given twice: both
+        overrides[key] = parsed
     if len(bases) > 1:
         raise UserError(
             f"{' and '.join(f'--{name} {value}' for name, value in bases)} are given together: "
@@ -84,7 +87,7 @@ def _parse(text: str, kinds: Sequence[Any]) -> Any:
     for spelling in (text, text.lower()):  # True and False, as Python writes them
         try:
             table = tomllib.loads(f"value = {spelling}")
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):  # an integer of more digits than Python reads, deep nesting
             continue
         if len(table) == 1:
             return table["value"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from gadcore.config.settings import AlgorithmSettings, Config, Section
+from gadcore.config.settings import SPLIT, AlgorithmSettings, Config, Section
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
 Reason = tuple[str, tuple[str, ...]]
@@ -14,6 +14,8 @@ _OF_SEQKD = ("student.seqkd_lr", "schedule.seqkd_epochs", "schedule.seqkd_steps"
 _OF_TRAIN = (
     "student.lr",
     "student.warmup_lr",
+    "schedule.sft_epochs",
+    "schedule.sft_steps",
     "schedule.warmup_epochs",
     "schedule.warmup_steps",
     "schedule.gad_epochs",
@@ -24,7 +26,7 @@ _OF_TRAIN = (
     "convergence.*",
     *(f"algorithm.{name}" for name in AlgorithmSettings.model_fields if name != "sft_temperature"),
 )
-_OF_WARMUP = ("student.warmup_lr", "algorithm.sft_temperature")
+_OF_CROSS_ENTROPY = ("student.warmup_lr", "algorithm.sft_temperature")
 _OF_GAD = (
     "student.lr",
     "convergence.*",
@@ -44,7 +46,7 @@ def without_effect(config: Config, device: str, stages: Sequence[str], steps_per
     """A sentence for every reason why settings of a run have no effect that were chosen.
 
     config: as loading.load gives it, so that a preset's own values are not counted. device: its type, "cpu" or "cuda".
-    stages: of the command, ("warmup", "gad") or ("seqkd",).
+    stages: of the command, as train.progress.stages_of gives them.
     """
     return [*told(config, _reasons(config, device, stages)), *_lengths(config, stages, steps_per_epoch)]
 
@@ -90,8 +92,16 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
         yield "for the baseline only, the command seqkd", _OF_SEQKD
         yield from _of_training(config)
     yield from _of_machine(config, device)
-    if config.data.eval is None:
-        yield "data.eval is none, so no rows are held out", ("data.eval_rows",)
+    data = config.data
+    if data.eval is None:
+        idle = ("data.eval_rows", "data.eval_share", "data.eval_samples", "data.eval_columns")
+        yield "data.eval is none, so no rows are held out", idle
+    elif data.eval != SPLIT:
+        yield f"data.eval = {data.eval} names the held-out rows", ("data.eval_share",)
+    else:
+        yield "the held-out rows are some of data.train", ("data.eval_columns",)
+    if data.train == "builtin" and data.eval in (None, SPLIT, "builtin"):
+        yield "the rows that come with gadcore need no column map", ("data.columns",)
     tracker = config.tracking.tracker
     if tracker == "none":
         yield "no tracking.tracker is chosen", ("tracking.project",)
@@ -120,11 +130,12 @@ def _of_training(config: Config) -> Iterator[Reason]:
         yield "convergence.enabled is false", ("convergence.*",)
     if not algorithm.normalise_advantage:
         yield "algorithm.normalise_advantage is false", ("algorithm.advantage_std_floor",)
-    if not algorithm.student_warmup:
-        yield "algorithm.student_warmup is false", _OF_WARMUP
+    sft = config.schedule.has_sft
+    if not algorithm.student_warmup and not sft:
+        yield "algorithm.student_warmup is false", _OF_CROSS_ENTROPY
     no_warmup, no_gad = _left_out(config, "warmup"), _left_out(config, "gad")
     if no_warmup:
-        yield f"{no_warmup} is 0", (*_OF_WARMUP, "algorithm.critic_warmup")
+        yield f"{no_warmup} is 0", (*(() if sft else _OF_CROSS_ENTROPY), "algorithm.critic_warmup")
     if no_gad:
         yield f"{no_gad} is 0", _OF_GAD
     if (no_warmup or not algorithm.discriminator_warmup) and (no_gad or algorithm.freeze_discriminator):

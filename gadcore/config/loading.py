@@ -6,7 +6,8 @@
 A later value replaces an earlier one: defaults, then the file, then the command line from left to right. A file may
 begin with `base = "NAME"`, a preset that it changes. Values on the command line are written as in TOML, except that
 text needs no quotes. TOML has no null, so `none` unsets a setting that may be unset (data.eval, run.resume, ..), in a
-file as "none" and on the command line as none. Where the command line, or a file over its base, chooses another
+file as "none" and on the command line as none. Held-out rows of a preset belong to its training rows: whoever names
+others, and no data.eval, gets data.eval = "split". Where the command line, or a file over its base, chooses another
 engine, settings that only the former engine has are left behind.
 
 Commands with settings of their own (collect, eval) pass their model of sections; presets are for training runs only, so
@@ -15,7 +16,10 @@ these start from the model's defaults.
 
 from __future__ import annotations
 
+import importlib.util
+import platform
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +34,15 @@ from rapidfuzz import fuzz, process
 from gadcore.config.command_line import COMMAND_LINE, HELP, kinds_of, setting_kinds, split
 from gadcore.config.renamed import refuse_old_names
 from gadcore.config.settings import Config, Section
-from gadcore.config.writing import print_help, to_toml
+from gadcore.config.writing import print_help, shown, to_toml
 from gadcore.errors import UserError
 
 Root = TypeVar("Root", bound=Section)
 
 DEFAULT_PRESET = "smollm2-cpu"
 _PRESETS = Path(__file__).parents[1] / "configs"
+# Begins the origin of a preset's settings.
+_PRESET = "preset "
 _SENTENCES = {
     "string_type": "must be text",
     "int_type": "must be a whole number",
@@ -84,6 +90,7 @@ def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | No
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
+        _check_texts(key, value, origins[key])
         nested.setdefault(section, {})[name] = _settle(value, kinds[key])
     try:
         # Strict, or `batch_size = true` would count as 1 and a number in quotes as a number.
@@ -125,17 +132,27 @@ def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: 
         if saved and not bases:
             return _read(saved, str(saved), model, chosen=False)
         kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
-        return _read_preset(name, model) if kind == "preset" else _read(Path(name), name, model)
+        if kind == "preset":
+            return [*_read_preset(name, model), *_without_vllm()]
+        return _read(Path(name).expanduser(), name, model)
     if bases and bases[0][0] == "preset":
         raise UserError(f"--preset {bases[0][1]} is for training runs: give this command's settings by --config FILE")
-    return _read(Path(bases[0][1]), bases[0][1], model) if bases else []
+    return _read(Path(bases[0][1]).expanduser(), bases[0][1], model) if bases else []
+
+
+def _without_vllm() -> list[Layer]:
+    """A preset's engine where there is no vLLM to install: it has wheels for Linux on x86-64 and arm64 alone."""
+    has_wheel = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    if has_wheel or importlib.util.find_spec("vllm") is not None:
+        return []
+    return [Layer("this machine, for which there is no vLLM", {"rollout.engine": "hf"}, chosen=False)]
 
 
 def _read_preset(name: str, model: type[Section]) -> list[Layer]:
     if name not in presets():
         hint = _suggest(name, presets()) or f": choose one of {', '.join(presets())}"
         raise UserError(f"there is no preset {name}{hint}")
-    return _read(_PRESETS / f"{name}.toml", f"preset {name}", model, chosen=False)
+    return _read(_PRESETS / f"{name}.toml", _PRESET + name, model, chosen=False)
 
 
 def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True) -> list[Layer]:
@@ -149,13 +166,15 @@ def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True)
         raise UserError(f"the config file {origin} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{origin} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UserError(f"{origin} holds a value that is nested too deeply: settings are lists and tables") from None
+    except ValueError as error:  # TOMLDecodeError, and an integer of more digits than Python reads
         raise UserError(f"{origin} is not valid TOML: {error}") from None
     below: list[Layer] = []
     if model is Config and "base" in table:
         base = table.pop("base")
         if not isinstance(base, str):
-            raise UserError(f"base = {to_toml(base)} ({origin}) must be the name of a preset")
+            raise UserError(f"base = {shown(base)} ({origin}) must be the name of a preset")
         below = _read_preset(base, model)
     return [*below, Layer(origin, _flatten(table, origin, model), chosen)]
 
@@ -184,6 +203,8 @@ def _merge(
             if key in kinds and key.endswith(".engine"):
                 for left in _of_other_engines(values, key, layer.values[key], model):
                     del values[left], origins[left]
+        if layer.chosen and _leaves_eval(layer.values, values) and origins.get("data.eval", "").startswith(_PRESET):
+            del values["data.eval"], origins["data.eval"]
         values.update(layer.values)
         origins.update(dict.fromkeys(layer.values, layer.origin))
     refuse_old_names(values, origins)
@@ -204,6 +225,13 @@ def _merge(
     return values, origins
 
 
+def _leaves_eval(chosen: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether these settings name other training rows, or a share of them to hold out, and no held-out rows."""
+    before = values.get("data.train")
+    other = "data.eval_share" in chosen or chosen.get("data.train", before) != before
+    return other and "data.eval" not in chosen
+
+
 def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: type[Section]) -> dict[str, str]:
     """{"section.key": an engine that has it} of settings that `engine` lacks; none where it is no engine."""
     section = key.partition(".")[0]
@@ -222,6 +250,20 @@ def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: t
     return found
 
 
+def _check_texts(key: str, value: Any, origin: str) -> None:
+    """Raises UserError where a value is nested beyond any setting's need, or holds the one character no path may."""
+    level = [value]
+    for _ in range(8):
+        if any("\0" in item for item in level if isinstance(item, str)):
+            raise UserError(f"{key} ({origin}) holds the character NUL: leave it out")
+        lists = [item for item in level if isinstance(item, list | tuple)]
+        lists += [[*item, *item.values()] for item in level if isinstance(item, Mapping)]
+        level = [item for items in lists for item in items]
+        if not level:
+            return
+    raise UserError(f"{key} ({origin}) is nested too deeply: settings are plain values, lists and tables")
+
+
 def _settle(value: Any, kinds: Sequence[Any]) -> Any:
     if NoneType in kinds and isinstance(value, str) and value.lower() == "none":
         return None
@@ -238,16 +280,18 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         named = [f"{key}: {origin}" for key, origin in origins.items() if re.search(rf"{re.escape(key)}\b", message)]
+        if not named and (key := ".".join(map(str, error["loc"][:2]))) in origins:
+            named = [f"{key}: {origins[key]}"]
         return f"{message} ({', '.join(named)})" if named else message
     section, *path = error["loc"]
     if error["type"] == "union_tag_invalid":
         key = f"{section}.engine"
         engines = error["ctx"]["expected_tags"].replace(", ", " or ")
-        return f"{key} = {to_toml(values[key])} ({origins[key]}) must be {engines}"
+        return f"{key} = {shown(values[key])} ({origins[key]}) must be {engines}"
     if f"{section}.{path[0]}" not in values:
         del path[0]  # The engine, where a section has alternatives.
     key = f"{section}.{path[0]}"
     inside = "".join(f"[{to_toml(part)}]" for part in path[1:] if error["type"] != "missing")
     inside = f": item {inside}" if inside else ""
     rule = _SENTENCES.get(error["type"], error["msg"].replace("Input should be", "must be"))
-    return f"{key} = {to_toml(values[key])} ({origins[key]}){inside} {rule}"
+    return f"{key} = {shown(values[key])} ({origins[key]}){inside} {rule}"

@@ -5,18 +5,70 @@ Order of precedence: the defaults below (the paper's settings), then the TOML fi
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from gadcore.config.template_arguments import TemplateArguments
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Whatever counts or seeds something fits into 32 bits, as the libraries below want it.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(ge=0)]
 Above = Annotated[float, Field(gt=0)]
+# Comes with gadcore (gadcore.models.loading), whatever lies in the directory.
+BUNDLED_MODEL = "smollm2-135m-instruct"
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _expanded(value: str) -> str:
+    """~ and ~name at the beginning as the home folder that they stand for, as a shell has it."""
+    found = os.path.expanduser(value)
+    if value.startswith("~") and found == value:
+        raise ValueError(
+            f"{value!r} begins with the home folder of a user who does not exist: write the path out, or ./{value} for "
+            "a file of that name"
+        )
+    return found
+
+
+# Of a file or folder, or a name that stands for one.
+Location = Annotated[str, AfterValidator(_expanded)]
+
+
+def pairs(text: str, key: str) -> dict[str, str]:
+    """'a=x,b=y' as {"a": "x", "b": "y"}. Raises ValueError, which names the setting `key`."""
+    items = [item.partition("=") for item in text.split(",")]
+    if not all(name.strip() and equals and value.strip() for name, equals, value in items):
+        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
+    table = {name.strip(): value.strip() for name, _, value in items}
+    if len(table) < len(items):
+        raise ValueError(f"{key} uses a name twice: {text}")
+    return table
+
+
+def _columns(value: Any) -> Any:
+    try:
+        return pairs(value, "columns") if isinstance(value, str) else value
+    except ValueError:
+        return value  # and no table
+
+
+# A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 
 
 class Section(BaseModel):
@@ -27,22 +79,63 @@ class RunSettings(Section):
     """Where the run lives and how it starts."""
 
     name: str = "gad"
-    dir: str | None = Field(None, description="Run folder; default runs/<name>-<date>-<time>.")
+    dir: Location | None = Field(None, description="Run folder; default runs/<name>-<date>-<time>.")
     seed: NonNegative = 0
-    resume: Literal["auto"] | None = Field(
-        None, description='"auto": go on from the newest checkpoint of the run folder.'
+    resume: str | None = Field(
+        None,
+        description='"auto": go on from the newest checkpoint of the run folder; "step-000003": go back to that one, '
+        "and set aside what came after it.",
     )
     device: str = Field("auto", description='"auto": cuda where there is one, else cpu; or a torch device.')
     threads: NonNegative = Field(0, description="CPU threads; 0: what the environment says.")
+
+    @field_validator("name")
+    @classmethod
+    def _no_path(cls, name: str) -> str:
+        if "/" in name or "\0" in name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 200:
+            raise ValueError(
+                f"run.name = {name!r} cannot name a folder of runs/: give a short name without '/', and a path by "
+                "run.dir"
+            )
+        return name
+
+    @field_validator("resume")
+    @classmethod
+    def _resumed(cls, resume: str | None) -> str | None:
+        if resume is not None and resume != "auto" and not re.fullmatch(r"step-\d{1,18}", resume, re.ASCII):
+            raise ValueError(f"run.resume = {resume!r} must be auto or a checkpoint of the run, like step-000003")
+        return resume
+
+
+# The value of data.eval that holds out some of the training rows.
+SPLIT = "split"
 
 
 class DataSettings(Section):
     """Rows, templates and limits."""
 
-    train: str = Field("builtin", description="File (.jsonl, .jsonl.gz, .parquet), directory, hub id, or 'builtin'.")
-    eval: str | None = Field("builtin", description='Held-out rows, in the same forms; "none": no evaluation.')
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Column map, for example {prompt = 'question', teacher_response = 'answer'}."
+    train: Location = Field(
+        "builtin",
+        description="File (JSON lines, a JSON array, CSV, parquet), directory of these, hub id, or 'builtin'.",
+    )
+    eval: Location | None = Field(
+        "builtin",
+        description='Held-out rows, in the same forms; "split": some of data.train, which is the default for rows of '
+        'your own; "none": no evaluation.',
+    )
+    eval_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1,
+        description='Share of the training rows that data.eval = "split" holds out, eval_rows at most. Which ones '
+        "depends on run.seed and the prompts alone; rows with one prompt stay together.",
+    )
+    columns: Columns = Field(
+        default_factory=dict,
+        description="Column map, {prompt = 'question', teacher_response = 'answer'} or "
+        "prompt=question,teacher_response=answer; a+b joins columns, none leaves one out.",
+    )
+    eval_columns: Columns | None = Field(None, description="Column map of data.eval; default: data.columns.")
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
     )
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
     template_arguments: TemplateArguments = Field(
@@ -61,12 +154,22 @@ class DataSettings(Section):
     )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
+    eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _judged_by_their_like(cls, values: Any) -> Any:
+        """Rows of one's own are not measured on rows that nobody named."""
+        if not isinstance(values, dict) or "eval" in values:
+            return values
+        own = "eval_share" in values or values.get("train", "builtin") != "builtin"
+        return {**values, "eval": SPLIT} if own else values
 
 
 class StudentSettings(Section):
     """The model that learns."""
 
-    model: str = "smollm2-135m-instruct"
+    model: Location = BUNDLED_MODEL
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the parameters and the optimizer.")
     autocast: Literal["none", "bfloat16"] = Field("none", description="Of the products inside forward and backward.")
     lr: Rate = Field(1e-6, description="Of the GAD stage.")
@@ -80,7 +183,7 @@ class StudentSettings(Section):
 class DiscriminatorSettings(Section):
     """The model that scores; "student" means initialised from the student's own weights."""
 
-    model: str = Field(
+    model: Location = Field(
         "student", description="Of any size, family and vocabulary: text is all that it gets of the student's samples."
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,7 +212,7 @@ class CommonRollout(Section):
     """Sampling, with any engine."""
 
     engine: str
-    group_size: Positive = Field(8, description="N, samples per prompt.")
+    group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
     temperature: Annotated[float, Field(gt=0)] = 0.8
     context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
 
@@ -178,9 +281,16 @@ class ScheduleSettings(Section):
     """How long each stage lasts."""
 
     batch_size: Positive = Field(256, description="Prompts per step.")
+    sft_epochs: NonNegative = Field(
+        0,
+        description="Of cross-entropy alone before the warmup, at student.warmup_lr; nothing is sampled. The paper's "
+        "student gets its cross-entropy in the warmup; with this, that may train the discriminator alone "
+        "(algorithm.student_warmup).",
+    )
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
     seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
@@ -188,6 +298,11 @@ class ScheduleSettings(Section):
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."
     )
+
+    @property
+    def has_sft(self) -> bool:
+        """Whether cross-entropy alone comes before the warmup."""
+        return self.sft_epochs > 0 and self.sft_steps != 0
 
 
 class GateSettings(Section):
@@ -238,7 +353,7 @@ class MemorySettings(Section):
         description="Where parameters and optimizer states wait while others compute: none: they stay; pinned: in "
         "page-locked memory of the host (CUDA); file: in files of memory.dir; auto: pinned on CUDA, else none.",
     )
-    dir: str | None = Field(None, description='Folder for offload = "file"; default: offload/ of the run folder.')
+    dir: Location | None = Field(None, description='Folder for offload = "file"; default: offload/ of the run folder.')
     shared_weights: bool = Field(
         True, description="One copy of the student's weights for trainer and vLLM, where both are on the CPU."
     )
@@ -269,6 +384,13 @@ class TrackingSettings(Section):
         1.0, description="Seconds between looks at CPU, GPU and memory (machine/* of metrics.jsonl); 0: none."
     )
     trace: bool = Field(False, description="Write trace.json, for ui.perfetto.dev.")
+
+
+def _anywhere(name: str | None, *words: str) -> str | None:
+    """A path that is there as an absolute one; a name that stands for something else, as `words` do, as it is."""
+    if name is None or name in words or not os.path.exists(name):
+        return name
+    return os.path.abspath(name)
 
 
 class Config(Section):
@@ -306,8 +428,20 @@ class Config(Section):
         return self.student.model if name == "student" else name
 
     def started_new(self) -> Config:
-        """These settings as a run folder keeps them: to start a run with, not to resume this one."""
-        return self.model_copy(update={"run": self.run.model_copy(update={"resume": None, "dir": None})})
+        """These settings as a run folder keeps them: to start a run with, from any directory."""
+        run = {"resume": None, "dir": None}
+        data = {"train": _anywhere(self.data.train, "builtin"), "eval": _anywhere(self.data.eval, "builtin", SPLIT)}
+        discriminator = {"model": _anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
+        memory = {"dir": self.memory.dir and os.path.abspath(self.memory.dir)}
+        return self.model_copy(
+            update={
+                "run": self.run.model_copy(update=run),
+                "data": self.data.model_copy(update=data),
+                "student": self.student.model_copy(update={"model": _anywhere(self.student.model, BUNDLED_MODEL)}),
+                "discriminator": self.discriminator.model_copy(update=discriminator),
+                "memory": self.memory.model_copy(update=memory),
+            }
+        )
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

@@ -27,6 +27,13 @@ def to_toml(value: Any) -> str:
     return str(value)
 
 
+def shown(value: Any) -> str:
+    """A value for a message: as TOML, in a bounded length."""
+    # Python writes no integer of more than 4300 digits; one in hexadecimal may have them.
+    text = hex(value) if isinstance(value, int) and value.bit_length() > 1000 else to_toml(value)
+    return text if len(text) <= 100 else f"{text[:90]}.. ({len(text)} characters)"
+
+
 def print_help(config: Section, introduction: str) -> None:
     """Prints the introduction, and every setting with its type, its value in `config` and what it is."""
     import tyro

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from gadcore.config.settings import DataSettings
+from gadcore.data.facts import Facts, Lengths, Survey
+from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response
-from gadcore.data.rows import RawRow
+from gadcore.data.rows import BadRow, BadRows, no_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
+
+# Above this share of rows a loss of text is no matter of single rows.
+_MANY = 0.1
+# Rows that are encoded by one call of the tokenizer.
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,9 @@ class DataReport:
 
     rows: rows given; truncated_prompts, cut_responses: rows used with less than their text;
     dropped_prompts, dropped_responses: rows not used because the prompt, or the response, is too long;
-    mean_response_tokens: of the teacher's responses in use, end marker included.
+    mean_response_tokens: of the teacher's responses in use, end marker included;
+    ended: responses whose text ended in the end marker, which was taken off;
+    skipped: what was left out before, a sentence with its list; facts: of all rows.
     """
 
     rows: int
@@ -29,16 +41,156 @@ class DataReport:
     cut_responses: int
     dropped_responses: int
     mean_response_tokens: float
+    ended: int = 0
+    skipped: str = ""
+    facts: Facts | None = field(default=None, compare=False)
 
     def sentences(self) -> list[str]:
         """What the user should be told: one line for every kind of row that was shortened or left out."""
-        told = {
-            "prompts were truncated to data.max_prompt_tokens": self.truncated_prompts,
-            "rows were left out because their prompt is too long": self.dropped_prompts,
-            "teacher responses were cut at data.max_response_tokens": self.cut_responses,
-            "rows were left out because the teacher's response is too long": self.dropped_responses,
-        }
-        return [f"{count} of {self.rows} {what}" for what, count in told.items() if count]
+        told = [sentence for count, sentence in self._losses() if count]
+        if self.ended:
+            told.append(
+                f"{self.ended} of {self.rows} teacher responses ended in the text of an end marker, which was taken off"
+            )
+        return ([self.skipped] if self.skipped else []) + told
+
+    def warnings(self) -> list[str]:
+        """Of the sentences, those that no run should begin without: text of more than a tenth of the rows is lost."""
+        return [sentence for count, sentence in self._losses() if count > _MANY * self.rows]
+
+    def _losses(self) -> list[tuple[int, str]]:
+        prompt, response = (self.facts.prompt, self.facts.response) if self.facts else (None, None)
+        told = (
+            (self.truncated_prompts, "prompts were truncated to data.max_prompt_tokens", prompt),
+            (self.dropped_prompts, "rows were left out because their prompt is too long", prompt),
+            (self.cut_responses, "teacher responses were cut at data.max_response_tokens", response),
+            (self.dropped_responses, "rows were left out because the teacher's response is too long", response),
+        )
+        return [(count, f"{count} of {self.rows} {what}{_needed(lengths)}") for count, what, lengths in told]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> DataReport:
+        return cls(**{**content, "facts": Facts.from_json(content["facts"])})
+
+
+def _needed(lengths: Lengths | None) -> str:
+    if lengths is None:
+        return ""
+    return f": the limit is {lengths.limit} tokens, 95 % of the rows need {lengths.p95}, 99 % {lengths.p99}"
+
+
+class Encoder:
+    """Makes groups of rows: tokens within the limits. What became of the rows is in report() when all are through."""
+
+    def __init__(
+        self, template: ChatTemplate, settings: DataSettings, bad: BadRows, *, cut_limit: int | None = None
+    ) -> None:
+        """bad: gets the rows whose conversation the template refuses. cut_limit: as of build_prompts()."""
+        self._template, self._settings, self._bad = template, settings, bad
+        self._limit = settings.max_response_tokens if cut_limit is None else cut_limit
+        self._survey = Survey()
+        self._counts = Counter[str]()
+        self._used = self._response_tokens = 0
+        # Rows that break a limit under the policy "error": told even where bad rows are skipped.
+        self._refused = BadRows()
+
+    def groups(self, rows: Iterable[RawRow]) -> Iterator[Group]:
+        """Groups without samples, one per usable row, in order; a prompt's index is its row's position in `rows`."""
+        numbered = enumerate(rows)
+        while chunk := list(islice(numbered, _CHUNK)):
+            self._counts["rows"] += len(chunk)
+            usable = [item for index, row in chunk if (item := self._readable(index, row)) is not None]
+            prompts = self._template.encode_all([text for _, _, text, _ in usable])
+            responses = self._template.responses_ids([text for *_, text in usable], [True] * len(usable))
+            for (index, row, _, text), prompt, response in zip(usable, prompts, responses, strict=True):
+                try:
+                    self._template.embedded(prompt)
+                except UserError as error:
+                    self._bad.add(BadRow(row.where, str(error)))
+                    continue
+                self._survey.add(row, len(prompt), len(response))
+                if (group := self._fitted(index, row, prompt, text, response)) is not None:
+                    self._used += 1
+                    self._response_tokens += len(group.teacher.token_ids)
+                    yield group
+
+    def report(self, source: str, *, skip: bool) -> DataReport:
+        """Raises UserError for rows that the policy "error" refuses, for bad ones, and where none is left.
+
+        skip: bad ones are left out, unless there are nothing but bad ones.
+        """
+        if self._refused.count:
+            self._refused.read = self._bad.read or self._counts["rows"]
+            raise self._refused.error(source)
+        if self._bad.count and (not skip or self._bad.hopeless):
+            raise self._bad.error(source)
+        counts = self._counts
+        report = DataReport(
+            counts["rows"],
+            counts["truncated"],
+            counts["dropped prompt"],
+            counts["cut"],
+            counts["dropped response"],
+            self._response_tokens / self._used if self._used else 0.0,
+            counts["ended"],
+            self._bad.sentence(source) if self._bad.count else "",
+            self._survey.facts(self._settings.max_prompt_tokens, self._limit),
+        )
+        if not self._used:
+            if not counts["rows"] and not report.skipped:
+                raise no_rows(source)
+            raise UserError(f"no usable rows are left: {'; '.join(report.sentences()) or 'there were none'}")
+        return report
+
+    def _readable(self, index: int, row: RawRow) -> tuple[int, RawRow, str, str] | None:
+        """(index, row, rendered prompt, response without an end marker); None for a bad row."""
+        text = self._template.without_end(row.teacher_response)
+        try:
+            if not text.strip():
+                raise UserError("the response is nothing but an end marker: remove the row or fill it in")
+            rendered = self._template.rendered(row.messages)
+        except UserError as error:
+            self._bad.add(BadRow(row.where, str(error)))
+            return None
+        self._counts["ended"] += text != row.teacher_response
+        return index, row, rendered, text
+
+    def _fitted(
+        self, index: int, row: RawRow, prompt_ids: tuple[int, ...], text: str, ids: tuple[int, ...]
+    ) -> Group | None:
+        settings, finished = self._settings, True
+        messages: Sequence[Mapping[str, str]] = row.messages
+        if len(prompt_ids) > settings.max_prompt_tokens:
+            try:
+                fitted = self._template.fit_prompt(messages, settings.max_prompt_tokens, settings.long_prompt)
+            except UserError as error:
+                self._refused.add(BadRow(row.where, str(error)))
+                return None
+            if fitted is None:
+                self._counts["dropped prompt"] += 1
+                return None
+            # A model with another vocabulary renders the messages anew: it must see the same, perhaps shorter prompt.
+            messages, prompt_ids = fitted
+        if len(ids) > self._limit:
+            if settings.long_response == "error":
+                reason = (
+                    f"the teacher's response has {len(ids)} tokens, data.max_response_tokens allows {self._limit}: "
+                    'raise it, or set data.long_response to "cut" or "drop"'
+                )
+                self._refused.add(BadRow(row.where, reason))
+                return None
+            if settings.long_response == "drop":
+                self._counts["dropped response"] += 1
+                return None
+            ids = ids[: self._limit]
+            text, finished = self._template.text_of(ids)
+            self._counts["cut"] += 1
+        self._counts["truncated"] += messages is not row.messages
+        prompt = Prompt(index, tuple(self._template.conversation(messages)), prompt_ids)
+        return Group(prompt, Response(text, ids, finished))
 
 
 def build_prompts(
@@ -51,43 +203,10 @@ def build_prompts(
 
     Raises UserError under the policy "error", for a conversation that the template refuses, and when no row is left.
     """
-    limit = settings.max_response_tokens if cut_limit is None else cut_limit
-    groups: list[Group] = []
-    truncated = dropped_prompts = cut = dropped_responses = 0
-    for index, row in enumerate(rows):
-        try:
-            fitted = template.fit_prompt(row.messages, settings.max_prompt_tokens, settings.long_prompt)
-        except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
-        if fitted is None:
-            dropped_prompts += 1
-            continue
-        # A model with another vocabulary renders the messages anew: it must see the same, perhaps shorter prompt.
-        messages, prompt_ids = fitted
-        text, finished = row.teacher_response, True
-        ids = template.response_ids(text, finished=True)
-        if len(ids) > limit:
-            if settings.long_response == "error":
-                raise UserError(
-                    f"{row.where}: the teacher's response has {len(ids)} tokens, data.max_response_tokens allows "
-                    f'{limit}: raise it, or set data.long_response to "cut" or "drop"'
-                )
-            if settings.long_response == "drop":
-                dropped_responses += 1
-                continue
-            ids = ids[:limit]
-            text, finished = template.text_of(ids)
-            cut += 1
-        truncated += messages is not row.messages
-        prompt = Prompt(index, tuple(template.conversation(messages)), prompt_ids)
-        groups.append(Group(prompt, Response(text, ids, finished)))
-    lengths = [len(group.teacher.token_ids) for group in groups]
-    report = DataReport(
-        len(rows), truncated, dropped_prompts, cut, dropped_responses, float(np.mean(lengths)) if lengths else 0.0
-    )
-    if not groups:
-        raise UserError(f"no usable rows are left: {'; '.join(report.sentences()) or 'there were none'}")
-    return groups, report
+    bad = BadRows(read=len(rows))
+    encoder = Encoder(template, settings, bad, cut_limit=cut_limit)
+    groups = list(encoder.groups(rows))
+    return groups, encoder.report("the data", skip=False)
 
 
 class Loader:

@@ -7,6 +7,7 @@ ended by itself, the marker that the chat template puts after an assistant turn.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -75,6 +76,8 @@ class ChatTemplate:
         # Text between a response and its marker, and text before a response by which its first token is chosen.
         self._gap, self._anchor = "", ""
         self.end_id = self._find_end()
+        ends = {self.end_text, tokenizer.eos_token}
+        self._end_texts = tuple(sorted(end for end in ends if end))
         self._find_header()
 
     def unused_arguments(self) -> list[str]:
@@ -93,7 +96,10 @@ class ChatTemplate:
 
         Raises UserError where the model has no embedding for one of its tokens.
         """
-        ids = self._encode(self._render(messages, header=True))
+        return self.embedded(self._encode(self._render(messages, header=True)))
+
+    def embedded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids of a prompt, all of which the model must have an embedding for."""
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
@@ -102,6 +108,33 @@ class ChatTemplate:
             )
         return ids
 
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to and including the header of the assistant's turn."""
+        return self._render(messages, header=True)
+
+    def encode_all(self, rendered: Sequence[str]) -> list[tuple[int, ...]]:
+        """prompt_ids() of many rendered prompts by one call of the tokenizer; embedded() is the caller's to ask."""
+        return [tuple(ids) for ids in self._tokenize(list(rendered))["input_ids"]] if rendered else []
+
+    @property
+    def end_text(self) -> str:
+        """The end marker as text."""
+        return str(self.tokenizer.convert_ids_to_tokens(self.end_id))
+
+    def without_end(self, text: str) -> str:
+        """A response's text without end markers that were written behind it as text."""
+        kept = text
+        while (bare := kept.rstrip()).endswith(self._end_texts):
+            kept = bare[: -max(len(end) for end in self._end_texts if bare.endswith(end))]
+        return kept
+
+    def fingerprint(self) -> str:
+        """Equal where every conversation and response gets the same ids."""
+        tokenizer = self.tokenizer
+        settings = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "_lock", "_name")}
+        content = (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, sorted(settings.items()))
+        return hashlib.sha256(repr(content).encode()).hexdigest()
+
     def fit_prompt(
         self, messages: Sequence[Message], limit: int, policy: Literal["truncate", "drop", "error"]
     ) -> tuple[Sequence[Message], tuple[int, ...]] | None:
@@ -109,7 +142,7 @@ class ChatTemplate:
         must be dropped.
 
         "truncate" removes tokens from the end of the last user text and keeps all else: earlier turns, system prompt,
-        assistant header. A prompt that is too long even without that text is dropped. "error" raises UserError.
+        assistant header. A prompt that nothing of that text fits into is dropped. "error" raises UserError.
         """
         ids = self.prompt_ids(messages)
         if len(ids) <= limit:
@@ -131,10 +164,10 @@ class ChatTemplate:
         kept = len(spans)
         # The end of the text may merge with what follows it, so one subtraction is not always enough.
         while (excess := len(ids := self.prompt_ids(turns)) - limit) > 0:
-            if kept == 0:
-                return None
             kept = max(0, kept - excess)
             turns[last]["content"] = text[: spans[kept - 1][1]] if kept else ""
+            if not turns[last]["content"].strip():
+                return None
         return turns, ids
 
     def response_ids(self, text: str, *, finished: bool, limit: int | None = None) -> tuple[int, ...]:

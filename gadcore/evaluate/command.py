@@ -3,8 +3,8 @@
     python -m gadcore.run eval --eval.models "before=smollm2-135m-instruct,gad=runs/latest" \\
         --eval.in_domain "test=test.jsonl" --eval.out_of_domain "vicuna=vicuna.jsonl" --eval.out runs/eval
 
-Responses that eval.out holds are not drawn again, and tests that it holds are not made again: the same command goes on
-where it was stopped, and takes in the results that a judge has left there meanwhile.
+Responses are on disk as they come. Those that eval.out holds are not drawn again, and tests that it holds are not made
+again: the same command goes on where it was stopped, and takes in the results that a judge has left there meanwhile.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 from gadcore.config import loading
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import read_json, write_json
+from gadcore.evaluate.responses import write_json
 from gadcore.evaluate.settings import EvalConfig
-from gadcore.files import write_whole
+from gadcore.files import clear_temporaries, write_whole
+from gadcore.locks import LOCK, held
+from gadcore.text import say
 
 
 def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None = None) -> int:
@@ -45,10 +47,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from gadcore.config.device import device_of, quiet
     from gadcore.evaluate.fresh_text import TextTest
     from gadcore.evaluate.measure import measure_set
+    from gadcore.evaluate.run_limits import with_run_limits
     from gadcore.evaluate.sampling import all_sets, exported, find_model, sample_all
     from gadcore.evaluate.table import NAME, markdown
 
     quiet()
+    config = with_run_limits(config, _log)
     device = device_of(config.as_run())
     for note in config.without_effect(device.type):
         _log(note)
@@ -57,6 +61,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     notes: list[str] = []
     with ExitStack() as stack:
+        stack.enter_context(held(out / LOCK, f"the folder {out}"))
+        for folder in (out, *(out / name for name in all_sets(config))):
+            clear_temporaries(folder)
         fresh = None
         if config.fresh.enabled:
             base = find_model(config.fresh.model or config.eval.models[names[0]])
@@ -74,24 +81,26 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 "differences": differences,
             }
             notes += _notes(out / name, names)
-    evaluation = {
-        "models": config.eval.models,
-        "sets": sets,
-        "notes": notes,
-        "settings": config.model_dump(exclude={"eval"}),
-    }
-    write_json(out / f"{NAME}.json", evaluation)
-    write_whole(out / f"{NAME}.md", markdown(evaluation))
+        evaluation = {
+            "models": config.eval.models,
+            "sets": sets,
+            "notes": notes,
+            "settings": config.model_dump(exclude={"eval"}),
+        }
+        write_json(out / f"{NAME}.json", evaluation)
+        write_whole(out / f"{NAME}.md", markdown(evaluation))
     _log(f"{out / NAME}.md")
     return evaluation
 
 
 def _notes(folder: Path, models: Sequence[str]) -> list[str]:
     """What happened to a set's rows, said once where it happened to all models alike."""
+    from gadcore.evaluate.sampling import sampled
+
     noted: dict[str, list[str]] = {}
     for model in models:
         record = folder / f"sampled-{model}.json"
-        for note in read_json(record)["notes"] if record.is_file() else ():
+        for note in sampled(record).notes if record.is_file() else ():
             noted.setdefault(note, []).append(model)
     return [
         f"{folder.name}: {note}" if who == list(models) else f"{folder.name}, {' and '.join(who)}: {note}"
@@ -100,4 +109,4 @@ def _notes(folder: Path, models: Sequence[str]) -> list[str]:
 
 
 def _log(line: str) -> None:
-    print(line, flush=True)
+    say(line)

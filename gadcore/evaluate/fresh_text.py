@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from gadcore.data.groups import Group, Prompt, Response
-from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, write_json
+from gadcore.evaluate.responses import ResponseRow, digest_of, write_json
 from gadcore.evaluate.sampling import Log, identity
 from gadcore.evaluate.settings import FreshModelSettings
 from gadcore.measure.fresh import fresh_discriminator
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.loading import load_discriminator
 from gadcore.models.spec import ModelSpec
+from gadcore.record.reading import Finite, fitting, read_json
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What an evaluation reads of fresh-<model>.json."""
+
+    accuracy: Finite
+    interval: tuple[Finite, Finite]
+    n: int
+    margin: Finite
+    train_accuracy: Finite
+    steps: int
+    correct: list[Finite]
+
+
+_KEPT = TypeAdapter(_Kept)
 
 
 class TextTest:
@@ -38,6 +57,7 @@ class TextTest:
         """FreshResult as JSON, plus "of", what it was made from; read from `kept` where that holds the same test."""
         of = self._made_from(rows)
         if kept.is_file() and (before := read_json(kept)).get("of") == of:
+            fitting(_KEPT, before, kept, "delete it and run eval again")
             return before
         begin = time.perf_counter()
         result = fresh_discriminator(self.groups(rows), self.maker(), self.settings)

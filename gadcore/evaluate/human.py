@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from gadcore.evaluate.responses import ResponseRow
 from gadcore.record.html import standalone
+from gadcore.text import visible
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def make_sheet(
     for row in order:
         # Ids from the random numbers too: one made of the row's number alone would be known to every reader.
         pair, left = f"{rng.getrandbits(48):012x}", rng.choice("ab")
-        texts = a_rows[row].response, b_rows[row].response
+        texts = visible(a_rows[row].response), visible(b_rows[row].response)
+        messages = [{name: visible(text) for name, text in turn.items()} for turn in a_rows[row].messages]
         left_text, right_text = texts if left == "a" else texts[::-1]
-        shown.append({"id": pair, "messages": a_rows[row].messages, "left": left_text, "right": right_text})
+        shown.append({"id": pair, "messages": messages, "left": left_text, "right": right_text})
         hidden[pair] = {"row": row, "left": left}
     sheet = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
     key = {"sheet": sheet, "a": a_name, "b": b_name, "set": set_name, "seed": seed, "pairs": hidden}

@@ -7,26 +7,28 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from gadcore.config import loading
-from gadcore.config.settings import NonNegative, Positive, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally
 from gadcore.evaluate.judge_rows import find, read_both
-from gadcore.evaluate.responses import read_json, write_json
+from gadcore.evaluate.responses import write_json
 from gadcore.files import write_whole
+from gadcore.record.reading import read_json
+from gadcore.text import say
 
 
 class SheetSettings(Section):
     """Which responses stand side by side."""
 
-    responses: str = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
+    responses: Location = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
     set: str = Field("", description="The set by name; may be left out where there is only one.")
     a: str = Field("", description="The model whose wins are counted; must be given.")
     b: str = Field("", description="The model that it is compared with; must be given.")
     prompts: Positive | None = Field(50, description="How many, drawn at random; none: all.")
     seed: NonNegative = Field(0, description="Of the choice, of the order and of the sides.")
     title: str = Field("Which answer is better?", description="Heading of the sheet; raters read it.")
-    out: str = Field("sheet", description="Folder for sheet.html and key.json.")
+    out: Location = Field("sheet", description="Folder for sheet.html and key.json.")
 
 
 class SheetConfig(Section):
@@ -56,7 +58,7 @@ def sheet_main(arguments: list[str]) -> int:
         raise UserError(f"{key} belongs to another sheet, whose answers need it: choose another folder by --sheet.out")
     write_json(key, sheet.key)
     write_whole(page, sheet.page)
-    print(f"{page}: {len(sheet.key['pairs'])} prompts; give this file to the raters and keep {key} to yourself")
+    say(f"{page}: {len(sheet.key['pairs'])} prompts; give this file to the raters and keep {key} to yourself")
     return 0
 
 
@@ -69,5 +71,6 @@ def tally_main(arguments: list[str]) -> int:
     text = markdown(result)
     write_json(key.parent / "tally.json", result)
     write_whole(key.parent / "tally.md", text)
-    print(text, end="")
+    for line in text.removesuffix("\n").split("\n"):
+        say(line)
     return 0

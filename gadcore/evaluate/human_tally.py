@@ -15,17 +15,41 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from gadcore.errors import UserError
 from gadcore.evaluate.pairwise import LOSS, OUTCOMES, TIE, WIN, summarise
-from gadcore.evaluate.responses import read_json
+from gadcore.record.reading import fitting, read_json
+from gadcore.text import markdown as escaped
 
 CHOICES = ("left", "right", "tie")
+LONGEST_S = 10.0**7
 
 _ADVICE = "give the key, then the files that the sheet exported"
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Which model stood on the left."""
+
+    left: Literal["a", "b"]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a tally reads of a key."""
+
+    sheet: str
+    a: str
+    b: str
+    pairs: dict[str, _Pair]
+    set: str | None = None
+
+
+_KEY = TypeAdapter(_Key)
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ def tally(key_path: Path, answer_paths: Sequence[Path]) -> dict[str, Any]:
     for field in ("sheet", "a", "b", "pairs"):
         if field not in key:
             raise UserError(f'{key_path} has no "{field}": give the key that was written with the sheet')
+    fitting(_KEY, key, key_path, "give the key as it was written with the sheet")
     found: dict[str, Path] = {}
     everyone = []
     for path in answer_paths:
@@ -110,7 +135,8 @@ def agreement(raters: Sequence[Mapping[str, int]]) -> dict[str, Any] | None:
 def markdown(result: Mapping[str, Any]) -> str:
     """The tally as a Markdown table, with sentences on what is missing and on agreement."""
     lines = [
-        f"{result['a']} against {result['b']} on {result['set']}, judged blind by {len(result['raters'])} "
+        f"{escaped(result['a'])} against {escaped(result['b'])} on {escaped(str(result['set']))}, judged blind by "
+        f"{len(result['raters'])} "
         f"({result['pairs']} prompts)",
         "",
         "| rater | win | tie | loss | wins - losses, points | prompts | missing | left side | seconds a prompt |",
@@ -118,14 +144,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     for row in result["raters"]:
         left = "–" if row["left_share"] is None else f"{100 * row['left_share']:.0f} %"
-        name = row["rater"].replace("|", "\\|")
-        lines.append(f"| {name} | {_figures(row)} | {row['missing']} | {left} | {row['median_seconds']:.0f} |")
+        lines.append(
+            f"| {escaped(row['rater'])} | {_figures(row)} | {row['missing']} | {left} | {row['median_seconds']:.0f} |"
+        )
     if len(result["raters"]) > 1:
         lines.append(f"| all | {_figures(result['all'])} | {result['unrated']} | | |")
     lines += ["", "Left side: its share of the choices that are no tie. Seconds: the median.", ""]
     for row in result["raters"]:
         if row["missing"]:
-            lines.append(f"The sheet of {row['rater']} is incomplete: {row['missing']} prompts have no answer.")
+            lines.append(
+                f"The sheet of {escaped(row['rater'])} is incomplete: {row['missing']} prompts have no answer."
+            )
     agreed = result["agreement"]
     if agreed and agreed["percent"] is not None:
         kappa = "undefined" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
@@ -152,8 +181,8 @@ def _answers(path: Path, key: Mapping[str, Any]) -> Answers:
     content = read_json(path, _ADVICE)
     if content.get("sheet") != key["sheet"]:
         raise UserError(
-            f"{path} answers sheet {content.get('sheet')}, the key is of sheet {key['sheet']}: give the key of that "
-            "sheet"
+            f"{path} answers sheet {str(content.get('sheet'))[:40]}, the key is of sheet {key['sheet']}: give the "
+            "key of that sheet"
         )
     rater, rows = content.get("rater"), content.get("answers")
     if not isinstance(rater, str) or not rater:
@@ -162,9 +191,15 @@ def _answers(path: Path, key: Mapping[str, Any]) -> Answers:
         raise UserError(f"{path} holds no answers: leave it out, or export the sheet again")
     outcomes: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        pair, choice = (str(row.get(name)) if isinstance(row, dict) else "" for name in ("pair", "choice"))
+        pair, choice = (str(row.get(name))[:40] if isinstance(row, dict) else "" for name in ("pair", "choice"))
         if pair not in key["pairs"] or choice not in CHOICES or pair in outcomes:
             raise UserError(f"{path}, answer {number} ({pair}: {choice}) is unknown or given twice: export it again")
+        seconds = row.get("seconds", 0)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_S:
+            raise UserError(
+                f"{path}, answer {number} ({pair}): seconds = {str(seconds)[:40]} is no time that a person took: "
+                "export it again, or leave seconds out there"
+            )
         a_side = "left" if key["pairs"][pair]["left"] == "a" else "right"
         outcomes[pair] = TIE if choice == "tie" else WIN if choice == a_side else LOSS
     sides = [row["choice"] == "left" for row in rows if row["choice"] != "tie"]

@@ -68,6 +68,7 @@ class Judgements(Generic[Verdict]):
     def as_dict(self, judge: Judge) -> dict[str, Any]:
         return {
             "judge": judge.endpoint.model,
+            "address": judge.endpoint.address,
             "n": len(self.verdicts),
             "unparsable": len(self.unparsable),
             "unanswered": len(self.unanswered),
@@ -107,7 +108,10 @@ def ask_both_orders(
     texts: Sequence[tuple[str, str, str]],
     parse: Callable[[str], Verdict | None],
 ) -> Judgements[Verdict]:
-    """Has (prompt, first, second) judged as A = first, B = second, and again the other way round."""
+    """Has (prompt, first, second) judged as A = first, B = second, and again the other way round.
+
+    A stored reply that cannot be read is asked for anew.
+    """
     template = judge.prompts[question]
     requests = {
         (row, order): ChatRequest(
@@ -117,11 +121,14 @@ def ask_both_orders(
         for row, (prompt, *pair) in enumerate(texts)
         for order in (0, 1)
     }
-    tally = ask_all(judge.endpoint, list(requests.values()), judge.store, budget=judge.budget, watch=judge.watch)
+    tally = ask_all(
+        judge.endpoint, list(requests.values()), judge.store, budget=judge.budget, watch=judge.watch,
+        usable=lambda reply: parse(reply.text) is not None,
+    )  # fmt: skip
     read: dict[tuple[int, int], Verdict] = {}
     unparsable, unanswered = [], []
     for (row, order), request in requests.items():
-        key = request.key(judge.endpoint.model)
+        key = judge.store.key(request, judge.endpoint.model)
         reply = judge.store.get(key)
         if reply is None:
             reason = tally.failed.get(key) or tally.stopped

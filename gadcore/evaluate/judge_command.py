@@ -14,17 +14,19 @@ from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from gadcore.config import loading
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
-from gadcore.evaluate.judge_rows import find, read_both
+from gadcore.evaluate.judge_rows import JUDGED, find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
-from gadcore.evaluate.responses import read_json, read_responses, write_json
-from gadcore.record.text import clean
+from gadcore.evaluate.responses import read_responses, write_json
+from gadcore.files import file_name
+from gadcore.record.reading import read_json
 from gadcore.teacher.client import exit_code
 from gadcore.teacher.progress import progress
 from gadcore.teacher.settings import AskingConfig, SamplingSettings
 from gadcore.teacher.store import ReplyStore
+from gadcore.text import say
 
 
 class JudgeSampling(SamplingSettings):
@@ -37,11 +39,13 @@ class JudgeSampling(SamplingSettings):
 class JudgingSettings(Section):
     """What is judged."""
 
-    responses: str = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
+    responses: Location = Field("runs/eval", description="Folder that eval wrote: <set>/<model>.jsonl.")
     sets: tuple[str, ...] = Field((), description="Sets by name; empty: all.")
     rows: Positive | None = Field(None, description="Judge only the first rows of a set.")
-    prompts: str | None = Field(None, description="File of judge prompts; default evaluate/judge_prompts.md.")
-    store: str | None = Field(None, description="Raw replies; default judgements.jsonl in the folder of responses.")
+    prompts: Location | None = Field(None, description="File of judge prompts; default evaluate/judge_prompts.md.")
+    store: Location | None = Field(
+        None, description="Raw replies; default judgements.jsonl in the folder of responses."
+    )
     seed: NonNegative = Field(0, description="Of the bootstrap.")
 
 
@@ -90,23 +94,23 @@ class Job(NamedTuple):
 
 
 def judge_main(arguments: list[str]) -> int:
-    """Writes <responses>/<set>/judge-<model>.json for every set and model; exit codes as of `collect`."""
+    """Writes <responses>/<set>/judge/<judge>/<model>.json for every set and model; exit codes as of _work()."""
     config = loading.load(arguments, JudgeConfig)
-    chosen = config.judge
+    chosen, judge = config.judge, file_name(config.endpoint.model)
     jobs = []
     for set_name, model in find(chosen.responses, chosen.sets, chosen.models):
         folder = Path(chosen.responses) / set_name
         rows = read_responses(folder / f"{model}.jsonl")[: chosen.rows]
         figures = partial(judge_score, rows=rows, seed=chosen.seed)
         about = {"set": set_name, "model": model}
-        jobs.append(Job(folder / f"judge-{model}.json", about, figures, _score_line))
+        jobs.append(Job(folder / JUDGED / judge / f"{model}.json", about, figures, _score_line))
     return _work(config, chosen, jobs)
 
 
 def compare_main(arguments: list[str]) -> int:
-    """Writes <responses>/<set>/compare-<a>-<b>.json for every set; exit codes as of `collect`."""
+    """Writes <responses>/<set>/compare/<judge>/<a>/<b>.json for every set; exit codes as of _work()."""
     config = loading.load(arguments, CompareConfig)
-    chosen = config.compare
+    chosen, judge = config.compare, file_name(config.endpoint.model)
     if not chosen.a or not chosen.b:
         raise UserError("two models are needed: --compare.a NAME --compare.b NAME")
     jobs = []
@@ -115,14 +119,14 @@ def compare_main(arguments: list[str]) -> int:
         a, b = (rows[: chosen.rows] for rows in read_both(folder, (chosen.a, chosen.b)))
         figures = partial(compare, a=a, b=b, seed=chosen.seed)
         about = {"set": set_name, "a": chosen.a, "b": chosen.b}
-        jobs.append(Job(folder / f"compare-{chosen.a}-{chosen.b}.json", about, figures, _compare_line))
+        jobs.append(Job(folder / "compare" / judge / chosen.a / f"{chosen.b}.json", about, figures, _compare_line))
     return _work(config, chosen, jobs)
 
 
 def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
-    """0: all is judged. 1: some requests have no reply (failed, or the budget is spent). 128 + signal: stopped."""
-    for job in jobs:
-        _check_judge(job.path, config.endpoint.model)
+    """0: all is judged. 1: some requests have no reply (failed, or the budget is spent), or a result has no prompt
+    whose replies could be read. 128 + signal: stopped.
+    """
     complete = True
     try:
         with _judge(config, chosen) as judge:
@@ -130,10 +134,10 @@ def _work(config: Asking, chosen: JudgingSettings, jobs: Sequence[Job]) -> int:
                 result = job.about | job.figures(judge)
                 complete &= _finish(job.path, result, job.line(result))
                 if result["stopped"]:
-                    print(f"stopped: {clean(result['stopped'])}; the same command goes on")
+                    say(f"stopped: {result['stopped']}; the same command goes on")
                     return exit_code(result["stopped"])
     except KeyboardInterrupt:
-        print("stopped at once; what was answered is kept, the same command goes on", flush=True)
+        say("stopped at once; what was answered is kept, the same command goes on")
         return 128 + signal.SIGINT
     return 0 if complete else 1
 
@@ -143,33 +147,28 @@ def _judge(config: Asking, chosen: JudgingSettings) -> Iterator[Judge]:
     prompts = load_prompts(Path(chosen.prompts) if chosen.prompts else None)
     path = Path(chosen.store) if chosen.store else Path(chosen.responses) / "judgements.jsonl"
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    with ReplyStore(path) as store, progress(console, "judge") as watch:
-        if store.repaired:
-            print(f"gadcore: {store.repaired}", file=sys.stderr)
+    with ReplyStore(path, config.endpoint.address) as store, progress(console, "judge") as watch:
+        for note in store.notes():
+            say(f"gadcore: {note}", sys.stderr)
         yield Judge(config.endpoint, config.sampling.parameters(), prompts, store, config.budget, watch)
 
 
-def _check_judge(path: Path, judge: str) -> None:
-    """Raises UserError where the figures of another judge lie: tables must not mix judges, nor lose one."""
-    if path.is_file() and (other := read_json(path).get("judge")) != judge:
-        raise UserError(
-            f"{path} holds the figures of the judge {other}, and {judge} would replace them: move that file away (the "
-            "replies of every judge stay in the store, so that judging again asks for none of them)"
-        )
-
-
 def _finish(path: Path, result: Mapping[str, Any], line: str) -> bool:
-    """Writes a result, prints its line and what is missing; False where requests stayed unanswered."""
+    """Writes a result, prints its line and what is missing; False where requests are unanswered, or none was read."""
+    before = read_json(path).get("address") if path.is_file() else None
     write_json(path, result)
-    print(line)
+    say(line)
+    if before not in (None, result["address"]):
+        say(f"  {path} held the figures of a judge of the same name at {before}: its replies are still in the store")
     if result["unparsable"]:
-        print(f"  {result['unparsable']} replies could not be read, their prompts do not count: see {path}")
+        say(
+            f"  {result['unparsable']} replies could not be read, their prompts do not count: see {path}; the same "
+            "command asks for them anew"
+        )
     if result["unanswered"]:
         reasons = sorted({str(request["reason"]) for request in result["unanswered_requests"]})
-        print(
-            f"  {result['unanswered']} requests have no reply ({clean('; '.join(reasons))}): the same command goes on"
-        )
-    return not result["unanswered"]
+        say(f"  {result['unanswered']} requests have no reply ({'; '.join(reasons)}): the same command goes on")
+    return bool(result["n"]) and not result["unanswered"]
 
 
 def _score_line(result: Mapping[str, Any]) -> str:

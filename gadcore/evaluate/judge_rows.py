@@ -8,6 +8,9 @@ from pathlib import Path
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, read_responses
 
+# Of a set's folder: the folder of an LLM judge's scores, <judge>/<model>.json, the judge by files.file_name().
+JUDGED = "judge"
+
 
 def conversation(row: ResponseRow) -> str:
     """The conversation as one text: the user's own words where there is nothing else, else turn by turn."""

@@ -6,15 +6,20 @@ The first model is what the others are compared with. Everything is read from th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, read_json, read_responses
+from gadcore.evaluate.judge_rows import JUDGED
+from gadcore.evaluate.responses import ResponseRow, read_responses
 from gadcore.measure.diversity import distinct_values, repetition
 from gadcore.measure.figures import Measure
 from gadcore.measure.intervals import bootstrap, difference, wilson
 from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
+from gadcore.record.reading import Count, Finite, read_as
 
 # A model's row of results: {measure: {"mean", "interval", "n"}}.
 Results = dict[str, dict[str, Any]]
@@ -32,8 +37,15 @@ TEXT_MEASURES = (
     Measure(("cut_share",), "responses cut", "lower", share=True),
 )
 FRESH = Measure(("fresh_accuracy",), "fresh D tells apart", "near 50 %", share=True)
-JUDGE = Measure(("judge_score",), "judge score", "higher")
-MEASURES = (*TEXT_MEASURES, FRESH, JUDGE)
+# The score by one of several judges is "judge_score <judge>": their figures cannot be compared with each other.
+JUDGE_SCORE = "judge_score"
+
+
+def measures_of(results: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
+    """The measures of a set's results by model, one of every judge at the end."""
+    judged = sorted({name for found in results.values() for name in found if name.split(" ")[0] == JUDGE_SCORE})
+    judges = (Measure((name,), f"judge score by {name.partition(' ')[2] or '?'}", "higher") for name in judged)
+    return [*TEXT_MEASURES, FRESH, *judges]
 
 
 def values_of(rows: Sequence[ResponseRow]) -> dict[str, list[float]]:
@@ -72,7 +84,7 @@ def measure_set(
     """(results by model, the teacher's included; differences to the first model by model; prompts) of a set's folder.
 
     fresh: the fresh-discriminator test, (rows, file to keep its result in) -> FreshResult as a mapping; None leaves it
-      out. Judge scores come from judge-<model>.json, where there are any; they have no differences.
+      out. Judge scores come from judge/<judge>/<model>.json, where there are any; they have no differences.
     """
     rows = {model: read_responses(folder / f"{model}.jsonl") for model in models}
     _check_same(rows, folder)
@@ -91,9 +103,7 @@ def measure_set(
                 **{key: found[key] for key in ("interval", "n", "margin", "train_accuracy", "steps")},
             }
             values[model]["fresh_accuracy"] = list(found["correct"])
-        judged = folder / f"judge-{model}.json"
-        if judged.is_file():
-            results[model]["judge_score"] = _judge(judged)
+        results[model] |= dict(_judge(path) for path in sorted((folder / JUDGED).glob(f"*/{model}.json")))
     differences = {
         model: {
             name: difference(values[models[0]][name], mine, resamples=resamples).as_dict()
@@ -122,8 +132,26 @@ def _check_same(rows: Mapping[str, Sequence[ResponseRow]], folder: Path) -> None
             )
 
 
-def _judge(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if missing := {"score", "interval", "n", "unparsable"} - found.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: run the judge again")
-    return {"mean": found["score"], **{key: found[key] for key in ("interval", "n", "unparsable")}}
+def _judge(path: Path) -> tuple[str, dict[str, Any]]:
+    """(measure, its figures) of a file that `judge` wrote."""
+    score = read_as(_SCORE, path, "run the judge again")
+    return f"{JUDGE_SCORE} {score.judge}", {
+        "mean": score.score,
+        "interval": score.interval and list(score.interval),
+        "n": score.n,
+        "unparsable": score.unparsable,
+    }
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What an evaluation reads of a judge's file."""
+
+    judge: str
+    score: Finite | None
+    interval: tuple[Finite, Finite] | None
+    n: Count
+    unparsable: Count
+
+
+_SCORE = TypeAdapter(_Score)

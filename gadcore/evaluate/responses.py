@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.errors import UserError
-from gadcore.files import write_jsonl, write_whole
+from gadcore.files import parse_json, write_jsonl, write_whole
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ def read_responses(path: Path) -> list[ResponseRow]:
         raise UserError(f"{path} does not exist: sample the responses with eval, or write the file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return [_row(line, f"{path}:{number}", number - 1) for number, line in enumerate(lines, 1)]
 
 
@@ -66,22 +68,9 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
-def read_json(path: Path, advice: str = "delete it and run what made it again") -> dict[str, Any]:
-    """A JSON object; UserError, which ends with the advice, where the file is damaged or missing."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {advice}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): {advice}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: {advice}")
-    return value
-
-
 def _row(line: str, where: str, index: int) -> ResponseRow:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: broken JSON ({error}): mend or delete the line") from None
     if not isinstance(row, Mapping):

@@ -1,7 +1,8 @@
 """Draws one response per prompt from every model, and keeps them as gadcore.evaluate.responses describes.
 
 A model's responses to a set are written when all are there, with how they were made beside them
-(sampled-<model>.json); what is there already is not drawn again.
+(sampled-<model>.json); until then those that are there stand in drawn-<model>.part. What is there already is not drawn
+again.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
 from gadcore.data.batches import build_prompts
+from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
-from gadcore.data.rows import RawRow, load_rows
+from gadcore.data.rows import load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, write_json, write_responses
+from gadcore.evaluate.responses import ResponseRow, digest_of, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
-from gadcore.files import checksum
+from gadcore.files import checksum, temporary, write_whole
 from gadcore.models.loading import load_causal_lm, resolve_model
 from gadcore.models.spec import ModelSpec
-from gadcore.rollout.engine import Engine, SampleRequest, make_engine
+from gadcore.record.reading import read_as
+from gadcore.record.tracking import MetricsLog, Row, Scan, scan
+from gadcore.rollout.engine import Done, Engine, SampleRequest, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
 from gadcore.rollout.weights import PlainWeights
 
@@ -71,9 +77,24 @@ def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
         sampler.close()
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What sampled-<model>.json says of how responses were made."""
+
+    made_from: dict[str, Any]
+    notes: list[str]
+
+
+_SAMPLED = TypeAdapter(Sampled)
+
+
+def sampled(path: Path) -> Sampled:
+    return read_as(_SAMPLED, path, "delete it and the responses beside it, and run eval again")
+
+
 def exported(out: Path, name: str) -> Path:
     """Where a checkpoint is a model directory while eval needs it as one."""
-    return out / f".model-{name}"
+    return temporary(out / name)
 
 
 def all_sets(config: EvalConfig) -> dict[str, SetSettings]:
@@ -116,13 +137,16 @@ def _is_done(folder: Path, model: str, made_from: dict[str, Any]) -> bool:
     if not record.is_file():
         # Responses that another system wrote are there to be measured.
         return True
-    before = read_json(record).get("made_from", {})
+    _check_made_from(responses, sampled(record).made_from, made_from)
+    return True
+
+
+def _check_made_from(path: Path, before: dict[str, Any], made_from: dict[str, Any]) -> None:
     if changed := sorted(key for key in made_from if before.get(key) != made_from[key]):
         raise UserError(
-            f"{responses} was made with other {', '.join(changed)}: choose another eval.out, or delete it to draw the "
+            f"{path} was made with other {', '.join(changed)}: choose another eval.out, or delete it to draw the "
             "responses again"
         )
-    return True
 
 
 class _Sampler:
@@ -164,8 +188,8 @@ class _Sampler:
             self.engine = make_engine(self.run_config, path, model, self.template)
         self._path = path
 
-    def generate(self, requests: list[SampleRequest]) -> list[Response]:
-        """One response per request."""
+    def generate(self, requests: list[SampleRequest], done: Done) -> None:
+        """Draws one response per request; done is told of each as soon as it is there."""
         engine = self.engine
         if engine is None:
             raise RuntimeError("use() comes before generate()")
@@ -175,12 +199,49 @@ class _Sampler:
             temperature=self.config.sampling.temperature,
             max_tokens=self.config.data.max_response_tokens,
         )
-        return [samples[0] for samples in sampler.generate(requests)]
+        sampler.generate(requests, done)
 
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
         self.engine = None
+
+
+class _Drawn:
+    """Responses on disk as they come: rows of the file by the request's place, and the seconds that they took.
+
+    Raises UserError where the file holds responses that were made otherwise, or is damaged.
+    """
+
+    def __init__(self, path: Path, made_from: dict[str, Any]) -> None:
+        self.path, self.rows, self.seconds = path, dict[int, Row](), 0.0
+        self._log = MetricsLog(path)
+        found = scan(path) if path.exists() else Scan([], [], torn=False)
+        if found.rows:
+            _check_made_from(path, found.rows[0].get("made_from", {}), made_from)
+        for number, row in enumerate(found.rows[1:], 2):
+            if not {"place", "text", "finished", "tokens", "seconds"} <= row.keys():
+                raise UserError(f"{path}, line {number} is no response: delete the file to draw the responses again")
+            self.rows[row["place"]] = row
+            self.seconds = row["seconds"]
+        write_whole(path, b"".join(line + b"\n" for line in found.lines))
+        if not found.rows:
+            self._log.write({"made_from": made_from})
+        self._begin = time.perf_counter() - self.seconds
+
+    def add(self, place: int, response: Response) -> None:
+        self.seconds = time.perf_counter() - self._begin
+        self.rows[place] = {
+            "place": place,
+            "text": response.text,
+            "finished": response.finished,
+            "tokens": len(response.token_ids),
+            "seconds": round(self.seconds, 3),
+        }
+        self._log.write(self.rows[place])
+
+    def close(self) -> None:
+        self._log.close()
 
 
 def _check_context(model: PreTrainedModel, path: str, needed: int) -> None:
@@ -207,26 +268,33 @@ def _sample(
         SampleRequest(g.prompt.token_ids, 1, derived_seed(sampler.config.run.seed, folder.name, g.prompt.index))
         for g in groups
     ]
-    begin = time.perf_counter()
-    responses = sampler.generate(requests)
-    seconds = time.perf_counter() - begin
-    tokens = sum(len(response.token_ids) for response in responses)
+    drawn = _Drawn(folder / f"drawn-{model}.part", made_from)
+    missing = [place for place in range(len(requests)) if place not in drawn.rows]
+    if drawn.rows:
+        log(f"  {len(drawn.rows)} of them are there already")
+    if missing:
+        sampler.generate([requests[place] for place in missing], lambda at, samples: drawn.add(missing[at], *samples))
+    drawn.close()
+    rows_of = [drawn.rows[place] for place in range(len(requests))]
+    tokens, seconds = sum(row["tokens"] for row in rows_of), drawn.seconds
     made = [
         ResponseRow(
             prompt=group.prompt.messages[-1]["content"],
             messages=group.prompt.messages,
             reference=group.teacher.text,
-            response=response.text,
-            finished=response.finished,
+            response=row["text"],
+            finished=row["finished"],
             source=rows[group.prompt.index].where,
             reference_finished=group.teacher.finished,
             index=group.prompt.index,
         )
-        for group, response in zip(groups, responses, strict=True)
+        for group, row in zip(groups, rows_of, strict=True)
     ]
-    write_responses(folder / f"{model}.jsonl", made)
     record = {"made_from": made_from, "notes": report.sentences(), "tokens": tokens, "seconds": round(seconds, 3)}
+    # Before the responses: without it they would be taken for another system's.
     write_json(folder / f"sampled-{model}.json", record)
+    write_responses(folder / f"{model}.jsonl", made)
+    drawn.path.unlink()
     log(f"  {tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f}/s)")
     for sentence in report.sentences():
         log(f"  {sentence}")

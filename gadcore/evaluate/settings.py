@@ -11,17 +11,20 @@ from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 from gadcore.config.effects import Reason, of_vllm, told
 from gadcore.config.settings import (
     BY_ENGINE,
+    Columns,
     Config,
     DataSettings,
     DiscriminatorSettings,
     FreshSettings,
     HFRollout,
+    Location,
     NonNegative,
     Positive,
     Rate,
     RunSettings,
     Section,
     VLLMRollout,
+    pairs,
 )
 from gadcore.config.template_arguments import TemplateArguments
 
@@ -32,20 +35,9 @@ _RESERVED = ("teacher",)
 class SetSettings(Section):
     """One set of prompts with reference responses."""
 
-    source: str = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
+    source: Location = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
     rows: Positive | None = Field(None, description="Use only the first rows; default eval.rows.")
-    columns: dict[str, str] = Field(default_factory=dict, description="As data.columns of a training run.")
-
-
-def _pairs(text: str, key: str) -> dict[str, str]:
-    """'a=x,b=y' as {"a": "x", "b": "y"}."""
-    pairs = [item.partition("=") for item in text.split(",")]
-    if not all(name.strip() and equals and value.strip() for name, equals, value in pairs):
-        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
-    table = {name.strip(): value.strip() for name, _, value in pairs}
-    if len(table) < len(pairs):
-        raise ValueError(f"{key} uses a name twice: {text}")
-    return table
+    columns: Columns = Field(default_factory=dict, description="As data.columns of a training run.")
 
 
 class EvalSettings(Section):
@@ -54,25 +46,25 @@ class EvalSettings(Section):
     A set is a source, or a table {source = "..", rows = 500, columns = {prompt = "question"}}.
     """
 
-    models: dict[str, str] = Field(
+    models: dict[str, Location] = Field(
         default_factory=dict,
         description="Run folders (their student), checkpoint folders or models; differences are to the first.",
     )
     in_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Sets like the training data, by name.")
     out_of_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Other sets, by name.")
     rows: Positive | None = Field(None, description="Use only the first rows of every set.")
-    out: str = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
+    out: Location = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
     resamples: Positive = Field(2000, description="Of the bootstrap that the intervals come from.")
 
     @field_validator("models", mode="before")
     @classmethod
     def _models(cls, value: Any) -> Any:
-        return _pairs(value, "eval.models") if isinstance(value, str) else value
+        return pairs(value, "eval.models") if isinstance(value, str) else value
 
     @field_validator("in_domain", "out_of_domain", mode="before")
     @classmethod
     def _sets(cls, value: Any) -> Any:
-        table = _pairs(value, "eval.in_domain, eval.out_of_domain") if isinstance(value, str) else value
+        table = pairs(value, "eval.in_domain, eval.out_of_domain") if isinstance(value, str) else value
         if not isinstance(table, dict):
             return table
         return {name: {"source": item} if isinstance(item, str) else item for name, item in table.items()}
@@ -102,7 +94,7 @@ class MachineSettings(Section):
 
 
 class LimitSettings(Section):
-    """Templates and limits, as those of a training run."""
+    """Templates and limits, as those of a training run. What is not chosen is as in the runs that are evaluated."""
 
     system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
     template_arguments: TemplateArguments = Field(
@@ -150,7 +142,7 @@ class FreshModelSettings(FreshSettings):
     """The fresh discriminator of `eval`."""
 
     enabled: bool = Field(True, description="false: leaves this test out.")
-    model: str | None = Field(None, description="Its weights before training; default: those of the first model.")
+    model: Location | None = Field(None, description="Its weights before training; default: those of the first model.")
     lr: Rate = 1e-5
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from markupsafe import Markup
+from pydantic import Field, TypeAdapter
 
-from gadcore.evaluate.measure import MEASURES, TEACHER
-from gadcore.evaluate.responses import read_json
+from gadcore.errors import UserError
+from gadcore.evaluate.measure import TEACHER, measures_of
 from gadcore.measure.figures import Measure
 from gadcore.record.html import render
+from gadcore.record.reading import Count, Finite, fitting, read_json
+from gadcore.text import code
+from gadcore.text import markdown as escaped
 
 NAME = "evaluation"
 DOMAINS = {"in": "in domain", "out": "out of domain"}
@@ -30,6 +34,39 @@ class TableSection:
     rows: tuple[tuple[str, tuple[str, ...], str], ...]
 
 
+@dataclass(frozen=True)
+class _Value:
+    """A mean or a difference: of a judge without a verdict there is none."""
+
+    mean: Finite | None
+    interval: tuple[Finite, Finite] | None
+    unparsable: Count = 0
+
+
+_Values = dict[str, dict[str, _Value]]
+
+
+@dataclass(frozen=True)
+class _Set:
+    domain: Literal["in", "out"]
+    source: str
+    prompts: Count
+    results: _Values
+    differences: _Values
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What a table shows of evaluation.json."""
+
+    models: Annotated[dict[str, str], Field(min_length=1)]
+    sets: dict[str, _Set]
+    notes: list[str]
+
+
+_EVALUATION = TypeAdapter(_Evaluation)
+
+
 def sections_of(evaluation: Mapping[str, Any]) -> list[TableSection]:
     """The tables of evaluation.json's content, in the order of its sets."""
     first, *others = evaluation["models"]
@@ -37,7 +74,7 @@ def sections_of(evaluation: Mapping[str, Any]) -> list[TableSection]:
     sections = []
     for name, found in evaluation["sets"].items():
         rows = []
-        for measure in MEASURES:
+        for measure in measures_of(found["results"]):
             (key,) = measure.path
             cells = [_cell(measure, found["results"][who].get(key)) for who in (TEACHER, first, *others)]
             cells += [_cell(measure, found["differences"][who].get(key), signed=True) for who in others]
@@ -75,13 +112,13 @@ def markdown(evaluation: Mapping[str, Any]) -> str:
     """All tables as Markdown, with what they mean and what happened to rows on the way."""
     lines = ["# Evaluation", "", LEGEND, ""]
     for name, source in evaluation["models"].items():
-        lines.append(f"- {name}: `{source}`")
+        lines.append(f"- {name}: {code(source)}")
     for section in sections_of(evaluation):
-        lines += ["", f"## {section.title}", "", _line(["measure", *section.columns, "better"])]
+        lines += ["", f"## {escaped(section.title)}", "", _line(["measure", *section.columns, "better"])]
         lines.append(_line(["---", *("---:" for _ in section.columns), "---"]))
-        lines += [_line([label, *cells, better]) for label, cells, better in section.rows]
+        lines += [_line([escaped(label), *cells, better]) for label, cells, better in section.rows]
     if evaluation["notes"]:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in evaluation["notes"])]
+        lines += ["", "## Notes", "", *(f"- {escaped(note)}" for note in evaluation["notes"])]
     return "\n".join(lines) + "\n"
 
 
@@ -119,5 +156,10 @@ def evaluation_section(folder: Path) -> Markup | None:
     path = folder / f"{NAME}.json"
     if not path.is_file():
         return None
-    evaluation = read_json(path)
+    evaluation, advice = read_json(path), "run eval again, or delete it"
+    valid = fitting(_EVALUATION, evaluation, path, advice)
+    first, *others = valid.models
+    for name, found in valid.sets.items():
+        if not {TEACHER, first, *others} <= found.results.keys() or not {*others} <= found.differences.keys():
+            raise UserError(f"{path} is damaged (sets.{name} lacks one of its models): {advice}")
     return render(_SECTION, legend=LEGEND, sections=sections_of(evaluation), notes=evaluation["notes"])

@@ -11,14 +11,21 @@ from typing import Any
 class Measure:
     """One figure of an evaluation: its path in summary.json, its name for people, and when it is better.
 
-    better: "higher", "lower", "near 1", or "discriminator": a figure of the discriminator's, which moves with the
-    discriminator as much as with the student, so that no change of it is better or worse by itself.
+    better: "higher", "lower", "near 1", "as the teacher" (whose own figure the evaluation holds), or "discriminator": a
+    figure of the discriminator's, which moves with the discriminator as much as with the student, so that no change
+    of it is better or worse by itself.
     """
 
     path: tuple[str, ...]
     label: str
     better: str
     share: bool = False
+    sentence: str = ""
+
+    @property
+    def phrase(self) -> str:
+        """What the measure is called inside a sentence."""
+        return self.sentence or self.label
 
     def of(self, evaluation: dict[str, Any]) -> float | None:
         """The value, None where the evaluation has none."""
@@ -36,24 +43,15 @@ class Measure:
             return f"{round(100 * value, 1) + 0.0:+.1f} pp" if self.share else f"{round(value, 3) + 0.0:+.3f}"
         return f"{100 * value:.1f} %" if self.share else f"{value:.3f}"
 
-    def change(self, first: float | None, last: float | None) -> str | None:
-        """ "better", "worse", or "same" where no difference shows; None where that is unknown."""
-        if first is None or last is None or self.better == "discriminator":
-            return None
-        if self.show(first) == self.show(last):
-            return "same"
-        if self.better == "near 1":
-            first, last = -abs(first - 1), -abs(last - 1)
-        elif self.better == "lower":
-            first, last = -first, -last
-        return "same" if first == last else "better" if last > first else "worse"
-
 
 MEASURES = (
     Measure(("rouge_l",), "ROUGE-L", "higher"),
     *(Measure(("ngram_f1", str(n)), f"{n}-gram F1", "higher") for n in range(1, 5)),
     Measure(("length_ratio",), "length ratio", "near 1"),
-    Measure(("cut_share",), "responses cut", "lower", share=True),
+    Measure(("words",), "words", "as the teacher"),
+    Measure(("repeated",), "say a 3-gram twice", "lower", True, "the share of responses that say a 3-gram twice"),
+    Measure(("distinct_2",), "distinct-2", "higher"),
+    Measure(("cut_share",), "responses cut", "lower", True, "the share of responses that were cut"),
     Measure(("accuracy",), "D tells apart", "discriminator", share=True),
     Measure(("margin",), "D margin", "discriminator"),
 )

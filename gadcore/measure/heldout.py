@@ -7,34 +7,62 @@ from statistics import fmean
 from typing import Any
 
 from gadcore.data.groups import Group
-from gadcore.measure.likeness import length_ratio, likeness, rouge_l
+from gadcore.measure.diversity import distinct_values, repetition
+from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
 from gadcore.models.discriminator import Discriminator
+
+# A response that says the same three words twice: what cross-entropy leaves in a student and no stage trains against.
+REPEATED = 3
 
 
 def evaluate(
     groups: Sequence[Group], discriminator: Discriminator | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures over groups that hold one sample each, and a row per prompt for side-by-side reading.
+    """(figures, a row per prompt with its texts and the same figures) over groups with the same number of samples each.
 
-    margin, accuracy: of D between each teacher response and the sample; absent without a discriminator.
+    A figure is the mean over samples, then over prompts, so that prompts can be paired between evaluations. rouge_l,
+    ngram_f1, length_ratio: beside the teacher's response. cut_share, repeated: shares of samples that were cut, and in
+    which a 3-gram of words occurs twice. distinct_2: over all samples (gadcore.measure.diversity). words: of a sample.
+    teacher: `repeated` and `words` of the teacher's responses. margin, accuracy: of D between the teacher's response
+    and the samples; absent without a discriminator.
     """
-    candidates = [group.samples[0].text for group in groups]
-    references = [group.teacher.text for group in groups]
-    result = dict(likeness(candidates, references))
-    result["cut_share"] = fmean(not group.samples[0].finished for group in groups)
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt": group.prompt.messages[-1]["content"],
-            "teacher": reference,
-            "student": candidate,
-            "rouge_l": rouge_l(candidate, reference),
-            "length_ratio": length_ratio(candidate, reference),
-        }
-        for group, candidate, reference in zip(groups, candidates, references, strict=True)
-    ]
+    rows = [_row(group) for group in groups]
+    texts = [sample.text for group in groups for sample in group.samples]
+    distinct = iter(distinct_values(texts, 2))
+    for row, group in zip(rows, groups, strict=True):
+        row["distinct_2"] = fmean(next(distinct) for _ in group.samples)
+    names = ("rouge_l", "length_ratio", "cut_share", "repeated", "distinct_2", "words")
+    result: dict[str, Any] = {name: fmean(row[name] for row in rows) for name in names}
+    result["ngram_f1"] = {str(n): fmean(row["ngram_f1"][str(n)] for row in rows) for n in NGRAMS}
+    result |= {"rows": len(groups), "samples": len(groups[0].samples), "teacher": _teacher(groups)}
     if discriminator is not None:
         scores = discriminator.score(groups, backward=False)
         result |= {"margin": scores.margin, "accuracy": scores.accuracy}
         for row, teacher, rewards in zip(rows, scores.teacher_scores, scores.rewards, strict=True):
-            row |= {"teacher_score": teacher, "student_score": rewards[0]}
+            row |= {"teacher_score": teacher, "student_score": fmean(rewards)}
+            row |= {"margin": teacher - fmean(rewards), "accuracy": fmean(teacher > reward for reward in rewards)}
     return result, rows
+
+
+def _row(group: Group) -> dict[str, Any]:
+    reference, texts = group.teacher.text, [sample.text for sample in group.samples]
+    return {
+        "prompt": group.prompt.messages[-1]["content"],
+        "teacher": reference,
+        "student": texts[0],
+        "rouge_l": fmean(rouge_l(text, reference) for text in texts),
+        "ngram_f1": {str(n): fmean(ngram_f1(text, reference, n) for text in texts) for n in NGRAMS},
+        "length_ratio": fmean(length_ratio(text, reference) for text in texts),
+        "cut_share": fmean(not sample.finished for sample in group.samples),
+        "repeated": fmean(map(_repeats, texts)),
+        "words": fmean(len(words(text)) for text in texts),
+    }
+
+
+def _teacher(groups: Sequence[Group]) -> dict[str, float]:
+    texts = [group.teacher.text for group in groups]
+    return {"repeated": fmean(map(_repeats, texts)), "words": fmean(len(words(text)) for text in texts)}
+
+
+def _repeats(text: str) -> bool:
+    return repetition(text, REPEATED) > 0

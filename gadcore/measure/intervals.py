@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,31 @@ def difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} values do not form pairs")
     return bootstrap(np.subtract(second, first).tolist(), seed=seed, resamples=resamples)
+
+
+def margin(differences: Sequence[float]) -> float | None:
+    """Half the width of the t interval around the mean of paired differences; None for fewer than two.
+
+    For a difference that has to be told from noise where rows may be few: at 4 rows it is 1.6 times as wide as the
+    normal distribution would have it.
+    """
+    n = len(differences)
+    return _t(n - 1) * stdev(differences) / math.sqrt(n) if n > 1 else None
+
+
+def _t(freedom: int) -> float:
+    """The quantile of Student's t at (1 + LEVEL) / 2, for whole degrees of freedom."""
+    if freedom <= 2:
+        return (12.7062, 4.3027)[freedom - 1]
+    # Fisher's expansion around the normal quantile, right to three digits from 3 degrees of freedom on.
+    z, v = _Z, freedom
+    terms = (
+        (z**3 + z) / (4 * v),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3),
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4),
+    )
+    return z + sum(terms)
 
 
 def wilson(share: float, n: int) -> Estimate:

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypedDict
 
 from rapidfuzz.distance import LCSseq
 
@@ -19,15 +18,6 @@ NGRAMS = (1, 2, 3, 4)
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-
-
-class Likeness(TypedDict):
-    """Means over rows; ngram_f1 by n as "1".."4"."""
-
-    rouge_l: float
-    ngram_f1: dict[str, float]
-    length_ratio: float
-    rows: int
 
 
 def words(text: str) -> list[str]:
@@ -59,20 +49,6 @@ def length_ratio(candidate: str, reference: str) -> float:
     """Candidate's words over reference's words; a reference without words counts as one word, two such texts give 1."""
     a, b = len(words(candidate)), len(words(reference))
     return a / max(b, 1) if a or b else 1.0
-
-
-def likeness(candidates: Sequence[str], references: Sequence[str]) -> Likeness:
-    """The mean of every measure over pairs (candidates[i], references[i]); at least one pair."""
-    rows = len(candidates)
-    if rows == 0 or rows != len(references):
-        raise ValueError(f"{rows} candidates and {len(references)} references do not form pairs")
-    pairs = list(zip(candidates, references, strict=True))
-    return {
-        "rouge_l": sum(rouge_l(c, r) for c, r in pairs) / rows,
-        "ngram_f1": {str(n): sum(ngram_f1(c, r, n) for c, r in pairs) / rows for n in NGRAMS},
-        "length_ratio": sum(length_ratio(c, r) for c, r in pairs) / rows,
-        "rows": rows,
-    }
 
 
 def ngrams(sequence: Sequence[str], n: int) -> Counter[tuple[str, ...]]:

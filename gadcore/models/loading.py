@@ -42,8 +42,9 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $GADCORE_CACHE, else ~/.cache/gadcore."""
-    return Path(os.environ.get("GADCORE_CACHE", "~/.cache/gadcore")).expanduser()
+    """Where models and encoded rows are kept: $GADCORE_CACHE, else gadcore/ in $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("GADCORE_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gadcore").expanduser()
 
 
 def resolve_model(name: str) -> str:
@@ -242,5 +243,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as e:
-        raise UserError(f"cannot write {path}: {cause(e)}; free some space, then go on") from e
+        raise UserError(f"no model can be written in {path.parent}: {cause(e)}; free some space, then go on") from e
     tokenizer.save_pretrained(path)
+    # safetensors creates files that only their owner can read
+    for file in path.glob("*.safetensors"):
+        file.chmod((path / "config.json").stat().st_mode)

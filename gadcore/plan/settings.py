@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from gadcore.config import loading
 from gadcore.config.command_line import HELP
-from gadcore.config.settings import Above, Config, Positive, Section
+from gadcore.config.settings import Above, Config, Location, Positive, Section
 from gadcore.errors import UserError
 
 AtLeastOne = Annotated[float, Field(ge=1)]
@@ -22,7 +22,7 @@ AtLeastOne = Annotated[float, Field(ge=1)]
 class PlanSettings(Section):
     """The machine, the data where it is not at hand, and what to assume."""
 
-    machine: str = Field(
+    machine: Location = Field(
         "here",
         description="here: this machine; h100-80gb-x1 .. h100-80gb-x8; 2x8-h100-80gb: 2 nodes of 8; or a TOML file.",
     )
@@ -41,8 +41,8 @@ class PlanSettings(Section):
     check_activations: bool = Field(
         True, description="Run the real code on fake tensors and compare the activations that it keeps."
     )
-    against: str | None = Field(None, description="Run folder: set the prediction beside what that run measured.")
-    out: str | None = Field(None, description="File that gets everything as JSON.")
+    against: Location | None = Field(None, description="Run folder: set the prediction beside what that run measured.")
+    out: Location | None = Field(None, description="File that gets everything as JSON.")
 
     @field_validator("assume", mode="before")
     @classmethod

@@ -222,15 +222,16 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     if algorithm.student_warmup:
         warmup = {**warmup, "student": ce_seconds}
     gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
-    stages = work.steps
-    return RunTime({"warmup": warmup, "gad": gad}, stages, _once(case, choice, looked))
+    stages = {"sft": {"student": ce_seconds}, "warmup": warmup, "gad": gad}
+    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, _once(case, choice, looked))
 
 
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     """Held-out evaluations before, between and after the stages, and checkpoints."""
     work, every, steps = case.work, case.config.checkpoint.every, sum(case.work.steps.values())
     share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.discriminator_tokens
-    evaluation = rollout_seconds(case, choice, work.eval_rows, 1) + looked * share
+    samples = case.config.data.eval_samples
+    evaluation = rollout_seconds(case, choice, work.eval_rows, samples) + looked * share * samples
     # Parameters and both moments.
     saved = 3.0 * (
         case.student.parameters * ITEM[case.config.student.dtype]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gadcore.config.settings import Config
+from gadcore.config.settings import SPLIT, Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import stage_steps, stages_of
 
 if TYPE_CHECKING:
     from gadcore.data.groups import Group
@@ -26,7 +26,6 @@ _KNOWN = {
         "card of a copy of the set: 192,014 rows of 1,908 bytes; assumed: 4.4 bytes a token, a quarter the prompt's",
     )
 }
-STAGES = ("warmup", "gad")
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,10 @@ class Counted:
     @classmethod
     def of(cls, groups: Sequence[Group], config: Config) -> Counted:
         """Of the rows that a run trains on, one at least."""
-        prompt, teacher = (
-            sum(lengths) / len(groups)
-            for lengths in zip(*((len(g.prompt.token_ids), len(g.teacher.token_ids)) for g in groups), strict=True)
-        )
+        # Imported only here: most plans read no data.
+        from gadcore.data.encoded import token_lengths
+
+        prompt, teacher = (int(lengths.sum()) / len(groups) for lengths in token_lengths(groups))
         return cls(len(groups), prompt, teacher, f"counted in data.train = {config.data.train}")
 
 
@@ -145,7 +144,7 @@ def read_workload(
         response=items[3].value,
         limit=data.max_response_tokens,
         longest_prompt=data.max_prompt_tokens,
-        steps=stage_steps(config, STAGES, per_epoch),
+        steps=stage_steps(config, stages_of(config, "train"), per_epoch),
         eval_rows=(data.eval_rows or 500) if data.eval else 0,
     )
     why = "data.eval_rows" if data.eval_rows else "assumed: data.eval_rows is not set"
@@ -158,18 +157,21 @@ def _from_data(config: Config) -> Counted | None:
     if data.train != "builtin" and not Path(data.train).expanduser().exists():
         return None
     # Imported only here: most plans read no data.
-    from gadcore.data.batches import build_prompts
-    from gadcore.data.rows import load_rows
-    from gadcore.models.loading import BUNDLED
+    from gadcore.data.encoded import Rows, split_off
+    from gadcore.data.sources import Source
+    from gadcore.models.loading import BUNDLED, cache_dir
     from gadcore.models.spec import ModelSpec
 
-    rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
+    rows = Rows(Source.find(data.train, "train"), data, data.train_rows)
+    rows.check()
     name = config.student.model
     at_hand = name in BUNDLED or (Path(name).expanduser() / "tokenizer_config.json").is_file()
     if not at_hand:
         return None
     spec = ModelSpec.resolve(name, system_prompt=data.system_prompt, arguments=data.template_arguments)
-    groups, _ = build_prompts(rows, spec.template, data)
+    groups, _, _ = rows.groups(spec.template, cache_dir(), print)
+    if data.eval == SPLIT:
+        groups, _ = split_off(groups, data.eval_share, data.eval_rows, config.run.seed)
     return Counted.of(groups, config)
 
 

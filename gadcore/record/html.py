@@ -9,6 +9,8 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from gadcore.text import visible
+
 _HEAD = """\
 <!doctype html>
 <html lang="en">
@@ -24,9 +26,15 @@ script-src 'sha256-{{ digest }}'; base-uri 'none'; form-action 'none'">
 
 
 def render(template: str, **variables: object) -> Markup:
-    """A Jinja template, in which every variable that is not Markup is escaped and none may be missing."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """A Jinja template, in which every variable that is not Markup is made visible and escaped; none may be missing."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     return Markup(environment.from_string(template).render(variables))
+
+
+def _shown(value: object) -> object:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def standalone(package: str, name: str, title: str, **variables: object) -> str:

@@ -24,8 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gadcore.measure.figures import clock, number
-from gadcore.record.text import RunPlan, clean, evaluation_line, summary_table
+from gadcore.record.text import RunPlan, evaluation_line, summary_table
 from gadcore.record.tracking import Row
+from gadcore.text import clean
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -77,7 +78,7 @@ class LiveView:
             self._triplet = triplet
 
     def evaluation(self, name: str, result: Row) -> None:
-        self._console.print(Text(evaluation_line(name, result), style="bold"))
+        self._console.print(Text(clean(evaluation_line(name, result)), style="bold"))
 
     def summary(self, summary: Row) -> None:
         self.close()  # so that the table comes last, below the panel
@@ -111,8 +112,9 @@ class LiveView:
             # 24 lines leave room for a few messages above the panel.
             room = max(3, min(16, options.size.height - len(parts) - 10))
             parts += self._sample(console, width, room)
-            title = Text(f" gadcore · {self._plan.run} ", style="bold")
-            models = Text(f" student {self._plan.student} · discriminator {self._plan.discriminator} ", style="dim")
+            title = Text(f" gadcore · {clean(self._plan.run)} ", style="bold")
+            of = clean(f"student {self._plan.student} · discriminator {self._plan.discriminator}")
+            models = Text(f" {of} ", style="dim")
             models.truncate(width, overflow="ellipsis")
             yield Panel(
                 Group(*parts), title=title, title_align="left", subtitle=models, subtitle_align="left", box=box.ROUNDED,

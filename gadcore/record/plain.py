@@ -9,8 +9,9 @@ import time
 from rich.console import Console
 
 from gadcore.measure.figures import number
-from gadcore.record.text import RunPlan, clean, evaluation_line, summary_table
+from gadcore.record.text import RunPlan, evaluation_line, summary_table
 from gadcore.record.tracking import Row
+from gadcore.text import clean, say
 
 # The keys of a plain line, in this order; metrics.jsonl has all of them.
 PLAIN_KEYS = (
@@ -74,10 +75,7 @@ class PlainView:
         self._file.flush()
 
     def _print(self, line: str) -> None:
-        # A pipe may speak ASCII only; a character that it cannot take must not end a run.
-        encoding = getattr(self._file, "encoding", None) or "utf-8"
-        self._file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        self._file.flush()
+        say(line, self._file)
         self._last = time.monotonic()
 
 

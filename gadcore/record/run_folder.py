@@ -1,62 +1,67 @@
-"""The folder of a run: what lies where, and who may write into it."""
+"""The folder of a run: what lies where, and who may write into it.
+
+A run begins to exist with its config.toml, which is there whole or not at all; from then on it can be resumed. While
+it runs its process holds the folder's lock. runs/latest is the run of runs/ that took a step last.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
-from gadcore.errors import UserError
-from gadcore.files import free_name, replace_link, write_jsonl, write_whole
-from gadcore.record.tracking import MetricsLog
+from gadcore.errors import Interrupted, UserError
+from gadcore.files import clear_temporaries, free_name, remove, replace_link, sync, write_jsonl, write_whole
+from gadcore.locks import LOCK, held
+from gadcore.record.tracking import MetricsLog, Row
 
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
+# Everything that a run may write into its folder. A new run takes no folder that has any of it, so all of it is the
+# run's own.
+CONFIG, SUMMARY = "config.toml", "summary.json"
+RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations")
+RESULTS = (SUMMARY, "report.html", "student", "discriminator")
+OTHERS = ("checkpoints", "reference", "trace.json", "offload", "tracker.json")
+TRACKERS = ("tensorboard", "wandb", "mlflow.db", "mlflow-artifacts")
+NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     """config.toml, metrics.jsonl, samples.jsonl, evaluations/, checkpoints/, reference/, student/, discriminator/,
-    summary.json, report.html and, where it was asked for, trace.json of one run."""
+    summary.json, report.html and, where it was asked for, trace.json of one run.
+
+    has_step: whether this process has recorded a step.
+    """
 
     path: Path
-    metrics: MetricsLog
-    samples: MetricsLog
+    metrics: MetricsLog = field(init=False)
+    samples: MetricsLog = field(init=False)
+    has_step: bool = False
 
-    @classmethod
-    def _at(cls, path: Path) -> RunFolder:
-        return cls(path, MetricsLog(path / "metrics.jsonl"), MetricsLog(path / "samples.jsonl"))
-
-    @classmethod
-    def create(cls, config: Config) -> RunFolder:
-        """A new folder with the resolved config in it; a folder that holds another run is refused."""
-        path = Path(config.run.dir) if config.run.dir else _fresh(config.run.name)
-        if (path / "config.toml").exists():
-            raise UserError(
-                f"{path} already holds another run: choose another run.dir, or go on with it by --resume auto"
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename} is a file where a folder is needed: choose another run.dir") from error
-        folder = cls._at(path)
-        folder._write("config.toml", dump(config.started_new()))
-        _point_latest(path)
-        return folder
+    def __post_init__(self) -> None:
+        self.metrics, self.samples = (MetricsLog(self.path / name) for name in RECORDS[:2])
 
     @classmethod
     def existing(cls, directory: str | None) -> RunFolder:
-        """The folder of a run to go on with: the one named, or the newest."""
+        """The folder of a run to look at or to go on with: the one named, or the newest."""
         path = Path(directory) if directory else LATEST.resolve()
-        if not (path / "config.toml").is_file():
+        if not (path / CONFIG).is_file():
             raise UserError(
                 f"there is no run to resume in {path}: give its folder by --run.dir, or leave --resume away"
             )
-        return cls._at(path)
+        return cls(path)
 
     @property
     def checkpoints(self) -> Path:
@@ -71,30 +76,201 @@ class RunFolder:
     def trace(self) -> Path:
         return self.path / "trace.json"
 
+    def summary(self) -> dict[str, Any] | None:
+        """What the run wrote when it was finished; None: it is not. UserError where that is damaged."""
+        path = self.path / SUMMARY
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): put it back, or delete it and have the run finish again by "
+                "--resume auto"
+            ) from None
+        return found
+
     def keep_config(self, config: Config, step: int) -> None:
         """Writes the settings that a resumed run goes on with; the ones before are kept as config-<step>.toml."""
-        current, kept = self.path / "config.toml", dump(config.started_new())
-        if current.read_text(encoding="utf-8") != kept:
-            current.replace(self.path / f"config-{step:06d}.toml")
-            self._write("config.toml", kept)
-        _point_latest(self.path)
+        current, kept = self.path / CONFIG, dump(config.started_new())
+        before = current.read_text(encoding="utf-8")
+        if before != kept:
+            # Beside it first: a run without a config.toml would be none.
+            write_whole(free_name(self.path / f"config-{step:06d}", ".toml"), before, synced=True)
+            write_whole(current, kept, synced=True)
+
+    def step(self, row: Row) -> None:
+        """Records a step's figures. The first one makes a run of runs/ the latest."""
+        self.metrics.write(row)
+        if not self.has_step:
+            self.has_step = True
+            if _belongs_to_runs(self.path):
+                replace_link(LATEST, self.path)
 
     def write_evaluation(self, name: str, rows: list[dict[str, Any]]) -> None:
-        write_jsonl(self.path / "evaluations" / f"{name}.jsonl", rows)
+        write_jsonl(self.path / "evaluations" / f"{name}.jsonl", rows, synced=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write("summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
         # A tokenizer can produce a lone half of a surrogate pair.
-        write_whole(self.path / name, text, errors="backslashreplace")
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.path / SUMMARY, text, errors="backslashreplace", synced=True)
+
+    def sync(self) -> None:
+        """Returns when all records so far are on the disk: a checkpoint that counts on them may follow."""
+        self.metrics.sync()
+        self.samples.sync()
+        sync(self.path)
+
+    def counts(self) -> dict[str, int]:
+        """Lines of every file of records but metrics.jsonl, whose rows are numbered."""
+        files = [self.samples.path, *sorted((self.path / "evaluations").glob("*.jsonl"))]
+        return {str(file.relative_to(self.path)): _lines(file) for file in files if file.exists()}
+
+    def check(self, step: int, counts: Mapping[str, int]) -> None:
+        """Raises UserError where records are missing that were there at a checkpoint; counts: as then."""
+        counted = Counter(self.metrics.steps())
+        for row in range(1, step + 1):
+            if (count := counted[row]) != 1:
+                raise UserError(f"{self.metrics.path} has {count or 'no'} rows of step {row}")
+        for name, count in counts.items():
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"{file} is missing")
+            if (lines := _lines(file)) < count:
+                raise UserError(f"{file} has {lines} rows, at the checkpoint it had {count}")
+
+    def go_back(self, step: int, evaluations: Collection[str]) -> Path | None:
+        """Sets aside what the run did after a step, in a folder abandoned-after-<step>; returns it, None: nothing.
+
+        evaluations: names of those that were made before. Records are copied, since they are cut back where the run
+        goes on.
+        """
+        logs = [log for log in (self.metrics, self.samples) if any(row > step for row in log.steps())]
+        results = [self.path / name for name in RESULTS]
+        made = [file for file in (self.path / "evaluations").glob("*.jsonl") if file.stem not in evaluations]
+        later = [path for path in (*results, *made) if path.exists()]
+        if not later and not logs:
+            return None
+        aside = free_name(self.path / f"abandoned-after-{step:06d}")
+        for log in logs:
+            write_whole(aside / log.path.name, log.path.read_bytes(), synced=True)
+        # The summary first: without it the run is not finished.
+        for path in later:
+            place = aside / path.relative_to(self.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        return aside
+
+
+@contextmanager
+def run_folder(config: Config) -> Iterator[RunFolder]:
+    """The folder of the run that the settings start or resume, and its lock while the block runs.
+
+    Of a new run that fails before its first step nothing stays; one that is stopped can be resumed.
+    Raises UserError where the folder is in use, holds another run, or holds none to resume.
+    """
+    with ExitStack() as stack:
+        if config.run.resume:
+            path = RunFolder.existing(config.run.dir).path
+            stack.enter_context(held(path / LOCK, f"the run {path}"))
+            for place in (path, path / "evaluations"):
+                clear_temporaries(place)
+            folder = RunFolder.existing(str(path))
+            with _told(folder, stays=True):
+                yield folder
+            return
+        path = stack.enter_context(_new(config))
+        folder = RunFolder(path)
+        with _told(folder, stays=False):
+            try:
+                write_whole(path / CONFIG, dump(config.started_new()), synced=True)
+                yield folder
+            except BaseException as error:
+                if not folder.has_step and not isinstance(error, Interrupted):
+                    for name in NAMES:
+                        remove(path / name)
+                raise
+
+
+@contextmanager
+def _told(folder: RunFolder, *, stays: bool) -> Iterator[None]:
+    """Makes sentences of Ctrl-C and of a full disk, with what goes on with this very run.
+
+    stays: whether there is a run to go on with before its first step here.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        then = f"go on with --run.dir {shlex.quote(str(folder.path))} --resume auto"
+        if not stays and not folder.has_step:
+            then = "nothing is left of this start, give the same command again"
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"stopped at once; {then}") from None
+        # A full disk names no file.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(f"{error.filename or folder.path}: {error.strerror}; mend that, then {then}") from error
+
+
+@contextmanager
+def _new(config: Config) -> Iterator[Path]:
+    """A folder for a new run, locked; it goes again where nothing is in it at the end, with the ones made for it."""
+    if LATEST.exists() and not LATEST.is_symlink() and _belongs_to_runs(Path(config.run.dir or LATEST)):
+        raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
+    made = [] if config.run.dir or RUNS.exists() else [RUNS]
+    path = Path(config.run.dir) if config.run.dir else _fresh(config.run.name)
+    _refuse_another_run(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()] if config.run.dir else [path, *made]
+    try:
+        _make(path)
+        with held(path / LOCK, f"the run {path}"):
+            # Somebody may have come first.
+            _refuse_another_run(path)
+            yield path
+    finally:
+        for folder in made:
+            if folder.is_dir() and not os.listdir(folder):
+                folder.rmdir()
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), path)
+        raise UserError(f"{file} is a file where a folder is needed: choose another run.dir") from error
+
+
+def _refuse_another_run(path: Path) -> None:
+    if (path / CONFIG).exists():
+        raise UserError(
+            f"{path} already holds another run: choose another run.dir, or go on with it by --run.dir "
+            f"{shlex.quote(str(path))} --resume auto"
+        )
+    for name in NAMES:
+        if os.path.lexists(path / name):
+            raise UserError(
+                f"{path / name} is there already and would be mixed with the new run: choose another run.dir"
+            )
+
+
+def _belongs_to_runs(path: Path) -> bool:
+    return RUNS.resolve() in path.resolve().parents
 
 
 def _fresh(name: str) -> Path:
-    return free_name(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    """A folder of runs/ that no other process has taken: it is made."""
+    while True:
+        path = free_name(RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
 
 
-def _point_latest(path: Path) -> None:
-    if LATEST.exists() and not LATEST.is_symlink():
-        raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
-    replace_link(LATEST, path)
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

@@ -1,8 +1,7 @@
-"""What every view of a run shows alike: the plan, lines and tables of evaluations, and text made safe for a screen."""
+"""What every view of a run shows alike: the plan, lines and tables of evaluations."""
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,15 @@ from rich.text import Text
 
 from gadcore.measure.figures import MEASURES
 from gadcore.record.tracking import Row
+from gadcore.text import clean
 
-BETTER = {"higher": "higher", "lower": "lower", "near 1": "nearer 1", "discriminator": "–"}
+BETTER = {
+    "higher": "higher",
+    "lower": "lower",
+    "near 1": "nearer 1",
+    "as the teacher": "as the teacher",
+    "discriminator": "–",
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +42,17 @@ def evaluation_line(name: str, result: Row) -> str:
 
 
 def summary_table(summary: Row) -> Table:
-    """The evaluations of summary.json side by side, with the change from first to last and when it is better."""
+    """The evaluations of summary.json side by side, with the change from first to last and when it would be better.
+
+    Nothing here says that it is: that takes the values of every prompt, which the report tests against the noise.
+    """
     evaluations: dict[str, Row] = summary.get("evaluations") or {}
     names = list(evaluations)
     rows = ", ".join(sorted({str(e.get("rows", "?")) for e in evaluations.values()}))
-    table = Table(title=Text(f"Held-out prompts ({rows or 'no'} rows)"), box=box.SIMPLE_HEAD)
+    table = Table(title=Text(clean(f"Held-out prompts ({rows or 'no'} rows)")), box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in names:
-        table.add_column(Text(name.replace("_", " ")), justify="right")
+        table.add_column(Text(clean(name.replace("_", " "))), justify="right")
     if len(names) > 1:
         table.add_column("change", justify="right")
     table.add_column("better when")
@@ -55,13 +64,6 @@ def summary_table(summary: Row) -> Table:
         if len(values) > 1:
             first, last = values[0], values[-1]
             difference = None if first is None or last is None else last - first
-            style = {"better": "green", "worse": "red"}.get(measure.change(first, last) or "", "")
-            cells.append(Text(measure.show(difference, signed=True), style=style))
+            cells.append(Text(measure.show(difference, signed=True)))
         table.add_row(*cells, Text(BETTER[measure.better], style="dim"))
     return table
-
-
-def clean(text: str) -> str:
-    """One line without anything that a terminal would obey: white space is joined, control characters become ·."""
-    joined = " ".join(text.split())
-    return "".join("·" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c != "\u200d" else c for c in joined)

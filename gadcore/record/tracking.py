@@ -8,6 +8,7 @@ that fails later is reported once and switched off, while the run goes on: its f
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from gadcore.errors import UserError
-from gadcore.files import write_whole
+from gadcore.files import parse_json, sync, write_whole
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
+_MISSING = 'tracking.tracker = "{0}" needs the package {0} ({1}): pip install {0}, or set it to "none"'
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ def scan(path: Path) -> Scan:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the folder of a run that has written it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if lines[-1] == b"":
         lines.pop()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if isinstance(row, dict):
@@ -96,14 +100,24 @@ class MetricsLog:
         if not self.path.exists():
             return 0
         found = scan(self.path)
-        kept = []
-        for number, (row, line) in enumerate(zip(found.rows, found.lines, strict=True), 1):
-            if not isinstance(row.get("step"), int):
-                raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
-            if row["step"] <= step:
-                kept.append(line + b"\n")
+        kept = [line + b"\n" for at, line in zip(self._steps(found), found.lines, strict=True) if at <= step]
         write_whole(self.path, b"".join(kept), synced=True)
         return len(found.lines) - len(kept) + found.torn
+
+    def steps(self) -> list[int]:
+        """The "step" of every whole row. Raises UserError as truncate_after() does."""
+        return self._steps(scan(self.path)) if self.path.exists() else []
+
+    def _steps(self, found: Scan) -> list[int]:
+        for number, row in enumerate(found.rows, 1):
+            if type(row.get("step")) is not int:
+                raise UserError(f'{self.path}, line {number} has no whole number "step": mend or delete that line')
+        return [row["step"] for row in found.rows]
+
+    def sync(self) -> None:
+        """Returns when every row is on the disk."""
+        if self.path.exists():
+            sync(self.path)
 
     def close(self) -> None:
         """Closes the file; the next write opens it again."""
@@ -286,13 +300,17 @@ def make_tracker(
     return tracker if kind == "none" else _Guarded(kind, tracker, log)
 
 
+def check_tracker(kind: str) -> None:
+    """Raises UserError where the package of a tracker is not installed. Loads none."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise UserError(_MISSING.format(kind, "it is not installed"))
+
+
 def _package(name: str, module: str | None = None) -> Any:
     try:
         return importlib.import_module(module or name)
     except ImportError as error:
-        raise UserError(
-            f'tracking.tracker = "{name}" needs the package {name} ({error}): pip install {name}, or set it to "none"'
-        ) from error
+        raise UserError(_MISSING.format(name, error)) from error
 
 
 def _identity(run_dir: Path, kind: str, make: Callable[[], str]) -> str:

@@ -39,11 +39,15 @@ class Band:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. points: (step, value), by rising step. spread: half the width of a band around it, a value a point."""
+    """One curve. points: (step, value), by rising step. spread: half the width of a band around it, a value a point.
+    colour, dash: which of those that there are; None: by the series' place in its chart.
+    """
 
     name: str
     points: Sequence[Point]
     spread: Sequence[float] | None = None
+    colour: int | None = None
+    dash: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def _value_scale(chart: Chart) -> Scale:
     if not values:
         return Scale(0.0, 1.0, [0.0, 1.0])
     low, high = min(values), max(values)
-    if chart.log and low > 0:
+    if chart.log and low > 1e-100:
         start, end = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
         end = max(end, start + 1)
         every = max(1, math.ceil((end - start) / 5))
@@ -168,7 +172,7 @@ def _lines(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
         if series.spread is not None:
             parts += _spread(series, i, x, y)
         noisy = len(series.points) >= SMOOTH_FROM
-        style = {"stroke": _colour(i), "stroke_dasharray": DASHES[i % 5]}
+        style = _stroke(series, i)
         parts.append(svg.path(_path(thin(series.points), x, y), **style, **({"class_": "raw"} if noisy else {})))
         if noisy:
             parts.append(svg.path(_path(thin(smooth(series.points)), x, y), **style))
@@ -243,7 +247,7 @@ def _grid(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
         parts.append(svg.text(label, class_="tick", x=-8, y=place, dy=".35em", text_anchor="end"))
     for tick in x.ticks:
         place = percent(x.at(tick))
-        parts.append(svg.text(f"{tick:.0f}", class_="tick", x=place, y="100%", dy="1.6em", text_anchor="middle"))
+        parts.append(svg.text(f"{tick:,.0f}", class_="tick", x=place, y="100%", dy="1.6em", text_anchor="middle"))
     for value, label in chart.guides:
         place = percent(1 - y.at(value))
         parts.append(svg.horizontal(place, class_="guide"))
@@ -252,19 +256,29 @@ def _grid(chart: Chart, x: Scale, y: Scale) -> list[Markup]:
 
 
 def _labels(scale: Scale, unit: str) -> list[str]:
-    if scale.log:
-        return ["10" + str(round(math.log10(t))).translate(SUPERSCRIPT) for t in scale.ticks]
+    """The ticks as people write numbers, the unit at the uppermost: 0.001, 10,000, 1.5 M, 60 %."""
     factor = 100.0 if unit == "%" else 1.0
     ticks = [t * factor for t in scale.ticks]
-    step, top = abs(ticks[1] - ticks[0]), max(abs(t) for t in ticks)
-    if top >= 10_000:
-        texts = [f"{t / 1000:g}k" if t else "0" for t in ticks]
-    elif top < 1e-3:
-        texts = ["0" if t == 0 else f"{t:.0e}".replace("e-0", "e-") for t in ticks]
+    top = max(abs(t) for t in ticks)
+    size, letter = next(((s, m) for s, m in ((1e9, " G"), (1e6, " M")) if s <= top < 1e12), (1.0, ""))
+    if scale.log:
+        texts = [_plain(t, max(0, -round(math.log10(t)))) for t in ticks]
     else:
+        step = abs(ticks[1] - ticks[0]) / size
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-        texts = [f"{t:.{decimals}f}" for t in ticks]
-    return [(text + (" %" if unit == "%" else "")).replace("-", "−", 1 if text[0] == "-" else 0) for text in texts]
+        texts = [_plain(t / size, decimals) + letter if t or not letter else "0" for t in ticks]
+    after = {"": "", "%": " %"}.get(unit, f" {unit}")
+    texts = [text + after if unit == "%" or i == len(texts) - 1 else text for i, text in enumerate(texts)]
+    return [text.replace("-", "−", 1 if text[0] == "-" else 0) for text in texts]
+
+
+def _plain(value: float, decimals: int) -> str:
+    if decimals <= 7 and abs(value) < 1e9:
+        return f"{value:,.{decimals}f}"
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(SUPERSCRIPT)}"
 
 
 def _values(chart: Chart, bands: Sequence[Band]) -> tuple[str, str]:
@@ -274,7 +288,7 @@ def _values(chart: Chart, bands: Sequence[Band]) -> tuple[str, str]:
     texts = []
     for step in steps:
         band = next((b for b in bands if b.first <= step <= b.last), None)
-        place = f"step {step:.0f}" + (f" ({band.name} {step - band.first + 1:.0f})" if band else "")
+        place = f"step {step:.0f}" + (f" ({band.name} {step - band.first + 1:.0f})" if band and band.name else "")
         figures = [
             f"{series.name} {table[step]}" for series, table in zip(chart.series, tables, strict=True) if step in table
         ]
@@ -304,11 +318,16 @@ def _legend(chart: Chart) -> Markup:
         if chart.stacked:
             mark = svg.rect(width=22, height=8, y=1, fill=_colour(i))
         else:
-            style = {"stroke": _colour(i), "stroke_width": 2, "stroke_dasharray": DASHES[i % 5]}
+            style = {**_stroke(series, i), "stroke_width": 2}
             mark = svg.element("line", x1=0, x2=22, y1=5, y2=5, **style)
         sample = svg.element("svg", mark, width=22, height=10, aria_hidden="true")
         items.append(svg.element("li", sample + series.name))
     return svg.element("ul", svg.join(items), class_="legend")
+
+
+def _stroke(series: Series, i: int) -> dict[str, object]:
+    colour, dash = (i if chosen is None else chosen for chosen in (series.colour, series.dash))
+    return {"stroke": _colour(colour), "stroke_dasharray": DASHES[dash % len(DASHES)]}
 
 
 def _colour(i: int) -> str:

@@ -3,45 +3,107 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from statistics import fmean, stdev
+from statistics import fmean
 
-from gadcore.measure.figures import number
+from gadcore.measure.figures import MEASURES, Measure, number
+from gadcore.measure.intervals import margin
+from gadcore.measure.likeness import NGRAMS, ngram_f1
 from gadcore.record.health import Warning, percent, watched
 from gadcore.record.tracking import Row
 
 FEW_ROWS = 30
+MINUS = str.maketrans("-", "−")
+ROUGE_L = next(measure for measure in MEASURES if measure.path == ("rouge_l",))
+
+
+def _ngram_f1(n: int, row: Row) -> float:
+    return ngram_f1(row["student"], row["teacher"], n)
+
+
+# What the rows of older runs, which drew one sample a prompt, say of measures that they do not hold.
+ONE_SAMPLE: dict[tuple[str, ...], Callable[[Row], float | None]] = {
+    **{("ngram_f1", str(n)): partial(_ngram_f1, n) for n in NGRAMS},
+    ("accuracy",): lambda row: None if (s := _scores(row)) is None else float(s[0] > s[1]),
+    ("margin",): lambda row: None if (s := _scores(row)) is None else s[0] - s[1],
+}
+# What the first sentence looks at, in this order: it names those that changed beyond the noise.
+HEADLINES = (("rouge_l",), ("repeated",), ("distinct_2",), ("cut_share",))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The change of ROUGE-L between two evaluations of the same prompts.
+    """The change of a measure between two evaluations of the same prompts.
 
     margin: half the width of the 95 % interval of the mean paired difference, over prompts; None below two prompts.
+    change: "better" or "worse" where the interval shows it, "noise" where it does not, None for a measure of which no
+    change is better or worse. up, down: prompts.
     """
 
     mean: float
     margin: float | None
     up: int
     down: int
+    change: str | None
 
     @property
     def clear(self) -> bool:
-        return self.margin is not None and abs(self.mean) > self.margin
+        return _clear(self.mean, self.margin)
 
 
-def difference(before: Sequence[Row], after: Sequence[Row]) -> Difference:
-    """The paired difference in ROUGE-L; both are rows of evaluations/*.jsonl in the same order, at least one."""
-    changes = [b["rouge_l"] - a["rouge_l"] for a, b in zip(before, after, strict=True)]
-    margin = 1.96 * stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-    return Difference(fmean(changes), margin, sum(c > 0 for c in changes), sum(c < 0 for c in changes))
+def values_of(measure: Measure, rows: Sequence[Row]) -> list[float] | None:
+    """The measure of every row of an evaluation; None where a row lacks it or it is not finite."""
+    read = ONE_SAMPLE.get(measure.path, lambda row: None)
+    values = [read(row) if (held := measure.of(row)) is None else held for row in rows]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return known if known and len(known) == len(rows) else None
+
+
+def difference(measure: Measure, before: Sequence[Row], after: Sequence[Row]) -> Difference | None:
+    """The paired difference; None where the rows are not of the same prompts, or lack the measure."""
+    if len(before) != len(after) or any(a["prompt"] != b["prompt"] for a, b in zip(before, after, strict=True)):
+        return None
+    first, second = values_of(measure, before), values_of(measure, after)
+    if first is None or second is None:
+        return None
+    changes = [b - a for a, b in zip(first, second, strict=True)]
+    gains = _gains(measure, first, second)
+    better: str | None = None
+    if gains is not None:
+        gained, lost = fmean(gains), margin(gains)
+        better = "noise" if not _clear(gained, lost) else "better" if gained > 0 else "worse"
+    up, down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
+    return Difference(fmean(changes), margin(changes), up, down, better)
+
+
+def _gains(measure: Measure, first: Sequence[float], second: Sequence[float]) -> list[float] | None:
+    """How much better every row has become; None for a measure of which no change is better or worse."""
+    if measure.better in ("discriminator", "as the teacher"):
+        return None
+    # Of a mean that should be near 1: how much nearer it has come is the mean of these.
+    if measure.better == "near 1":
+        one, two = (math.copysign(1.0, fmean(values) - 1) for values in (first, second))
+        return [one * (a - 1) - two * (b - 1) for a, b in zip(first, second, strict=True)]
+    sign = -1.0 if measure.better == "lower" else 1.0
+    return [sign * (b - a) for a, b in zip(first, second, strict=True)]
+
+
+def _clear(mean: float, around: float | None) -> bool:
+    # What rounding leaves of equal values is no change.
+    return around is not None and abs(mean) > max(around, 1e-12)
+
+
+def _scores(row: Row) -> tuple[float, float] | None:
+    """(teacher's, student's) of D."""
+    return None if row.get("student_score") is None else (row["teacher_score"], row["student_score"])
 
 
 def pretty(name: str) -> str:
     """The name of an evaluation or stage as people write it."""
-    return " ".join({"gad": "GAD", "seqkd": "SeqKD"}.get(word, word) for word in name.split("_"))
+    return " ".join({"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT"}.get(word, word) for word in name.split("_"))
 
 
 def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -86,6 +148,7 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
         return f"The evaluation of {count} held-out prompts has no ROUGE-L."
     if len(names) == 1:
         return f"Only one evaluation exists ({pretty(names[0])}): held-out ROUGE-L is {a:.3f} on {count} prompts."
+    others = _others(names, rows)
     found = between(names[0], names[-1], rows)
     if found is None:
         word = "rose" if b > a else "fell" if b < a else "stayed"
@@ -95,8 +158,36 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
         return f"Held-out ROUGE-L went from {a:.3f} to {b:.3f}, on one prompt, which shows nothing."
     interval = f"{_signed(found.mean)} ± {found.margin:.3f}, {counts}"
     if not found.clear:
-        return f"Held-out ROUGE-L did not change measurably: {a:.3f} before, {b:.3f} now ({interval})."
-    return f"Held-out ROUGE-L {'rose' if found.mean > 0 else 'fell'} from {a:.3f} to {b:.3f} ({interval})."
+        rouge_l = f"ROUGE-L did not change measurably: {a:.3f} before, {b:.3f} now ({interval})"
+        return f"Held-out {'; '.join([*others, rouge_l])}." if others else f"Held-out {rouge_l}."
+    stage = _by_stage(names, ROUGE_L, found, rows)
+    rouge_l = f"ROUGE-L {'rose' if found.mean > 0 else 'fell'} from {a:.3f} to {b:.3f} ({interval}{stage})"
+    return f"Held-out {'; '.join([rouge_l, *others])}."
+
+
+def _others(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Of the other headlines those that changed beyond the noise: from, to, by how much, by which stage."""
+    told = []
+    for measure in MEASURES:
+        if measure.path not in HEADLINES or measure is ROUGE_L:
+            continue
+        found = between(names[0], names[-1], rows, measure)
+        if found is None or not found.clear or found.margin is None:
+            continue
+        one, two = (measure.show(fmean(values_of(measure, rows[name]) or [math.nan])) for name in (names[0], names[-1]))
+        change = f"{measure.show(found.mean, signed=True)} ± {measure.show(found.margin)}".translate(MINUS)
+        word = "rose" if found.mean > 0 else "fell"
+        told.append(f"{measure.phrase} {word} from {one} to {two} ({change}{_by_stage(names, measure, found, rows)})")
+    return told
+
+
+def _by_stage(names: Sequence[str], measure: Measure, whole: Difference, rows: Mapping[str, Sequence[Row]]) -> str:
+    """The stages whose own change in the same direction is beyond the noise; "" where there is one stage, or none."""
+    if len(names) < 3:
+        return ""
+    steps = [(b, between(a, b, rows, measure)) for a, b in pairwise(names)]
+    clear = [name for name, found in steps if found and found.clear and (found.mean > 0) == (whole.mean > 0)]
+    return f", by {' and '.join(pretty(name).removeprefix('after ') for name in clear)}" if clear else ""
 
 
 def _step(a: str, b: str, evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str:
@@ -104,15 +195,15 @@ def _step(a: str, b: str, evaluations: Mapping[str, Row], rows: Mapping[str, Seq
     if found is None:
         one, two = evaluations[a].get("rouge_l"), evaluations[b].get("rouge_l")
         return f"{pretty(b).removeprefix('after ')} from {number(one)} to {number(two)}"
-    margin = f" ± {found.margin:.3f}" if found.margin is not None else ""
+    around = f" ± {found.margin:.3f}" if found.margin is not None else ""
     note = "" if found.clear else ", within the noise"
-    return f"{pretty(b).removeprefix('after ')} {_signed(found.mean)}{margin}{note}"
+    return f"{pretty(b).removeprefix('after ')} {_signed(found.mean)}{around}{note}"
 
 
-def between(a: str, b: str, rows: Mapping[str, Sequence[Row]]) -> Difference | None:
+def between(a: str, b: str, rows: Mapping[str, Sequence[Row]], measure: Measure = ROUGE_L) -> Difference | None:
     """The difference between the evaluations a and b; None where their rows are missing or not the same ones."""
     before, after = rows.get(a), rows.get(b)
-    return difference(before, after) if before and after and len(before) == len(after) else None
+    return difference(measure, before, after) if before and after else None
 
 
 def warnings(rows: Sequence[Row]) -> list[Warning]:
@@ -126,4 +217,4 @@ def warnings(rows: Sequence[Row]) -> list[Warning]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+.3f}".translate(MINUS)

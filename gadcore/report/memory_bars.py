@@ -33,6 +33,7 @@ UNKNOWN = "all holders"
 LIMIT_WITHIN = 2.0
 ROW, BAR, TOP = 74, 24, 26  # pixels
 NUMBERED_FROM = 0.035  # of the width
+MOST_BYTES = 2.0**60  # a figure beyond is none of a machine's
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _states(recorded: Mapping[str, Mapping[str, int]], rows: Sequence[Row]) -> l
 
 
 def _largest(rows: Sequence[Row], key: str) -> float | None:
-    return max((row[key] for row in rows if key in row), default=None)
+    return max((row[key] for row in rows if key in row and 0 <= row[key] <= MOST_BYTES), default=None)
 
 
 def _order(holder: str) -> tuple[int, int, str]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gadcore.files import write_whole
+from gadcore.files import file_name, write_whole
 from gadcore.record.html import standalone
 from gadcore.report.files import RunFiles, load
+from gadcore.report.overlay import overlay_of
 from gadcore.report.parts import parts_of
 
 
@@ -21,6 +22,19 @@ def write_report(run_dir: Path) -> Path:
     run = load(run_dir)
     target = Path(run_dir) / "report.html"
     write_whole(target, render(run), errors="replace")
+    return target
+
+
+def write_overlay(one: Path, two: Path) -> Path:
+    """Writes <two>/report-beside-<name of one>.html, both runs on one page, and returns its path; raises as above."""
+    first, second = load(one), load(two)
+    target = Path(two) / f"report-beside-{file_name(first.folder.resolve().name)}.html"
+    variables = overlay_of(first, second)
+    write_whole(
+        target,
+        standalone("gadcore.report", "report", f"{variables['run']}: gadcore report", **variables),
+        errors="replace",
+    )
     return target
 
 

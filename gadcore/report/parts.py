@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -11,13 +11,13 @@ from typing import Any
 
 from gadcore.config.settings import GateSettings
 from gadcore.evaluate.table import evaluation_section
-from gadcore.measure.figures import MEASURES, clock, number
+from gadcore.measure.figures import MEASURES, Measure, clock, number
 from gadcore.record.tracking import Row
 from gadcore.report import findings
 from gadcore.report.charts import Band, draw
-from gadcore.report.curves import groups_of
+from gadcore.report.curves import Group, groups_of
 from gadcore.report.files import RunFiles
-from gadcore.report.findings import pretty
+from gadcore.report.findings import MINUS, pretty
 from gadcore.report.memory_bars import memory_of
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
@@ -26,6 +26,7 @@ BETTER = {
     "higher": "higher",
     "lower": "lower",
     "near 1": "nearer 1",
+    "as the teacher": "as the teacher",
     "discriminator": "open",
 }
 ORDERS = (
@@ -35,59 +36,74 @@ ORDERS = (
     ("rouge -1", "Highest ROUGE-L at the end"),
     ("length -1", "Longest beside the teacher's"),
 )
-MINUS = str.maketrans("-", "−")
+# Whoever asks whether the student has improved need not see these.
+FOLDED = ("machinery", "hardware", "other")
+Fact = tuple[str, str, str]  # label, value, small print
 
 
 def parts_of(run: RunFiles) -> dict[str, Any]:
     """Every variable of the template except the assets."""
     summary = run.summary or {}
-    figures = _figures(run)
-    bands = _bands(run.metrics)
+    figures = figures_of(run)
+    bands = bands_of(run.metrics)
     warned = findings.warnings(run.metrics)
     return {
-        "run": summary.get("run") or run.config.get("run", {}).get("name") or run.folder.resolve().name,
+        "run": run.name,
         "finished": run.summary is not None,
         "state": _state(run),
         "verdict": [*findings.verdict(figures, run.evaluations), *_decisions(run)],
         "warnings": warned,
         "checked": _checked(run.metrics, bool(warned)),
-        "facts": _facts(run),
-        "evaluation": _evaluation(run, figures),
+        "facts": facts_of(run),
+        "evaluation": table_of(figures, run.evaluations, pretty, _unfinished(run)),
         "eval_tables": evaluation_section(run.folder / "eval"),
-        "groups": [
-            {
-                "key": group.key,
-                "title": group.title,
-                "about": group.about,
-                "absent": ", ".join(group.absent),
-                "charts": [{"title": c.title, "about": c.about, "html": draw(c, bands)} for c in group.charts],
-            }
-            for group in groups_of(run.metrics)
-        ],
+        "groups": [group_of(group, bands) for group in groups_of(run.metrics)],
         "memory": memory_of(run),
-        "samples": _samples(run.evaluations),
+        "machine": _machine(run),
+        "samples": samples_of(run.evaluations),
+        "about_samples": "The same prompts after every stage, beside the teacher's response. Scores are the "
+        "discriminator's at that time: they compare within one column, not across columns.",
         "orders": ORDERS,
         "training_samples": [_training_sample(row) for row in run.samples],
-        "notes": _notes(run),
+        "notes": notes_of(run),
         "phases": _phases(summary.get("seconds") or {}),
-        "config_text": run.config_text,
+        "configs": [("config.toml", run.config_text)],
         "folder": run.folder.resolve().name,
     }
 
 
-def _figures(run: RunFiles) -> dict[str, Row]:
+def group_of(group: Group, bands: Sequence[Band]) -> dict[str, Any]:
+    """A section of charts."""
+    return {
+        "key": group.key,
+        "title": group.title,
+        "about": group.about,
+        "absent": ", ".join(group.absent),
+        "folded": group.key in FOLDED,
+        "charts": [{"title": c.title, "about": c.about, "html": draw(c, bands)} for c in group.charts],
+    }
+
+
+def figures_of(run: RunFiles) -> dict[str, Row]:
     """E by name: from summary.json, and for evaluations that it does not know (yet) from their rows."""
     figures: dict[str, Row] = dict((run.summary or {}).get("evaluations") or {})
     for name, rows in run.evaluations.items():
         if name not in figures and rows:
-            figures[name] = {"rows": len(rows)} | {
-                key: fmean(row[key] for row in rows) for key in ("rouge_l", "length_ratio")
-            }
-            pairs = [(r["teacher_score"], r["student_score"]) for r in rows if r.get("student_score") is not None]
-            if pairs:
-                figures[name] |= {"margin": fmean(t - s for t, s in pairs), "accuracy": fmean(t > s for t, s in pairs)}
+            figures[name] = _figures_of(rows)
     order = [*run.evaluations, *(name for name in figures if name not in run.evaluations)]
     return {name: figures[name] for name in order if name in figures}
+
+
+def _figures_of(rows: Sequence[Row]) -> Row:
+    """E of the rows of an evaluation."""
+    found: Row = {"rows": len(rows)}
+    for measure in MEASURES:
+        values = findings.values_of(measure, rows)
+        if values is not None:
+            *outer, last = measure.path
+            place = found.setdefault(outer[0], {}) if outer else found
+            place[last] = fmean(values)
+    return found
 
 
 def _decisions(run: RunFiles) -> list[str]:
@@ -106,7 +122,8 @@ def _decisions(run: RunFiles) -> list[str]:
     return sentences
 
 
-def _bands(rows: Sequence[Row]) -> list[Band]:
+def bands_of(rows: Sequence[Row]) -> list[Band]:
+    """The stages of a run."""
     names = list(dict.fromkeys(row["stage"] for row in rows))
     steps = {name: [row["step"] for row in rows if row["stage"] == name] for name in names}
     return [Band(pretty(name), min(steps[name]), max(steps[name])) for name in names]
@@ -131,10 +148,10 @@ def _checked(rows: Sequence[Row], warned: bool) -> str:
     return ("" if warned else "No warnings. ") + f"Checked: {subjects}."
 
 
-def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
-    """(label, value, small print) of the header."""
+def facts_of(run: RunFiles) -> list[Fact]:
+    """The header."""
     summary, config = run.summary or {}, run.config
-    models, machine, seconds = (summary.get(key) or {} for key in ("models", "machine", "seconds"))
+    models, seconds = (summary.get(key) or {} for key in ("models", "seconds"))
     data, tokens = summary.get("data") or {}, summary.get("tokens") or {}
     student = models.get("student") or config.get("student", {}).get("model", "–")
     discriminator = models.get("discriminator") or config.get("discriminator", {}).get("model", "–")
@@ -143,15 +160,21 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     parameters = f"{models['parameters'] / 1e6:,.1f} M parameters" if models.get("parameters") else ""
     sets = config.get("data", {})
     rows = f"{data['train_rows']} training rows, {data['eval_rows']} held out" if data else ""
-    steps = summary.get("steps") or {band.name: band.last - band.first + 1 for band in _bands(run.metrics)}
+    steps = summary.get("steps") or {band.name: band.last - band.first + 1 for band in bands_of(run.metrics)}
     drawn = f"{tokens['sampled']:,} tokens sampled, {tokens['trained']:,} trained on" if tokens else ""
-    facts = [
+    facts: list[Fact] = [
         ("Student", student, parameters),
         ("Discriminator", discriminator, ""),
         ("Data", str(sets.get("train", "–")), rows),
         ("Steps", ", ".join(f"{pretty(name)} {count}" for name, count in steps.items()) or "none yet", drawn),
         ("Time", *_time(run, seconds)),
     ]
+    return facts
+
+
+def _machine(run: RunFiles) -> list[Fact]:
+    machine = (run.summary or {}).get("machine") or {}
+    facts: list[Fact] = []
     if machine:
         versions = ", ".join(
             f"{name} {machine[name]}" for name in ("torch", "vllm", "transformers") if machine.get(name)
@@ -179,12 +202,15 @@ def _date(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
 
 
-def _evaluation(run: RunFiles, figures: dict[str, Row]) -> dict[str, Any]:
-    """The table: a column an evaluation, a column a difference between neighbours, and one from first to last."""
+def table_of(
+    figures: Mapping[str, Row], rows_of: Mapping[str, Sequence[Row]], title: Callable[[str], str], caption: str
+) -> dict[str, Any]:
+    """The table: a column of the change from first to last and one between neighbours, then one of every evaluation.
+
+    figures: E by name. rows_of: the rows of evaluations by name, which the changes are tested on. title: of a name.
+    """
     names = list(figures)
-    pairs = list(pairwise(names))
-    if len(names) > 2:
-        pairs.append((names[0], names[-1]))
+    pairs = [(names[0], names[-1]), *pairwise(names)] if len(names) > 2 else list(pairwise(names))
     rows = []
     for measure in MEASURES:
         values = {name: measure.of(figures[name]) for name in names}
@@ -194,20 +220,46 @@ def _evaluation(run: RunFiles, figures: dict[str, Row]) -> dict[str, Any]:
         for a, b in pairs:
             one, two = values[a], values[b]
             gap = None if one is None or two is None else two - one
-            found = findings.between(a, b, run.evaluations) if measure.path == ("rouge_l",) else None
-            change = "noise" if found and not found.clear else measure.change(one, two)
-            changes.append((measure.show(gap, signed=True).translate(MINUS), change))
+            found = findings.between(a, b, rows_of, measure)
+            changes.append(_change(measure, gap, found))
         shown = [measure.show(value).translate(MINUS) for value in values.values()]
         rows.append({"label": measure.label, "values": shown, "changes": changes, "better": BETTER[measure.better]})
     counts = sorted({str(e["rows"]) for e in figures.values() if "rows" in e})
-    caption = f"On {' or '.join(counts) or 'the'} held-out prompts, one response each."
-    if run.summary is None:
-        caption += " From the evaluation files, since summary.json is not written yet: some measures are missing."
-    titles = [f"{pretty(a)} → {pretty(b)}" for a, b in pairs]
-    return {"names": [pretty(name) for name in names], "changes": titles, "rows": rows, "caption": caption}
+    samples = {e.get("samples", 1) for e in figures.values()}
+    each = "one response each" if samples == {1} else f"{' or '.join(map(str, sorted(samples)))} responses each"
+    caption = f"On {' or '.join(counts) or 'the'} held-out prompts, {each}.{_teachers_words(figures)}{caption}"
+    titles = [f"{title(a)} → {title(b)}" for a, b in pairs]
+    return {"names": [title(name) for name in names], "changes": titles, "rows": rows, "caption": caption}
 
 
-def _samples(evaluations: dict[str, list[Row]]) -> list[dict[str, Any]]:
+def _teachers_words(figures: Mapping[str, Row]) -> str:
+    """What the teacher's responses have of the measures that they have by themselves."""
+    teachers = [e["teacher"] for e in figures.values() if e.get("teacher")]
+    if not teachers or any(teacher != teachers[0] for teacher in teachers):
+        return ""
+    named = [(measure, value) for measure in MEASURES if (value := measure.of(teachers[0])) is not None]
+    return " The teacher's: " + ", ".join(f"{measure.label} {measure.show(value)}" for measure, value in named) + "."
+
+
+def _change(measure: Measure, gap: float | None, found: findings.Difference | None) -> tuple[str, str | None]:
+    """(text, kind) of a change: better, worse, noise, untested, or None where no change is better or worse."""
+    text = measure.show(gap, signed=True).translate(MINUS)
+    if gap is None:
+        return text, None
+    if found is None or found.margin is None:
+        return text, None if measure.better == "discriminator" else "untested"
+    around = f"{100 * found.margin:.1f} pp" if measure.share else f"{found.margin:.3f}"
+    return f"{text.removesuffix(' pp')} ± {around}", found.change
+
+
+def _unfinished(run: RunFiles) -> str:
+    if run.summary is not None:
+        return ""
+    return " From the evaluation files, since summary.json is not written yet: some measures are missing."
+
+
+def samples_of(evaluations: Mapping[str, Sequence[Row]], title: Callable[[str], str] = pretty) -> list[dict[str, Any]]:
+    """The responses to every prompt, the teacher's first. evaluations: of the same prompts as far as they go."""
     names = [name for name, rows in evaluations.items() if rows]
     if not names:
         return []
@@ -222,7 +274,7 @@ def _samples(evaluations: dict[str, list[Row]]) -> list[dict[str, Any]]:
         sides += [
             {
                 "kind": "last" if name == last else "",
-                "label": pretty(name),
+                "label": title(name),
                 "figures": _side(row),
                 "text": row["student"],
             }
@@ -262,7 +314,8 @@ def _training_sample(row: Row) -> dict[str, Any]:
     }
 
 
-def _notes(run: RunFiles) -> list[str]:
+def notes_of(run: RunFiles) -> list[str]:
+    """What happened to data and files."""
     summary = run.summary or {}
     notes = [str(note) for note in (summary.get("data") or {}).get("notes") or ()]
     if summary and not notes:

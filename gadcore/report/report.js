@@ -110,6 +110,14 @@ for (const browser of document.querySelectorAll(".browser")) {
   show();
 }
 
+// A link into a fold-out opens it.
+function unfold() {
+  const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (target && target.tagName === "DETAILS") { target.open = true; target.scrollIntoView(); }
+}
+addEventListener("hashchange", unfold);
+unfold();
+
 // A fold-out prints only when it is open.
 addEventListener("beforeprint", () => {
   document.querySelectorAll("details.print").forEach((node) => { node.open = true; });

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from gadcore.text import visible
+
 Point = tuple[float, float]
 
 
@@ -40,8 +42,14 @@ def element(name: str, content: str | None = None, /, **attributes: object) -> M
 
     attributes: in their order; class_ stands for class, stroke_width for stroke-width.
     """
-    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{written}/>" if content is None else f"<{name}{written}>{escape(content)}</{name}>")
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(visible(str(value)))}"' for key, value in attributes.items()
+    )
+    return Markup(f"<{name}{written}/>" if content is None else f"<{name}{written}>{_shown(content)}</{name}>")
+
+
+def _shown(content: str) -> Markup:
+    return content if isinstance(content, Markup) else escape(visible(content))
 
 
 def text(content: str, /, **attributes: object) -> Markup:

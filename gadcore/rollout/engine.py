@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +28,9 @@ class SampleRequest:
     prompt_ids: tuple[int, ...]
     n: int
     seed: int
+
+
+Done = Callable[[int, list[Response]], None]
 
 
 class Engine(ABC):
@@ -60,12 +63,13 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None
     ) -> list[list[Response]]:
         """Samples from softmax(logits / temperature), greedily at temperature 0, up to max_tokens tokens.
 
         Returns per request its n responses, each ended by the template's end marker or cut at max_tokens, with
         the log-probability of every token under the distribution it was drawn from.
+        done: called with a request's place in `requests` and its responses as soon as these are there, in any order.
         """
 
     @abstractmethod

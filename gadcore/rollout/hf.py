@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
-from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.weights import WeightSource
 
 
@@ -28,9 +28,14 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None
     ) -> list[list[Response]]:
-        return [self._one(request, temperature, max_tokens) for request in requests]
+        drawn = []
+        for place, request in enumerate(requests):
+            drawn.append(self._one(request, temperature, max_tokens))
+            if done is not None:
+                done(place, drawn[-1])
+        return drawn
 
     def _one(self, request: SampleRequest, temperature: float, max_tokens: int) -> list[Response]:
         greedy = temperature == 0

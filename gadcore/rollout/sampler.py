@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from gadcore.data.groups import Group, Response
-from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.weights import WeightSource
 
 States = Callable[[str], AbstractContextManager[None]]
@@ -52,14 +52,16 @@ class Sampler:
         for group, samples in zip(groups, self.generate(requests), strict=True):
             group.samples = samples
 
-    def generate(self, requests: Sequence[SampleRequest]) -> list[list[Response]]:
-        """Per request its n responses."""
+    def generate(self, requests: Sequence[SampleRequest], done: Done | None = None) -> list[list[Response]]:
+        """Per request its n responses. done: told of each as soon as it has them, see Engine.generate()."""
         with self._states("synchronise"):
             self.engine.wake("weights")
             self.engine.update_weights(self.weights)
         with self._states("rollout"):
             self.engine.wake("kv_cache")
-            responses = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens)
+            # An engine that is trained with only need not know of it.
+            told = {} if done is None else {"done": done}
+            responses = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
         if self._alone:
             self.engine.sleep()
         return responses

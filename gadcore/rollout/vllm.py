@@ -8,7 +8,8 @@ optimizer step *is* the weight update. Elsewhere update_weights() copies into vL
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from gadcore.errors import UserError, foreign
 from gadcore.kernels.cast_copy import cast_copy
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
-from gadcore.rollout.engine import Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.vllm_classes import TrainersClasses
 from gadcore.rollout.weights import PlainWeights, WeightSource, checksums
 
@@ -166,7 +167,7 @@ class VLLMEngine(Engine):
         return list({cache.data_ptr(): cache for cache in caches}.values())
 
     def generate(
-        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int
+        self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None
     ) -> list[list[Response]]:
         if not self._current or "kv_cache" not in self._awake:
             raise RuntimeError("the engine has slept: wake its weights, update them, then wake its key-value cache")
@@ -185,12 +186,35 @@ class VLLMEngine(Engine):
             )
             for r in requests
         ]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        groups = []
-        for request, output in zip(requests, outputs, strict=True):
-            samples = [self._response(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
-            groups.append(samples if temperature > 0 else samples * request.n)
-        return groups
+        with self._telling(requests, done) if done else nullcontext():
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [self._responses(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    @contextmanager
+    def _telling(self, requests: Sequence[SampleRequest], done: Done) -> Iterator[None]:
+        """Tells of every request as soon as it is finished, while the block makes vLLM generate."""
+        # vLLM numbers its requests through.
+        engine, first = self.llm.llm_engine, self.llm.request_counter.counter
+        step = engine.step
+
+        def watched() -> list[Any]:
+            outputs: list[Any] = step()
+            for output in outputs:
+                if output.finished:
+                    place = int(output.request_id) - first
+                    done(place, self._responses(requests[place], output))
+            return outputs
+
+        engine.step = watched
+        try:
+            yield
+        finally:
+            engine.step = step
+
+    def _responses(self, request: SampleRequest, output: Any) -> list[Response]:
+        samples = [self._response(sample) for sample in sorted(output.outputs, key=lambda o: o.index)]
+        # Greedily all samples of a prompt are one.
+        return samples if len(samples) == request.n else samples * request.n
 
     def _response(self, sample) -> Response:  # type: ignore[no-untyped-def]
         ids = tuple(sample.token_ids)

@@ -7,25 +7,22 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
-
-import httpx2
-import openai
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from gadcore.errors import UserError
 from gadcore.teacher.limits import MinuteLimit, Purse, Taken, cost, most
-from gadcore.teacher.settings import Budget, Endpoint
-from gadcore.teacher.store import ChatRequest, Reply, ReplyStore, Spent, Unusable
+from gadcore.teacher.reply import Reply, Unusable, refused
+from gadcore.teacher.secret import Secret
+from gadcore.teacher.settings import OPENAI, Budget, Endpoint
+from gadcore.teacher.store import ChatRequest, ReplyStore, Spent
+from gadcore.teacher.transport import Transport
+from gadcore.text import say
 
-# Wrong for one request, wrong for all: no key or a wrong one, no such model or address.
-_HOPELESS = (openai.AuthenticationError, openai.NotFoundError)
-
-FIRST_DELAY_S = 0.5  # before an unusable answer is asked for again; twice as long each time, up to 8 s
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 8.0  # before a request is tried again; twice as long each time
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -35,6 +32,7 @@ class Tally:
 
     asked_for: different requests. kept: of these, answered before. answered, failed ({key: reason}): in this run.
     sent: HTTP requests, retries included. spent, cost: of the whole store. stopped: why not all were asked.
+    odd: {what was odd about replies: in how many}, in this run.
     """
 
     asked_for: int
@@ -44,6 +42,7 @@ class Tally:
     answered: int = 0
     sent: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    odd: Counter[str] = field(default_factory=Counter)
     stopped: str | None = None
 
     @property
@@ -62,9 +61,11 @@ def ask_all(
     *,
     budget: Budget | None = None,
     watch: Callable[[Tally], None] = lambda tally: None,
+    usable: Callable[[Reply], bool] = lambda reply: True,
 ) -> Tally:
     """Has every request answered that the store does not hold yet, in their order, endpoint.concurrency at a time.
 
+    usable: a stored reply for which it is false is asked for anew; the newer one then takes its place.
     watch: called at the start and after every request. SIGTERM or Ctrl-C lets the requests in flight finish and
     returns; the second one raises KeyboardInterrupt. Requests that failed are in the tally and in the store, with the
     reason, and are asked again by the next call.
@@ -73,8 +74,8 @@ def ask_all(
     """
     if not endpoint.model:
         raise UserError("no model is named: set endpoint.model to its name on the server, --endpoint.model NAME")
-    different = {request.key(endpoint.model): request for request in requests}
-    pending = {key: request for key, request in different.items() if key not in store}
+    different = {store.key(request, endpoint.model): request for request in requests}
+    pending = {key: request for key, request in different.items() if (r := store.get(key)) is None or not usable(r)}
     tally = Tally(len(different), len(different) - len(pending), store.spent, cost(endpoint, store.spent))
     watch(tally)
     if pending:
@@ -85,14 +86,14 @@ def ask_all(
 
 def _api_key(endpoint: Endpoint) -> str:
     key = os.environ.get(endpoint.api_key_variable, "").strip()
-    if not key and endpoint.host == "api.openai.com":
+    if not key and endpoint.host == OPENAI:
         raise UserError(
             f"the environment variable {endpoint.api_key_variable} is not set: put your key into it, or name another "
             "one by endpoint.api_key_variable"
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError(f"the key in the environment variable {endpoint.api_key_variable} holds characters no key has")
-    return key or "none"  # the client insists on one; a server without keys ignores it
+    return key
 
 
 def exit_code(stopped: str | None) -> int:
@@ -107,7 +108,7 @@ def _stop_signals(tally: Tally) -> Iterator[None]:
         if tally.stopped:
             raise KeyboardInterrupt
         tally.stopped = signal.Signals(number).name
-        print("gadcore: waiting for the requests in flight; Ctrl-C again stops at once", file=sys.stderr)
+        say("gadcore: waiting for the requests in flight; Ctrl-C again stops at once", sys.stderr)
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
@@ -117,28 +118,6 @@ def _stop_signals(tally: Tally) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _PacedClient(DefaultAsyncHttpxClient):
-    """Every HTTP request, retries included, waits for its place in the minute and must be answered in time.
-
-    The time is for the whole answer: httpx2's own limits start again with every byte that arrives.
-    """
-
-    def __init__(self, limit: MinuteLimit, timeout: float) -> None:
-        super().__init__(timeout=None)
-        self._limit, self._seconds, self.sent = limit, timeout, 0
-
-    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        while wait := self._limit.delay():
-            await asyncio.sleep(wait)
-        self._limit.take()
-        self.sent += 1
-        try:
-            async with asyncio.timeout(self._seconds):
-                return await super().send(request, **options)
-        except TimeoutError:
-            raise httpx2.ReadTimeout(f"no whole answer in {self._seconds:g} s", request=request) from None
-
-
 class _Run:
     """One call of ask_all()."""
 
@@ -146,27 +125,21 @@ class _Run:
         self, endpoint: Endpoint, store: ReplyStore, budget: Budget, tally: Tally, watch: Callable[[Tally], None]
     ) -> None:
         self._endpoint, self._store, self._tally, self._watch = endpoint, store, tally, watch
-        self._secret = _api_key(endpoint)
+        self._secret = Secret(_api_key(endpoint))
         self._purse = Purse(budget, endpoint)
         self._tokens = MinuteLimit(endpoint.tokens_per_minute)
-        self._http = _PacedClient(MinuteLimit(endpoint.requests_per_minute), endpoint.timeout)
-        self._client = AsyncOpenAI(
-            api_key=self._secret,
-            base_url=endpoint.base_url,
-            max_retries=endpoint.max_retries,
-            timeout=None,
-            http_client=self._http,
-        )
+        self._transport = Transport(endpoint, self._secret)
         self._failed_in_a_row = 0
+        self._error: BaseException | None = None
 
     async def ask(self, pending: dict[str, ChatRequest]) -> None:
         running: set[asyncio.Task[None]] = set()
-        async with self._client:
+        async with self._transport:
             for key, request in pending.items():
                 limit = most(request)
                 # Those in flight may turn out cheaper than they might be: the budget is spent when none is left.
                 while running and (len(running) >= self._endpoint.concurrency or self._exceeded_by(limit)):
-                    running = await _until_one_ends(running)
+                    running = await self._until_one_ends(running)
                 while not self._tally.stopped and (wait := self._tokens.delay(limit.tokens)):
                     await asyncio.sleep(min(wait, 1.0))
                 if not self._tally.stopped and (setting := self._exceeded_by(limit)):
@@ -176,7 +149,18 @@ class _Run:
                 self._purse.reserve(limit)
                 running.add(asyncio.create_task(self._one(key, request, limit, self._tokens.take(limit.tokens))))
             while running:
-                running = await _until_one_ends(running)
+                running = await self._until_one_ends(running)
+        if self._error is not None:
+            raise self._error
+
+    async def _until_one_ends(self, running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+        """What fails for a reason of ours, as a full disk, ends the asking; those in flight are still let finish."""
+        done, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if (error := task.exception()) is not None:
+                self._error = self._error or error
+                self._tally.stopped = self._tally.stopped or str(error)
+        return left
 
     def _exceeded_by(self, amount: Spent) -> str | None:
         return self._purse.exceeded_by(amount, self._store.spent)
@@ -189,6 +173,7 @@ class _Run:
             spent = Spent.of(request, answer.usage, answer.text)
             self._store.add(request, self._endpoint.model, answer, spent, time.monotonic() - began)
             taken.amount = spent.tokens
+            tally.odd.update(answer.told)
             tally.answered += 1
             self._failed_in_a_row = 0
         else:
@@ -198,7 +183,7 @@ class _Run:
                 tally.stopped = f"{self._failed_in_a_row} requests in a row failed (endpoint.give_up_after): {answer}"
         self._purse.release(limit)
         tally.sent, tally.spent, tally.cost = (
-            self._http.sent,
+            self._transport.sent,
             self._store.spent,
             cost(self._endpoint, self._store.spent),
         )
@@ -206,49 +191,34 @@ class _Run:
 
     async def _answer(self, request: ChatRequest) -> Reply | str:
         """The reply, or the reason why there is none; every failure is in the store, with what it cost."""
-        model, reason = self._endpoint.model, ""
-        create: Any = self._client.chat.completions.with_raw_response.create
+        end = time.monotonic() + self._endpoint.total_timeout
+        body = {**request.parameters, "model": self._endpoint.model, "messages": [dict(m) for m in request.messages]}
         for attempt in range(self._endpoint.max_retries + 1):
-            if attempt:
-                await asyncio.sleep(min(FIRST_DELAY_S * 2 ** (attempt - 1), 8.0))
             try:
-                raw = await create(model=model, messages=request.messages, extra_body=dict(request.parameters))
-                return Reply.parse(raw.http_response.content)
+                answer = await self._transport.post(body, min(self._endpoint.timeout, end - time.monotonic()))
+                if answer.status == 200:
+                    return Reply.parse(answer.body, self._secret)
+                raise refused(answer.status, answer.body, self._secret, answer.wait_s)
             except Unusable as error:
-                reason = self._public(str(error))
-                self._store.add_failure(request, model, reason, Spent.of(request, error.usage))
+                if error.filtered:
+                    return Reply("", "content_filter")  # the prompt was filtered: an answer that will not change
+                reason = str(error)
+                if reason.startswith("HTTP 401"):
+                    reason += f" (the key is read from the environment variable {self._endpoint.api_key_variable})"
+                if error.hopeless and not self._tally.stopped:
+                    self._tally.stopped = reason
+                spent = Spent.of(request, error.usage) if error.billed else Spent()
+                self._store.add_failure(request, self._endpoint.model, reason, spent)
+                wait = error.wait_s or min(FIRST_DELAY_S * 2**attempt, LONGEST_DELAY_S)
+                if error.lasting or self._tally.stopped or attempt == self._endpoint.max_retries:
+                    return reason
                 if self._exceeded_by(Spent()):
                     return f"{reason}; the budget leaves no room to ask again"
-            except openai.APIError as error:
-                if error.code == "content_filter":
-                    return Reply("", "content_filter")  # the prompt was filtered: an answer that will not change
-                reason = self._public(_reason(error))
-                if isinstance(error, openai.AuthenticationError):
-                    reason += f" (the key is read from the environment variable {self._endpoint.api_key_variable})"
-                if isinstance(error, _HOPELESS) and not self._tally.stopped:
-                    self._tally.stopped = reason
-                self._store.add_failure(request, model, reason, Spent())
+                if time.monotonic() + wait >= end:
+                    return f"{reason}; endpoint.total_timeout leaves no time to ask again"
+            again = time.monotonic() + wait
+            while (left := again - time.monotonic()) > 0 and not self._tally.stopped:
+                await asyncio.sleep(min(left, 0.5))
+            if self._tally.stopped:
                 return reason
-        return reason
-
-    def _public(self, reason: str) -> str:
-        """One line without the key: servers repeat it when they refuse it."""
-        return " ".join(reason.split())[:300].replace(self._secret, "***")
-
-
-async def _until_one_ends(running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-    done, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
-    return left
-
-
-def _reason(error: openai.APIError) -> str:
-    if isinstance(error, openai.APIStatusError):
-        after = error.response.headers.get("retry-after")
-        # .body is the error object of the answer where it has one, and .message only repeats it with brackets.
-        said = error.body.get("message") if isinstance(error.body, dict) else None
-        return f"HTTP {error.status_code}: {said or error.message}" + (f" (Retry-After: {after})" if after else "")
-    # The client says "Connection error."; what happened stands in the cause.
-    cause = error.__cause__
-    return f"no answer: {str(cause) or type(cause).__name__}" if cause else error.message
+        raise AssertionError("the last attempt returns")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from rich.console import Console
 
 from gadcore.config import loading
 from gadcore.files import write_whole
-from gadcore.record.text import clean
 from gadcore.teacher.prompts import read_prompts
 from gadcore.teacher.settings import CollectConfig
+from gadcore.text import say
 
 
 def main(arguments: list[str]) -> int:
@@ -30,38 +31,40 @@ def main(arguments: list[str]) -> int:
 
     folder = Path(config.output.dir)
     requests = requests_of(config, prompts)
-    with ReplyStore(folder / "replies.jsonl") as store:
+    with ReplyStore(folder / "replies.jsonl", config.endpoint.address) as store:
         write_whole(folder / "config.toml", loading.dump(config))
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        if store.repaired:
-            console.print(f"note {clean(store.repaired)}", soft_wrap=True)
+        for note in store.notes():
+            say(f"note {note}", sys.stderr)
         try:
             with progress(console, "collect") as watch:
                 asked = [request for _, request in requests.values()]
                 tally = ask_all(config.endpoint, asked, store, budget=config.budget, watch=watch)
         except KeyboardInterrupt:
-            print(f"stopped at once; what was answered is in {store.path}, the same command goes on", flush=True)
+            say(f"stopped at once; what was answered is in {store.path}, the same command goes on")
             return 128 + signal.SIGINT
         collected = write_rows(config, prompts, requests, store)
         others = len(store) - sum(key in store for key in requests)
         write_whole(folder / "README.md", data_card(config, collected, tally, others))
 
     counts = ", ".join(f"{count} {name}" for name, count in sorted(collected.outcomes.items())) or "no replies"
-    print(
+    say(
         f"{tally.asked_for} prompts: {counts}, {len(tally.failed)} failed, {tally.unasked} not asked; "
         f"{tally.kept} of the replies were there before"
     )
     for reason, count in Counter(tally.failed.values()).most_common(10):
-        print(f"failed ({count}): {clean(reason)}")
+        say(f"failed ({count}): {reason}")
+    for what, count in tally.odd.most_common(10):
+        say(f"odd ({count}): {what}")
     if tally.stopped:
-        print(f"stopped: {clean(tally.stopped)}")
+        say(f"stopped: {tally.stopped}")
     if others:
-        print(f"{store.path} also holds {others} replies to other prompts, parameters or models")
+        say(f"{store.path} also holds {others} replies to other prompts, parameters, models or addresses")
     money = "" if tally.cost is None else f", {tally.cost:.4f} by the prices given"
-    print(f"spent so far: {tally.spent.requests} answers, {tally.spent.tokens} tokens{money}")
+    say(f"spent so far: {tally.spent.requests} answers, {tally.spent.tokens} tokens{money}")
     eval_rows = f", {folder / 'eval.jsonl'}: {collected.eval}" if config.output.eval_share else ""
-    print(f"rows: {folder / 'train.jsonl'}: {collected.train}{eval_rows}; data card: {folder / 'README.md'}")
+    say(f"rows: {folder / 'train.jsonl'}: {collected.train}{eval_rows}; data card: {folder / 'README.md'}")
     if tally.complete:
         return 0
-    print("the same command asks for what is missing")
+    say("the same command asks for what is missing")
     return exit_code(tally.stopped)

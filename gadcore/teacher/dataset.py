@@ -11,15 +11,17 @@ from typing import Any
 
 from gadcore.files import write_jsonl
 from gadcore.teacher.prompts import Messages, PromptRow, asked_messages
+from gadcore.teacher.reply import MOST_TOKENS, Reply
 from gadcore.teacher.settings import CollectConfig
-from gadcore.teacher.store import ChatRequest, Reply, ReplyStore
+from gadcore.teacher.store import ChatRequest, ReplyStore
 
 
 @dataclass
 class Collected:
     """What the prompts have become; all counts are of different requests.
 
-    outcomes, finish_reasons: {name: count}. served_by: the models as the server named them. dates: (first, last), UTC.
+    outcomes, finish_reasons: {name: count}. served_by: the models as the server named them. told: {what was odd about
+    replies: in how many}. dates: (first, last), UTC.
     prompt_chars, response_chars: of the rows in train and eval. response_tokens: where the server counted them.
     """
 
@@ -31,6 +33,7 @@ class Collected:
     outcomes: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
     served_by: Counter[str] = field(default_factory=Counter)
+    told: Counter[str] = field(default_factory=Counter)
     dates: list[str] = field(default_factory=list)
     prompt_chars: list[int] = field(default_factory=list)
     response_chars: list[int] = field(default_factory=list)
@@ -43,7 +46,7 @@ def requests_of(config: CollectConfig, prompts: Sequence[PromptRow]) -> dict[str
     parameters = config.sampling.parameters()
     for row in prompts:
         request = ChatRequest(asked_messages(row, config.prompts.system_prompt), parameters)
-        requests.setdefault(request.key(config.endpoint.model), (row, request))
+        requests.setdefault(request.key(config.endpoint.model, config.endpoint.address), (row, request))
     return requests
 
 
@@ -54,18 +57,18 @@ def write_rows(
     """Writes train.jsonl, and eval.jsonl where output.eval_share asks for it, beside the store.
 
     A row is {"prompt" or "messages", "teacher_response", "source", "teacher"}, in the order of the prompts. Responses
-    that were cut are left out without output.keep_cut, refusals without output.keep_refused; empty ones, and those
-    that ended for a reason other than "stop", always.
+    that were cut are left out without output.keep_cut, refusals without output.keep_refused; empty and damaged ones,
+    and those that ended for a reason other than "stop", always.
     """
     collected = Collected(len(prompts), len(prompts) - len(requests))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
     for key, (row, _) in requests.items():
         stored = store.row(key)
-        if stored is None:
+        if stored is None or stored.reply is None:
             collected.missing += 1
             continue
-        reply = Reply(**stored["reply"])
-        _count(collected, reply, stored["received"])
+        reply = stored.reply
+        _count(collected, reply, stored.received)
         text = reply.text or reply.refusal or ""
         if not _kept(config, reply) or not text.strip():
             continue
@@ -89,8 +92,10 @@ def _count(collected: Collected, reply: Reply, received: str) -> None:
     collected.finish_reasons[str(reply.finish_reason)] += 1
     collected.served_by[reply.model or "(not named)"] += 1
     collected.dates = [min([received, *collected.dates]), max([received, *collected.dates])]
+    collected.told.update(reply.told)
     tokens = (reply.usage or {}).get("completion_tokens")
-    if isinstance(tokens, int):
+    # A line of an earlier version holds what its server said, whatever that was.
+    if type(tokens) is int and 0 <= tokens <= MOST_TOKENS:
         collected.response_tokens.append(tokens)
 
 

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gadcore.data.rows import CONVERSATIONS, RESPONSES, parse_row, records
+from gadcore.data.forms import CONVERSATIONS, RESPONSES, parse_row, wanted_columns
+from gadcore.data.records import Record
+from gadcore.data.sources import records
 from gadcore.errors import UserError
 from gadcore.teacher.settings import PromptSettings
 
@@ -62,7 +64,7 @@ def _plain_text(path: Path) -> Iterator[PromptRow]:
 
 
 def _rows(source: str, columns: Mapping[str, str]) -> Iterator[PromptRow]:
-    for where, record in records(source, "train"):
+    for where, record in records(source, "train", {*wanted_columns(columns), "source"}):
         messages = _parse(record, columns, where)
         name = record.get("source")
         yield PromptRow(messages, name if isinstance(name, str) and name else where)
@@ -72,11 +74,12 @@ def _parse(record: Any, columns: Mapping[str, str], where: str) -> Messages:
     """The conversation of one record; a teacher's turn at its end, or in a column of its own, is left away."""
     if isinstance(record, Mapping):
         mapped = set(columns.values())
-        record = {name: value for name, value in record.items() if name in mapped or name not in RESPONSES}
-        for name in ("messages", "content"):
+        kept = {name: value for name, value in record.items() if name in mapped or name not in RESPONSES}
+        record = Record(kept.items(), getattr(record, "names", tuple(record)), getattr(record, "twice", ()))
+        for name in ("messages", "content", "conversations"):
             turns = record.get(columns.get(name, name))
             if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-                last = turns[-1].get("role") == "assistant"
+                last = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt")
                 record[columns.get(name, name)] = turns[:-1] if last else turns
         # Any text: a row of training data has a response, and its rules for prompts are those that hold here.
         record["teacher_response"] = "-"

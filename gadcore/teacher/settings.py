@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import NonNegative, Positive, Rate, Section
+from gadcore.config.settings import Columns, Location, NonNegative, Positive, Rate, Section
 
-Price = Annotated[float, Field(ge=0)]
+OPENAI = "api.openai.com"
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # A request without these would not be one conversation with one whole answer, or would not be what its key says.
 _RESERVED = ("messages", "model", "n", "stream", "stream_options")
 
@@ -18,15 +21,21 @@ _RESERVED = ("messages", "model", "n", "stream", "stream_options")
 class Endpoint(Section):
     """An OpenAI-compatible server, and how hard it may be worked."""
 
-    base_url: str = Field("https://api.openai.com/v1", description="A local vLLM: http://127.0.0.1:8000/v1.")
+    base_url: str = Field(f"https://{OPENAI}/v1", description="A local vLLM: http://127.0.0.1:8000/v1.")
     model: str = Field("", description="The model's name on that server; must be given.")
     api_key_variable: str = Field(
         "OPENAI_API_KEY", description="Environment variable that holds the key. A local server needs none."
     )
     concurrency: Positive = Field(16, description="Requests in flight at a time.")
-    timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="Seconds for one whole answer.")
+    timeout: Seconds = Field(600.0, description="For one whole answer.")
+    total_timeout: Seconds = Field(1800.0, description="For one request, all its attempts and waits together.")
+    max_answer_mib: Annotated[float, Field(gt=0, le=1024)] = Field(
+        16.0, description="Of an answer's body, decompressed; a larger one is not read and not asked for again."
+    )
     max_retries: NonNegative = Field(
-        5, description="Of one request: after 408, 409, 429, 5xx, timeouts, lost connections and unusable answers."
+        5,
+        description="Of one request: after 408, 409, 425, 429, 5xx, timeouts, lost connections and unusable answers, "
+        "but not after errors that stay.",
     )
     give_up_after: Positive = Field(20, description="Failed requests in a row, each after its retries, that end it.")
     requests_per_minute: Positive | None = Field(None, description="In any 60 seconds, retries included.")
@@ -66,20 +75,32 @@ class Endpoint(Section):
         """Host and port, for data cards."""
         return urlsplit(self.base_url).netloc
 
+    @property
+    def address(self) -> str:
+        """base_url in one spelling: what may be written in several ways is one server."""
+        parts = urlsplit(self.base_url)
+        port = "" if parts.port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{parts.port}"
+        host = parts.hostname or ""
+        return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}{parts.path.rstrip('/')}"
+
 
 class Budget(Section):
     """Where to stop. Everything in the store counts, whichever run paid for it."""
 
     requests: Positive | None = Field(None, description="Answers, unusable ones included.")
     tokens: Positive | None = Field(None, description="Prompt and response tokens.")
-    money: Annotated[float, Field(gt=0)] | None = Field(None, description="In the currency of the prices.")
+    money: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="In the currency of the prices."
+    )
 
 
 class PromptSettings(Section):
     """What to ask."""
 
-    source: str = Field("", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given.")
-    columns: dict[str, str] = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
+    source: Location = Field(
+        "", description="File (.txt: a prompt a line; .jsonl, ..), directory or hub id; must be given."
+    )
+    columns: Columns = Field(default_factory=dict, description="Column map, as data.columns of a training run.")
     rows: Positive | None = Field(None, description="Use only the first rows.")
     system_prompt: str | None = Field(
         None, description="Told to the teacher where a conversation has no system message; not kept in the rows."
@@ -111,6 +132,10 @@ class SamplingSettings(Section):
                 )
             if name in taken:
                 raise ValueError(f"sampling.extra cannot set {name}: it has a setting of its own")
+        try:
+            json.dumps(extra, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"sampling.extra holds what a request cannot ({error}): leave it out") from None
         return extra
 
     def parameters(self) -> dict[str, Any]:
@@ -127,7 +152,7 @@ class SamplingSettings(Section):
 class OutputSettings(Section):
     """What becomes of the replies."""
 
-    dir: str = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
+    dir: Location = Field("collected", description="Holds replies.jsonl, train.jsonl, README.md (the data card), ..")
     teacher: str | None = Field(None, description="Name of the teacher in the rows; default endpoint.model.")
     keep_cut: bool = Field(False, description="Also train on responses that ran into the length limit.")
     keep_refused: bool = Field(False, description="Also train on refusals.")

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from gadcore.errors import UserError
-
-Outcome = Literal["answered", "cut", "refused", "empty", "other"]
-
-
-class Unusable(Exception):
-    """A body with status 200 that holds no answer. usage: what was billed for it all the same, where it says so."""
-
-    def __init__(self, reason: str, usage: Any = None) -> None:
-        super().__init__(reason)
-        self.usage = usage if isinstance(usage, dict) else None
+from gadcore.locks import LOCK, held
+from gadcore.teacher.reply import Reply
 
 
 @dataclass(frozen=True)
@@ -36,9 +30,13 @@ class ChatRequest:
     messages: Sequence[Mapping[str, str]]
     parameters: Mapping[str, Any]
 
-    def key(self, model: str) -> str:
-        """SHA-256 of the canonical JSON of (messages, model, parameters), in hexadecimal."""
+    def key(self, model: str, address: str = "") -> str:
+        """SHA-256 of the canonical JSON of (messages, model, parameters, address), in hexadecimal.
+
+        address: of the server; "": without one, as versions of gadcore before there were addresses have written it.
+        """
         content = {"messages": [dict(m) for m in self.messages], "model": model, "parameters": dict(self.parameters)}
+        content |= {"address": address} if address else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def prompt_estimate(self) -> int:
@@ -53,69 +51,6 @@ class ChatRequest:
 def estimate_tokens(text: str) -> int:
     """Rather too many than too few: English has about 4 bytes a token, Chinese about 3 and more."""
     return len(text.encode(errors="replace")) // 3 + 1
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the endpoint said.
-
-    text: "" where there is none. refusal: the refusal's own text, where the server tells it apart.
-    usage: as the server counted, or None. model: as the server calls itself.
-    """
-
-    text: str
-    finish_reason: str | None
-    refusal: str | None = None
-    usage: Mapping[str, Any] | None = None
-    model: str | None = None
-    id: str | None = None
-
-    @property
-    def outcome(self) -> Outcome:
-        """answered: ended by itself. cut: by the length limit. other: any other reason to end."""
-        if self.refusal or self.finish_reason == "content_filter":
-            return "refused"
-        if self.finish_reason == "length":
-            return "cut"
-        if not self.text.strip():
-            return "empty"
-        return "answered" if self.finish_reason == "stop" else "other"
-
-    @classmethod
-    def parse(cls, body: bytes) -> Reply:
-        """Reads the body of a chat completion; raises Unusable where it holds no answer."""
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Unusable(f"the answer is not JSON: {body[:80].decode(errors='replace')!r}") from None
-        if not isinstance(data, dict):
-            raise Unusable(f"the answer is JSON, but no object: {str(data)[:80]!r}")
-        usage = data.get("usage")
-        if data.get("error"):
-            raise Unusable(f"the answer holds an error: {str(data['error'])[:200]!r}", usage)
-        choices = data.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise Unusable("the answer has no choices", usage)
-        message, reason = choices[0].get("message"), choices[0].get("finish_reason")
-        if not isinstance(message, dict):
-            raise Unusable("the answer has no message", usage)
-        text, refusal = message.get("content"), message.get("refusal")
-        if not isinstance(refusal, str | None) or not isinstance(reason, str | None):
-            raise Unusable("the answer's refusal or finish_reason is not text", usage)
-        if text is None and (refusal or reason in ("content_filter", "length")):
-            text = ""
-        if not isinstance(text, str):
-            raise Unusable("the answer's message has no content", usage)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("the answer holds half of a surrogate pair, which is no valid text", usage) from None
-        usage = usage if isinstance(usage, dict) else None
-        return cls(text, reason, refusal, usage, _text(data.get("model")), _text(data.get("id")))
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 @dataclass(frozen=True)
@@ -140,52 +75,70 @@ class Spent:
 
     @classmethod
     def of(cls, request: ChatRequest, usage: Mapping[str, Any] | None, text: str = "") -> Spent:
-        """One answer's; tokens are estimated where the server has not counted them."""
+        """One answer's; tokens are estimated where the server has not counted them. usage: as of Reply."""
         usage = usage or {}
         prompt, response = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if isinstance(prompt, int) and isinstance(response, int):
+        if prompt is not None and response is not None:
             return cls(1, prompt, response)
         return cls(1, request.prompt_estimate(), estimate_tokens(text), 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the file, as ReplyStore describes it: reply is None in one that failed. address: None in old ones."""
+
+    key: str
+    model: str
+    messages: list[dict[str, str]]
+    parameters: dict[str, Any]
+    spent: Spent
+    received: str
+    address: str | None = None
+    reply: Reply | None = None
+    seconds: float | None = None
+    failed: str | None = None
+
+
+_LINE = TypeAdapter(Line)
 
 
 class ReplyStore:
     """The file of replies, by key. A context manager; one process at a time may hold it.
 
-    A line is {"key", "model", "messages", "parameters", "spent", "received", "reply", "seconds"}; one with "failed" in
-    place of the last two is an attempt that got no usable answer, kept for its reason and for what it cost.
-    Only offsets are kept in memory.
+    A line is {"key", "model", "address", "messages", "parameters", "spent", "received", "reply", "seconds"}; one with
+    "failed" in place of the last two is an attempt that got no usable answer, kept for its reason and for what it cost.
+    Of several replies to one request the last one counts. Only offsets are kept in memory.
+
+    address: of the server that is asked now, part of every key: the same name may be another model elsewhere. Lines
+    from before there were addresses count as of this one; `adopted` is how many of them there are.
 
     Raises UserError for a file that is held by another process, cannot be written, or has a broken line that is not
     its last. A last line that a killed process left half written is cut off; `repaired` says so.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, address: str = "") -> None:
+        self.path, self.address = path, address
         self.repaired: str | None = None
+        self.adopted = 0
         self.spent = Spent()
         self._offsets: dict[str, int] = {}
 
     def __enter__(self) -> ReplyStore:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be written: {error.strerror}: choose another folder") from None
-        self._reader = self.path.open("rb")
-        try:
-            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.path.with_name(f"{LOCK}-{self.path.name}"), str(self.path)))
+                self._writer = stack.enter_context(self.path.open("ab", buffering=0))
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be written: {error.strerror}: choose another folder"
+                ) from None
+            self._reader = stack.enter_context(self.path.open("rb"))
             self._read()
-        except BlockingIOError:
-            self.__exit__()
-            raise UserError(f"another process is writing to {self.path}: wait for it or stop it") from None
-        except BaseException:
-            self.__exit__()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reader.close()
-        self._writer.close()
+        self._open.close()
 
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
@@ -193,17 +146,30 @@ class ReplyStore:
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def key(self, request: ChatRequest, model: str) -> str:
+        """Of the request to the server of this store."""
+        return request.key(model, self.address)
+
+    def notes(self) -> list[str]:
+        """What the user has to know about the file as it was found."""
+        notes = [self.repaired] if self.repaired else []
+        if self.adopted:
+            notes.append(
+                f"{self.adopted} lines of {self.path} were written before addresses were kept: they count as "
+                f"{self.address}'s"
+            )
+        return notes
+
     def get(self, key: str) -> Reply | None:
         row = self.row(key)
-        return None if row is None else Reply(**row["reply"])
+        return None if row is None else row.reply
 
-    def row(self, key: str) -> dict[str, Any] | None:
+    def row(self, key: str) -> Line | None:
         """The whole line of an answered request."""
         if key not in self._offsets:
             return None
         self._reader.seek(self._offsets[key])
-        row: dict[str, Any] = json.loads(self._reader.readline())
-        return row
+        return _LINE.validate_json(self._reader.readline(), strict=True)
 
     def add(self, request: ChatRequest, model: str, reply: Reply, spent: Spent, seconds: float) -> None:
         row = self._row(request, model, spent) | {"reply": asdict(reply), "seconds": round(seconds, 3)}
@@ -214,11 +180,11 @@ class ReplyStore:
         self._append(self._row(request, model, spent) | {"failed": reason})
         self.spent = self.spent.plus(spent)
 
-    @staticmethod
-    def _row(request: ChatRequest, model: str, spent: Spent) -> dict[str, Any]:
+    def _row(self, request: ChatRequest, model: str, spent: Spent) -> dict[str, Any]:
         return {
-            "key": request.key(model),
+            "key": self.key(request, model),
             "model": model,
+            "address": self.address,
             "messages": [dict(message) for message in request.messages],
             "parameters": dict(request.parameters),
             "spent": asdict(spent),
@@ -256,14 +222,18 @@ class ReplyStore:
 
     def _index(self, line: bytes, offset: int, number: int) -> None:
         try:
-            row = json.loads(line)
-            spent = Spent(**row["spent"])
-            if "failed" not in row:
-                Reply(**row["reply"])
-                self._offsets[row["key"]] = offset
-        except (ValueError, TypeError, KeyError):
+            row = _LINE.validate_json(line, strict=True)
+            if min(astuple(row.spent)) < 0 or (row.reply is None) == (row.failed is None):
+                raise ValueError("no amount, or not one of reply and failed")
+        except (ValueError, RecursionError):
             raise UserError(
                 f"{self.path}:{number} is no line of replies: restore the file, or remove this line and have its "
                 "request asked again"
             ) from None
-        self.spent = self.spent.plus(spent)
+        if row.reply is not None:
+            key = row.key
+            if row.address is None and self.address:
+                key = self.key(ChatRequest(row.messages, row.parameters), row.model)
+                self.adopted += 1
+            self._offsets[key] = offset
+        self.spent = self.spent.plus(row.spent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from gadcore.record.view import View, make_view
 from gadcore.rollout.engine import Engine, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights
+from gadcore.train import resuming
 from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
 from gadcore.train.progress import stage_steps
@@ -57,8 +58,10 @@ def build(
             view = make_view(config.tracking.view)
             stack.callback(view.close)
             # Checked before anything slow is loaded.
-            start = store.latest(folder.checkpoints) if config.run.resume else None
+            start = resuming.chosen(folder, config.run.resume) if config.run.resume else None
             saved = store.load(start) if start else None
+            data = cache(partial(resuming.fingerprints, inputs))
+            notes = resuming.check(config, data(), folder, saved) if saved else []
             device = device_of(config)
             if device.type == "cpu":
                 cpu.install()
@@ -67,7 +70,7 @@ def build(
                 stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
             view.start(_plan(config, stages, folder, device, loader))
-            for note in inputs.notes:
+            for note in (*inputs.notes, *notes):
                 view.message(note)
             view.status("loading the student")
             student = _student(config, inputs, device)
@@ -101,6 +104,7 @@ def build(
                 stop_requested=stop_requested,
                 make_discriminator=partial(_fresh_discriminator, config, inputs, device),
                 facts=_facts(config, inputs, student, discriminator, device),
+                data=data,
             )
             if config.run.resume:
                 trainer.resume(saved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
-from gadcore.train.progress import Progress
+from gadcore.train.progress import Progress, other_stages
 
 
 class Checkpoints:
@@ -41,8 +41,12 @@ class Checkpoints:
         stages: Sequence[str],
         student: Student,
         discriminator: Discriminator | None,
+        data: Callable[[], Mapping[str, str]],
     ) -> None:
-        """stages: of the run, by name; a checkpoint of other stages is another run's."""
+        """stages: of the run, by name; a checkpoint of other stages is another run's. data: gives fingerprints of its
+        rows, as gadcore.train.resuming compares them.
+        """
+        self._data = data
         self.folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
         self.root = folder.checkpoints
         self._student = student
@@ -54,8 +58,10 @@ class Checkpoints:
     def save(self, progress: Progress, keep: int) -> Path:
         """Writes the checkpoint of progress.step, and keeps the `keep` newest and that of the convergence rule's best.
 
-        Raises UserError where the folder cannot be written; earlier checkpoints are as they were.
+        The records that it counts on are on the disk before. Raises UserError where the folder cannot be written;
+        earlier checkpoints are as they were.
         """
+        self.folder.sync()
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
@@ -69,6 +75,8 @@ class Checkpoints:
             "stages": self._stages,
             "progress": asdict(progress),
             "loader": self._loader.state(),
+            "data": dict(self._data()),
+            "records": self.folder.counts(),
             "rng": rng.state,
         }
         best = progress.convergence.best
@@ -80,10 +88,7 @@ class Checkpoints:
         Raises UserError where the checkpoint is of other stages or models.
         """
         if saved.state["stages"] != self._stages:
-            raise UserError(
-                f"{self.folder.path} is a run of {' and '.join(saved.state['stages'])}, not of "
-                f"{' and '.join(self._stages)}: resume it with the command that it was started with"
-            )
+            raise UserError(other_stages(self.folder.path, saved.state["stages"], self._stages))
         self._loader.restore(saved.state["loader"])
         self.restore_models(saved)
         restore_rng(RngState(saved.state["rng"], saved.tensors["rng"]))

@@ -18,7 +18,7 @@ from gadcore.train.phases import Phases
 
 
 class Heldout:
-    """Draws one sample a held-out prompt and measures it.
+    """Draws samples of held-out prompts and measures them.
 
     The same seeds every time: differences come from the models alone. No time of it counts in a step.
     """
@@ -31,16 +31,19 @@ class Heldout:
         phases: Phases,
         memory: Colocation,
         make_discriminator: Callable[[], Discriminator] | None = None,
+        *,
+        samples: int = 1,
     ) -> None:
-        """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call."""
-        self.groups = groups
+        """make_discriminator: an untrained discriminator for the convergence rule, equal ones on every call. samples:
+        of a prompt in an evaluation; the gate and the convergence rule draw one."""
+        self.groups, self._samples_each = groups, samples
         self._sampler, self._discriminator, self._phases, self._memory = sampler, discriminator, phases, memory
         self._make_discriminator = make_discriminator
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(figures of the student, and of D where there is one, as they are now; a row per prompt)."""
         with self._phases("evaluation"):
-            groups = self._samples()
+            groups = self._samples(n=self._samples_each)
             with self._phases("discriminator") if self._discriminator else nullcontext():
                 found = evaluate(groups, self._discriminator)
         self._phases.take_step()
@@ -67,7 +70,7 @@ class Heldout:
             self._memory.enter("rest")
             return measure(groups, self._make_discriminator, settings, seed)
 
-    def _samples(self, rows: int | None = None) -> list[Group]:
+    def _samples(self, rows: int | None = None, n: int = 1) -> list[Group]:
         groups = [Group(g.prompt, g.teacher) for g in self.groups[:rows]]
-        self._sampler.draw(groups, 1, "evaluation")
+        self._sampler.draw(groups, n, "evaluation")
         return groups

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gadcore.config.device import device_of, quiet
 from gadcore.config.effects import without_effect
-from gadcore.config.settings import Config
-from gadcore.data.batches import Loader, build_prompts
+from gadcore.config.settings import SPLIT, Config
+from gadcore.data.batches import DataReport, Loader
+from gadcore.data.encoded import Rows, split_off
 from gadcore.data.groups import Group
-from gadcore.data.rows import load_rows
+from gadcore.data.sources import Source
 from gadcore.errors import UserError
+from gadcore.models.loading import cache_dir
 from gadcore.models.spec import ModelSpec
 from gadcore.train.progress import stage_steps
 
@@ -20,14 +23,18 @@ from gadcore.train.progress import stage_steps
 class Inputs:
     """Everything that is known before a model is loaded.
 
+    train, held_out: made one by one as they are asked for, where they are many.
     discriminator: None in a run that trains none. notes: what happened to rows on the way, in sentences.
+    warnings: those of the notes that must not be missed. report: of the training rows.
     """
 
     student: ModelSpec
     discriminator: ModelSpec | None
-    train: list[Group]
-    held_out: list[Group]
+    train: Sequence[Group]
+    held_out: Sequence[Group]
     notes: list[str]
+    warnings: list[str]
+    report: DataReport
 
 
 def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
@@ -35,35 +42,50 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
     quiet()
     data = config.data
     # The rows first: a broken line is told before a model is looked for.
-    train_rows = load_rows(data.train, data.columns, limit=data.train_rows, split="train")
-    eval_rows = load_rows(data.eval, data.columns, limit=data.eval_rows, split="eval") if data.eval else []
+    rows = Rows(Source.find(data.train, "train"), data, data.train_rows)
+    held_out_rows = None
+    if data.eval is not None and data.eval != SPLIT:
+        columns = data.columns if data.eval_columns is None else data.eval_columns
+        as_eval = data.model_copy(update={"columns": columns})
+        held_out_rows = Rows(Source.find(data.eval, "eval"), as_eval, data.eval_rows)
     device = device_of(config)
-    student = ModelSpec.resolve(
-        config.student.model, system_prompt=data.system_prompt, arguments=data.template_arguments
-    )
-    if unused := student.template.unused_arguments():
-        raise UserError(
-            f"data.template_arguments has {', '.join(unused)}, which the template of {student.path} does not read: "
-            "leave it out, or look for its name in that template"
+    try:
+        student = ModelSpec.resolve(
+            config.student.model, system_prompt=data.system_prompt, arguments=data.template_arguments
         )
-    discriminator = _discriminator_spec(config, student) if has_discriminator(stages) else None
+        if unused := student.template.unused_arguments():
+            raise UserError(
+                f"data.template_arguments has {', '.join(unused)}, which the template of {student.path} does not read: "
+                "leave it out, or look for its name in that template"
+            )
+        discriminator = _discriminator_spec(config, student) if has_discriminator(stages) else None
+    except UserError:
+        for read in filter(None, (rows, held_out_rows)):
+            read.check()
+        raise
     limit = student.context_tokens
     if limit and config.context_tokens > limit:
         raise UserError(
             f"prompt and response limits need a context of {config.context_tokens} tokens, the model {student.path} "
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
-    train, report = build_prompts(train_rows, student.template, data)
+    train, report, told = rows.groups(student.template, cache_dir(), _say)
+    warnings = [f"training: {sentence}" for sentence in report.warnings()]
+    told += [f"training: {sentence}" for sentence in report.sentences()]
+    held_out: Sequence[Group] = []
+    if held_out_rows is not None:
+        held_out, of_held_out, more = held_out_rows.groups(student.template, cache_dir(), _say)
+        warnings += [f"held out: {sentence}" for sentence in of_held_out.warnings()]
+        told += [*more, *(f"held out: {sentence}" for sentence in of_held_out.sentences())]
+    elif data.eval == SPLIT:
+        train, held_out = split_off(train, data.eval_share, data.eval_rows, config.run.seed)
+        told.append(_split_note(config, len(train), len(held_out)))
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
     notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
     notes += student.notes()
     if discriminator is not None and discriminator is not student:
         notes += discriminator.template.notes
-    notes += [f"training: {sentence}" for sentence in report.sentences()]
-    held_out: list[Group] = []
-    if eval_rows:
-        held_out, report = build_prompts(eval_rows, student.template, data)
-        notes += [f"held out: {sentence}" for sentence in report.sentences()]
+    notes += told
     if discriminator is not None:
         if config.convergence.enabled and len(held_out) < 4:
             raise UserError(
@@ -73,7 +95,21 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
         notes += _few_held_out(config, len(held_out))
         if discriminator is not student:
             _check_context(config, discriminator, student, [*train, *held_out])
-    return Inputs(student, discriminator, train, held_out, notes)
+    return Inputs(student, discriminator, train, held_out, notes, warnings, report)
+
+
+def _say(text: str) -> None:
+    """On its way to a run's view, which is not there yet."""
+    print(f"gadcore: {text}", file=sys.stderr, flush=True)
+
+
+def _split_note(config: Config, train: int, held_out: int) -> str:
+    data = config.data
+    most = f", data.eval_rows = {data.eval_rows} at most" if data.eval_rows else ""
+    return (
+        f"{held_out} of the {train + held_out} rows of {data.train} are held out and not trained on "
+        f"(data.eval_share = {data.eval_share:g}{most}); data.eval names other held-out rows, or none"
+    )
 
 
 def has_discriminator(stages: Sequence[str]) -> bool:
@@ -124,19 +160,36 @@ def _few_held_out(config: Config, rows: int) -> list[str]:
     ]
 
 
+def planned_steps(config: Config, stages: Sequence[str], inputs: Inputs) -> dict[str, int]:
+    """{stage: its steps}."""
+    loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
+    return stage_steps(config, stages, loader.steps_per_epoch)
+
+
 def describe_plan(config: Config, stages: Sequence[str], inputs: Inputs) -> str:
     """What the run would do, in lines."""
-    loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-    steps = stage_steps(config, stages, loader.steps_per_epoch)
     lines = [
         f"student {config.student.model} ({inputs.student.path})",
         f"rows: {len(inputs.train)} for training, {len(inputs.held_out)} held out",
         *inputs.notes,
     ]
-    for stage, count in steps.items():
-        line = f"{stage}: {count} steps of {config.schedule.batch_size} prompts"
+    rows, size = len(inputs.train), config.schedule.batch_size
+    begin = 0
+    for stage, count in planned_steps(config, stages, inputs).items():
+        # An epoch's last batch is smaller, and a stage goes on where the one before it ended.
+        first, last = (_prompts(step, rows, size) for step in (begin, begin + count))
+        begin += count
+        line = f"{stage}: {count} steps of {min(size, rows)} prompts"
+        if rows % size and rows > size:
+            line += f" (the last of an epoch of {rows % size})"
         if stage == "gad" or (stage == "warmup" and config.algorithm.discriminator_warmup):
-            samples = count * config.schedule.batch_size * config.rollout.group_size
+            samples = (last - first) * config.rollout.group_size
             line += f", {samples} samples of at most {config.data.max_response_tokens} tokens"
         lines.append(line)
     return "\n".join(lines)
+
+
+def _prompts(steps: int, rows: int, batch_size: int) -> int:
+    """Prompts of the first `steps` steps."""
+    epochs, position = divmod(steps, -(-rows // batch_size))
+    return epochs * rows + position * batch_size

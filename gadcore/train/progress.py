@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gadcore.config.settings import Config
@@ -45,6 +46,13 @@ class Progress:
         return cls(**{**state, "gate": gate, "convergence": convergence})
 
 
+def stages_of(config: Config, command: str) -> tuple[str, ...]:
+    """The stages of a run by the command `train` or `seqkd`, in order."""
+    if command == "seqkd":
+        return ("seqkd",)
+    return ("sft", "warmup", "gad") if config.schedule.has_sft else ("warmup", "gad")
+
+
 def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:
     """Steps of each stage, in order, under its epochs and its upper limit.
 
@@ -58,6 +66,15 @@ def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> 
     if "warmup" in result:
         _check_warmup(config, result["warmup"], gad=result.get("gad", 0))
     return result
+
+
+def other_stages(folder: Path, theirs: Sequence[str], stages: Sequence[str]) -> str:
+    """What a user is told who resumes a run by another command."""
+    found = " and ".join(theirs) or "other stages"
+    return (
+        f"{folder} is a run of {found}, not of {' and '.join(stages)}: resume it with the command that it was "
+        "started with"
+    )
 
 
 def _check_warmup(config: Config, steps: int, *, gad: int) -> None:

@@ -96,7 +96,7 @@ class RunRecords(Records):
             where = {"step": place["step"], "stage_step": place["stage_step"]}
             self._trace.span(place["stage"], "steps", self._began, time.perf_counter(), **where)
         row = {**place, **values}
-        self.folder.metrics.write(row)
+        self.folder.step(row)
         self.tracker.log(values, place["step"])
         self.view.step(row)
         for warning in self._health.look(row):
@@ -117,8 +117,9 @@ class RunRecords(Records):
         self.view.summary(summary)
 
     def go_on_after(self, step: int, config: Config) -> None:
-        self.folder.metrics.truncate_after(step)
-        self.folder.samples.truncate_after(step)
+        for log in (self.folder.metrics, self.folder.samples):
+            if dropped := log.truncate_after(step):
+                self.message(f"{log.path}: {dropped} lines after step {step} are dropped, they are made again")
         self.folder.keep_config(config, step)
         if self.folder.metrics.path.exists():
             self._health = watched(read_rows(self.folder.metrics.path))

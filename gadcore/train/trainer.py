@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
 from gadcore.errors import Interrupted, UserError
+from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.student import Student
@@ -50,10 +52,12 @@ class Trainer:
         stop_requested: Callable[[], str | None] = lambda: None,
         make_discriminator: Callable[[], Discriminator] | None = None,
         facts: dict[str, Any] | None = None,
+        data: Callable[[], dict[str, str]] = dict,
     ) -> None:
         """held_out: groups without samples. records: default none are kept. folder: of checkpoints and results; without
         one nothing can be saved. memory: default a device on which everything stays. stop_requested: why the run is to
-        stop after this step, None to go on. make_discriminator: see Heldout. facts: for the summary.
+        stop after this step, None to go on. make_discriminator: see Heldout. facts: for the summary. data: see
+        Checkpoints.
         """
         self.config = config
         self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
@@ -64,7 +68,15 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
-        self.heldout = Heldout(held_out, sampler, discriminator, self.phases, self.memory, make_discriminator)
+        self.heldout = Heldout(
+            held_out,
+            sampler,
+            discriminator,
+            self.phases,
+            self.memory,
+            make_discriminator,
+            samples=config.data.eval_samples,
+        )
         self.stop_requested = stop_requested
         self.facts = facts or {}
         reward = config.algorithm.reward
@@ -72,7 +84,9 @@ class Trainer:
         self.progress = Progress()
         self._checkpoints = None
         if folder is not None:
-            self._checkpoints = Checkpoints(folder, self.memory, loader, list(self.stage_steps), student, discriminator)
+            self._checkpoints = Checkpoints(
+                folder, self.memory, loader, list(self.stage_steps), student, discriminator, data
+            )
 
     @property
     def discriminator(self) -> Discriminator:
@@ -122,13 +136,14 @@ class Trainer:
             return
         saved, where = "before the first step", ""
         if self.folder is not None:
-            where = f"--run.dir {self.folder.path} "
+            where = f"--run.dir {shlex.quote(str(self.folder.path))} "
             if self.progress.step:
                 self.save()
                 saved = f"after step {self.progress.step}, saved"
         command = "seqkd " if "seqkd" in self.stage_steps else ""
         raise Interrupted(
-            f"stopped by {reason} {saved}; go on with: {sys.executable} -m gadcore.run {command}{where}--resume auto"
+            f"stopped by {reason} {saved}; go on with: "
+            f"{shlex.quote(sys.executable)} -m gadcore.run {command}{where}--resume auto"
         )
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
@@ -267,11 +282,23 @@ class Trainer:
         """Goes on from a checkpoint, or from the beginning where the run had none yet."""
         if saved is not None:
             self.progress = self.checkpoints.restore(saved)
+            if self.config.run.resume != "auto":
+                self._go_back()
             for phase, seconds in self.progress.seconds.items():
                 self.phases.seconds[phase] += seconds
         self.records.go_on_after(self.progress.step, self.config)
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.records.message(f"resumed: {where}")
+
+    def _go_back(self) -> None:
+        """What came after the checkpoint is set aside, so that the run goes on from here whenever it is stopped."""
+        step, folder = self.progress.step, self.checkpoints.folder
+        aside = folder.go_back(step, self.progress.evaluations)
+        kept = store.abandon_after(folder.checkpoints, step)
+        if aside or kept:
+            self.records.message(
+                f"what came after step {step} is set aside: {', '.join(map(str, filter(None, (aside, *kept))))}"
+            )
 
     def ensure_reference(self) -> None:
         """The reference policy: the student as it was when the GAD stage began.
@@ -292,10 +319,12 @@ class Trainer:
         folder = self.checkpoints.folder.path
         with self.phases("checkpoint"):
             self.memory.enter("student")
-            self.student.save(folder / "student")
+            with whole_folder(folder / "student", replace=True) as place:
+                self.student.save(place)
             if self._discriminator is not None:
                 self.memory.enter("discriminator")
-                self._discriminator.save(folder / "discriminator")
+                with whole_folder(folder / "discriminator", replace=True) as place:
+                    self._discriminator.save(place)
         summary = self.summary()
         self.records.summary(summary)
         return summary

@@ -41,8 +41,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2")
+def finished(module_folder):
+    folder = module_folder
     done = run([str(item) for k, v in SMALL.items() for item in (f"--{k}", v)], folder, timeout=1200)
     assert done.returncode == 0, done.stderr
     return folder / "runs/latest", done

@@ -115,6 +115,13 @@ def test_seed_alone_decides_a_prompts_samples(sampled) -> None:
     assert ids(sampled.engine.generate(other, temperature=0.8, max_tokens=24)) != together
 
 
+def test_every_request_is_told_of_when_it_is_finished(sampled) -> None:
+    for _ in range(2):
+        told: dict = {}
+        drawn = sampled.engine.generate(sampled.requests, temperature=0.8, max_tokens=24, done=told.__setitem__)
+        assert told == dict(enumerate(drawn))
+
+
 def test_more_prompt_tokens_than_fit_into_one_batch_change_nothing(sampled) -> None:
     """vLLM computes at most a few thousand prompt tokens at a time, and used to cut the prompt at the border."""
     prompt = (sampled.requests[0].prompt_ids * 60)[:60]

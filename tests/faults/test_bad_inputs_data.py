@@ -59,10 +59,9 @@ def third_line(tmp_path: Path, line: str | bytes) -> Path:
         ({"messages": []}, "messages is an empty conversation"),
         ({"messages": "Hello"}, "messages must be a list of messages, found text"),
         ({"messages": ["Hello"]}, "message 1 of messages needs role and content, found text"),
-        ({"messages": [USER, {"from": "gpt", "value": "Hi."}]}, "message 2 of messages needs role and content, found "
-                                                                "the keys from, value"),
-        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "message 2 of messages has the role 'tool': use "
-                                                                 "system, user, assistant"),
+        ({"messages": [USER, {"of": "gpt", "value": "Hi."}]}, "message 2 of messages needs role and content, found "
+                                                                "the keys of, value"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "message 2 of messages is a tool's turn (tool)"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "the content of message 2 of messages must be "
                                                                        "text, found null"),
         ({"messages": [USER, TEACHER, USER]}, "no response: the last turn of messages must be the assistant's, found "
@@ -126,28 +125,28 @@ def test_a_file_that_is_not_there(name: str) -> None:
 @pytest.mark.parametrize("name", ["absent", "./a/b/c", "hose"])
 def test_a_source_of_no_kind(name: str) -> None:
     assert error_of(name) == (
-        f"there is no file or directory {name}: data is 'builtin', a .jsonl, .jsonl.gz, .parquet file, "
+        f"there is no file or directory {name}: data is 'builtin', a .jsonl, .json, .csv, .tsv, .parquet file, "
         "a directory of these or a hub id owner/name"
     )
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
-    path = tmp_path / "train.csv"
+    path = tmp_path / "train.xlsx"
     path.write_text("prompt,teacher_response\n")
-    assert error_of(path) == f"{path}: this kind of file cannot be read: use .jsonl, .jsonl.gz, .parquet"
+    assert error_of(path) == f"{path}: this kind of file cannot be read: use .jsonl, .json, .csv, .tsv, .parquet"
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("about")
-    assert error_of(tmp_path) == f"the directory {tmp_path} has no .jsonl, .jsonl.gz, .parquet file"
+    assert error_of(tmp_path) == f"the directory {tmp_path} has no .jsonl, .json, .csv, .tsv, .parquet file"
 
 
-@pytest.mark.parametrize("name", ["part.csv", "more"])
+@pytest.mark.parametrize("name", ["part.xlsx", "more", "README-rows.txt", "LICENSED.jsonlines"])
 def test_a_directory_with_something_else_in_it(name: str, tmp_path: Path) -> None:
     third_line(tmp_path, "")
     (tmp_path / name).mkdir() if name == "more" else (tmp_path / name).write_text("x")
     assert error_of(tmp_path) == (
-        f"{tmp_path / name} is not data that can be read (.jsonl, .jsonl.gz, .parquet): "
+        f"{tmp_path / name} is not data that can be read (.jsonl, .json, .csv, .tsv, .parquet): "
         f"move it out of the directory {tmp_path}"
     )
 
@@ -164,7 +163,7 @@ def test_broken_compression_says_how_far_it_got(tmp_path: Path) -> None:
     path.write_bytes(whole[:-8])
     assert error_of(path).startswith(f"{path} is a broken gzip file (after line 3): ")
     path.write_text("plain")
-    assert error_of(path).startswith(f"{path} is a broken gzip file (after line 0): Not a gzipped file")
+    assert error_of(path).startswith(f"{path} is a broken gzip file: Not a gzipped file")
 
 
 def test_broken_parquet(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from gadcore.checkpoint import store
 from gadcore.errors import UserError
+from gadcore.files import temporary
 
 TENSORS = {"student": {"w": torch.arange(1000.0)}, "discriminator": {"w": torch.ones(3)}}
 
@@ -49,7 +50,7 @@ def test_damage_is_named_and_the_way_out_is_said(tmp_path: Path, damage: Callabl
     with pytest.raises(UserError, match=message) as error:
         store.load(paths[3])
     # step 3 is damaged too: the newest sound one is step 2
-    assert f"resume from {paths[1]} instead" in str(error.value)
+    assert f"resume from {paths[1]} instead, by --resume step-000002" in str(error.value)
     assert store.latest(tmp_path) == paths[3]
     store.load(paths[1])
 
@@ -112,7 +113,7 @@ def test_disk_full_at_any_write_leaves_earlier_checkpoints_alone(
             else:
                 break
         assert "No space left on device" in message and "step-000002" in message
-        assert not list(tmp_path.glob(".tmp-step-*"))
+        assert not list(tmp_path.glob(".gadcore-*"))
         newest = store.load(tmp_path / "step-000002").state
         in_place = call in ("rename", "fsync") and newest == {"step": 2, "again": True}
         assert in_place or (newest == {"step": 2} and "cannot write checkpoint" in message)
@@ -129,6 +130,7 @@ import resource, sys, torch
 from pathlib import Path
 from gadcore.checkpoint import store
 from gadcore.errors import UserError
+from gadcore.files import temporary
 root = Path({str(tmp_path)!r})
 store.save(root, 1, {{"m": {{"w": torch.ones(10)}}}}, {{}}, 2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -158,8 +160,9 @@ def test_old_checkpoints_that_cannot_be_deleted_are_told(tmp_path: Path, monkeyp
 def test_leftovers_of_a_kill_are_cleaned(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     _save(tmp_path, 2)
-    (tmp_path / ".tmp-step-000003").mkdir()
-    (tmp_path / ".tmp-step-000003" / "student.safetensors").write_bytes(b"half")
+    half = temporary(tmp_path / "step-000003")
+    half.mkdir()
+    (half / "student.safetensors").write_bytes(b"half")
     # killed between the two renames of a replacement
     (tmp_path / "step-000002").rename(tmp_path / "step-000002.replaced")
     newest = store.latest(tmp_path)

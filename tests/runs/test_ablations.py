@@ -18,11 +18,10 @@ STUDENT, DISCRIMINATOR = "student/model.safetensors", "discriminator/model.safet
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
+def base(module_folder: Path) -> Path:
     """The folder of model and data, and in it the run without any of these settings."""
-    folder = tmp_path_factory.mktemp("base")
-    finished(start(folder, folder / "plain"))
-    return folder
+    finished(start(module_folder, module_folder / "plain"))
+    return module_folder
 
 
 def start(base: Path, to: Path, *settings: str) -> subprocess.CompletedProcess:

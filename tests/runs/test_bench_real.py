@@ -19,13 +19,12 @@ from tests.support.runs import records, run, tiny_arguments
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(module_folder: Path) -> Path:
     """A folder with the runs gad (checkpoints 2, 3, 4, 6, 7) and seqkd (2, 3)."""
-    folder = tmp_path_factory.mktemp("trained")
     for name, start in (("gad", []), ("seqkd", ["seqkd"])):
-        done = run([*start, *tiny_arguments(folder), "--run.dir", name, "--checkpoint.keep", "9"], folder)
+        done = run([*start, *tiny_arguments(module_folder), "--run.dir", name, "--checkpoint.keep", "9"], module_folder)
         assert done.returncode == 0, done.stderr
-    return folder
+    return module_folder
 
 
 def bench(trained: Path, *more: str) -> tuple[int, str, list[dict]]:

@@ -171,16 +171,17 @@ def server() -> Iterator[str]:
     """The address of a teacher that is also a judge, of ratings and of wins."""
 
     def behave(prompt: str, attempt: int) -> Callable[[Handler], None] | None:
-        return (lambda handler: handler.reply(200, completion("7 5\n[[A]]"))) if "<answer A>" in prompt else None
+        verdict = "7 5" if "Rate each answer" in prompt else "A"
+        return (lambda handler: handler.reply(200, completion(verdict))) if "<answer A>" in prompt else None
 
     with serve(behave) as running:
         yield running.base_url
 
 
 @pytest.fixture(scope="module")
-def prepared(worker: Worker, tmp_path_factory) -> Path:
+def prepared(worker: Worker, module_folder: Path) -> Path:
     """A folder with what the guides' commands read, in which a tiny run has finished: runs/gad, the latest one."""
-    folder = tmp_path_factory.mktemp("prepared")
+    folder = module_folder
     small = tiny_arguments(folder)
     for name in ("answers", "held_out", "test", "vicuna"):
         write_rows(folder / f"{name}.jsonl")
@@ -208,6 +209,8 @@ def small_training(argv: list[str], folder: Path) -> list[str]:
     loading.load([word for word in argv if word not in ("--dry-run", "seqkd")])
     tiny = tiny_arguments(folder)[2:]
     settings = dict(zip([key[2:] for key in tiny[::2]], tiny[1::2], strict=True)) | TRAINING
+    if "--data.train" in argv:
+        del settings["data.eval"]  # rows of one's own are split
     if "--preset" in argv:
         at = argv.index("--preset")
         argv = [*argv[:at], *argv[at + 2 :]]
@@ -228,6 +231,9 @@ def small_command(code: Code, folder: Path, server: str) -> list[str]:
         return [command, *with_small(argv[1:], EVALUATION)]
     if command in ("judge", "compare", "collect"):
         return [command, *with_small(argv[1:], asking)]
+    if command == "data":
+        return [command, *with_small(argv[1:], {"student.model": folder / "model", "data.max_prompt_tokens": 96,
+                                                "data.max_response_tokens": 24})]  # fmt: skip
     if command == "plan":
         return [command, *with_small(argv[1:], {"plan.check_activations": "false"})]
     if command == "tally":

@@ -11,6 +11,9 @@ from gadcore.errors import UserError
 from gadcore.evaluate import sampling
 from gadcore.evaluate.command import main
 from gadcore.evaluate.responses import read_responses
+from gadcore.files import temporary
+from gadcore.locks import LOCK, held
+from gadcore.rollout.hf import HFEngine
 from tests.support.builders import TEMPLATE
 from tests.support.runs import ANSWERS, PROMPTS, write_rows
 from tests.support.tiny import save_tiny
@@ -90,6 +93,44 @@ def test_what_is_there_is_not_made_again(here: Path, monkeypatch) -> None:
     monkeypatch.setattr(sampling, "make_engine", lambda *_: pytest.fail("sampled again"))
     monkeypatch.setattr("gadcore.evaluate.fresh_text.fresh_discriminator", lambda *_: pytest.fail("trained again"))
     assert evaluate("before=a") == first
+
+
+def test_what_was_drawn_when_it_was_stopped_is_not_drawn_again(here: Path, monkeypatch) -> None:
+    """A kill in the midst of a set, and of the line of a response."""
+    whole, draw = evaluate("a=a", out="whole"), HFEngine._one
+    calls = 0
+
+    def stopped(*arguments: object) -> list:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(HFEngine, "_one", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("a=a")
+    part = here / "out/rows/drawn-a.part"
+    assert part.read_text().count("\n") == 1 + 4 and not (here / "out/rows/a.jsonl").exists()
+    part.write_text(part.read_text()[:-10])
+    with pytest.raises(UserError, match="drawn-a.part was made with other seed"):
+        evaluate("a=a", run__seed=1)
+    calls = 100
+    assert evaluate("a=a")["sets"] == whole["sets"]
+    # 10 and 3 rows, of which three were whole.
+    assert calls == 100 + 7 + 3 and not part.exists()
+    assert (here / "out/rows/a.jsonl").read_bytes() == (here / "whole/rows/a.jsonl").read_bytes()
+
+
+def test_a_folder_takes_one_eval_at_a_time(here: Path) -> None:
+    with held(Path("out") / LOCK, "x"), pytest.raises(UserError, match="the folder out is in use by process"):
+        evaluate("a=a")
+    # Of a killed process, and of somebody else.
+    left = temporary(Path("out/x"))
+    left.touch()
+    Path("out/.model-a").mkdir()
+    evaluate("a=a")
+    assert not left.exists() and Path("out/.model-a").exists()
 
 
 def test_equal_models_give_equal_responses_and_another_seed_others(here: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gadcore import run as command
 from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
-from gadcore.evaluate.responses import read_json
+from gadcore.locks import LOCK, held
+from gadcore.record.reading import read_json
 from tests.support.runs import run, tiny_arguments
 
 # Of 3 + 4 steps: every second one, and the ends of the stages.
@@ -21,12 +22,11 @@ STEPS = "2, 3, 4, 6, 7"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(module_folder: Path) -> Path:
     """A finished run: its folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run([*tiny_arguments(folder), "--run.dir", "run", "--checkpoint.keep", "9"], folder)
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run", "--checkpoint.keep", "9"], module_folder)
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return module_folder / "run"
 
 
 @pytest.fixture
@@ -67,6 +67,23 @@ def test_an_earlier_checkpoint_loads_in_transformers_with_its_own_weights(traine
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     head = load_file(trained / "checkpoints/step-000004/discriminator.safetensors")["score.weight"]
     assert judge.score.weight.tolist() == head.tolist()
+
+
+def test_everyone_who_may_read_the_config_may_read_the_weights(trained, tmp_path) -> None:
+    assert export(trained, "--out", tmp_path / "out") == 0
+    for folder in (tmp_path / "out", trained / "student", trained / "discriminator"):
+        assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_another_export_into_the_same_folder_is_refused_and_what_others_made_stays(trained, tmp_path, capsys) -> None:
+    for name in ("out.partial", ".tmp-out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "note").write_text("mine")
+    with held(tmp_path / f"{LOCK}-out", "x"):
+        assert "out is in use by process" in refused(capsys, trained, "--out", tmp_path / "out")
+    assert export(trained, "--out", tmp_path / "out") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial", ".tmp-out"}
+    assert (tmp_path / "out.partial/note").exists() and (tmp_path / ".tmp-out/note").exists()
 
 
 def test_bad_arguments_are_named(trained, tmp_path, capsys) -> None:
@@ -129,7 +146,7 @@ def test_eval_takes_a_checkpoint_as_a_model(trained, tmp_path, monkeypatch) -> N
     assert found["sets"]["rows"]["results"]["last"] == sets["rows"]["results"]["last"]
     texts = [(tmp_path / f"out/rows/{name}.jsonl").read_text() for name in ("last", "early")]
     assert texts[0] != texts[1]
-    assert not list((tmp_path / "out").glob(".model-*"))
+    assert not list((tmp_path / "out").glob(".gadcore-*"))
 
     monkeypatch.setattr("gadcore.evaluate.sampling.make_engine", lambda *_: pytest.fail("sampled again"))
     assert evaluated(tmp_path / "out", f"last={saved}/step-000007,early={saved}/step-000002", rows) == found

@@ -21,8 +21,8 @@ def made(folder: Path, name: str, *settings: str, engine: str = "hf") -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Path:
-    return made(tmp_path_factory.mktemp("plain"), "run")
+def plain(module_folder: Path) -> Path:
+    return made(module_folder, "run")
 
 
 def test_offload_to_files_changes_no_bit(plain, tmp_path) -> None:
@@ -51,7 +51,7 @@ def test_killed_while_holdings_are_out_and_resumed(plain, tmp_path, moment, coun
     assert run(arguments, tmp_path, command=killer).returncode == -signal.SIGKILL
     # What waited in a file of the killed process left no trace.
     assert list((tmp_path / "run/offload").iterdir()) == []
-    done = run(["--resume", "auto"], tmp_path)
+    done = run(["--resume", "auto", "--run.dir", str(tmp_path / "run")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", plain)
 

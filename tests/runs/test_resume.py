@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gadcore.locks import LOCK, held
 from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
 
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
@@ -19,11 +21,10 @@ MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("check
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    done = run([*tiny_arguments(folder), "--run.dir", "run"], folder)
+def whole(module_folder):
+    done = run([*tiny_arguments(module_folder), "--run.dir", "run", "--checkpoint.keep", "2"], module_folder)
     assert done.returncode == 0, done.stderr
-    return folder
+    return module_folder
 
 
 def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str = "hf") -> None:
@@ -33,7 +34,7 @@ def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engi
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "run/summary.json").exists()
     assert json.loads((folder / "run/trace.json").read_text() + "]")
-    resumed = run(["--resume", "auto"], folder)
+    resumed = run(["--run.dir", "run", "--resume", "auto"], folder)
     assert resumed.returncode == 0, resumed.stderr
     assert_watched(folder / "run")
 
@@ -94,6 +95,48 @@ def test_resume_before_the_first_checkpoint_starts_again(whole, tmp_path) -> Non
     assert_same_run(tmp_path / "run", whole / "run")
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When everything in a folder was written, and its size."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_finished_run_is_finished_and_goes_back_only_when_told(whole, tmp_path) -> None:
+    shutil.copytree(whole / "run", tmp_path / "run")
+    before = written(tmp_path / "run")
+    again = run(["--run.dir", "run", "--resume", "auto"], tmp_path)
+    assert again.returncode == 0 and "the run run is finished, there is nothing to do" in again.stdout, again.stderr
+    assert written(tmp_path / "run") == before
+
+    with held(tmp_path / "run" / LOCK, "x"):
+        refused = run(["--run.dir", "run", "--resume", "step-000007"], tmp_path)
+    assert refused.returncode == 2 and f"the run run is in use by process {os.getpid()} on " in refused.stderr
+    assert written(tmp_path / "run").keys() == before.keys()
+
+
+def test_a_run_goes_back_to_a_checkpoint(whole, tmp_path) -> None:
+    shutil.copytree(whole / "run", tmp_path / "run")
+    steps = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert steps == ["step-000006", "step-000007"]
+    back = run(["--run.dir", "run", "--resume", "step-000006"], tmp_path)
+    assert back.returncode == 0 and "what came after step 6 is set aside" in back.stdout, back.stderr
+    assert_same_run(tmp_path / "run", whole / "run")
+    assert records(tmp_path / "run/abandoned-after-000006") == records(whole / "run")
+    aside = {path.name for path in (tmp_path / "run/abandoned-after-000006").iterdir()}
+    assert {"summary.json", "report.html", "student", "discriminator", "evaluations"} <= aside
+    assert (tmp_path / "run/checkpoints/abandoned-step-000007").is_dir()
+
+
+def test_a_start_that_fails_leaves_nothing(whole, tmp_path) -> None:
+    """It fails where models are loaded, when the folder is there already."""
+    arguments = [*tiny_arguments(whole), "--run.dir", "run"]
+    model = tmp_path / "model"
+    shutil.copytree(whole / "model", model)
+    os.truncate(model / "model.safetensors", 1000)
+    failed = run([*arguments, "--student.model", str(model)], tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert os.listdir(tmp_path) == ["model"]
+
+
 def test_seqkd_runs_and_is_resumed_only_as_such(whole, tmp_path) -> None:
     done = run(["seqkd", *tiny_arguments(whole), "--run.dir", "run"], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -109,4 +152,4 @@ def test_seqkd_runs_and_is_resumed_only_as_such(whole, tmp_path) -> None:
     resumed = run(["seqkd", "--run.dir", "run", "--resume", "auto"], tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["student/ce"] for row in records(tmp_path / "run")] == ces
-    assert "\nstep " not in resumed.stdout, "a finished run has nothing left to train"
+    assert "the run run is finished" in resumed.stdout

@@ -46,4 +46,5 @@ def arguments(section: str, responses: Path, base_url: str, **more: object) -> l
 
 
 def result(responses: Path, name: str) -> dict:
+    """name: judge/<judge>/<model> or compare/<judge>/<a>/<b>."""
     return json.loads((responses / "held" / f"{name}.json").read_text())

@@ -1,13 +1,9 @@
-"""vLLM's OpenAI server on loopback: python vllm_server.py ARGUMENTS is `vllm serve` without SageMaker's routes.
-
-Those need a package that the pinned CPU environment leaves out; nothing else of the server is touched.
-"""
+"""vLLM's OpenAI server on loopback."""
 
 from __future__ import annotations
 
 import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
@@ -48,7 +44,7 @@ class VllmServer:
         ]  # fmt: skip
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, *arguments],
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
                 env=os.environ | ENVIRONMENT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -85,11 +81,3 @@ class VllmServer:
     def received(self) -> int:
         """Requests that reached the engine, also those whose client had gone before the answer."""
         return len(re.findall(r"Received request chatcmpl-", self.log()))
-
-
-if __name__ == "__main__":
-    from vllm.entrypoints.serve.sagemaker import api_router
-
-    api_router.attach_router = lambda *_, **__: None
-    api_router.sagemaker_standards_bootstrap = lambda app: app
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

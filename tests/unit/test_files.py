@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
 
 from gadcore import files
-from gadcore.files import TEMPORARY, checksum, free_name, replace_link, whole_folder, write_jsonl, write_whole
+from gadcore.files import (
+    checksum,
+    clear_temporaries,
+    free_name,
+    replace_link,
+    temporary,
+    whole_folder,
+    write_jsonl,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -33,11 +44,14 @@ def test_half_a_surrogate_pair_is_written_as_asked(tmp_path: Path) -> None:
 def test_synced_content_is_on_the_disk_before_the_old_file_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
 ) -> None:
-    path, seen = tmp_path / "file", []
+    path, seen = tmp_path / "file", list[Any]()
     path.write_text("old")
-    monkeypatch.setattr(files, "sync", lambda partial: seen.append((partial.read_text(), path.read_text())))
+    monkeypatch.setattr(
+        files, "sync", lambda file: seen.append((file.is_file() and file.read_text(), path.read_text()))
+    )
     write_whole(path, "new", synced=synced)
-    assert seen == [("new", "old")] * synced and path.read_text() == "new"
+    # The file, and then its new name in the folder.
+    assert seen == [("new", "old"), (False, "new")] * synced and path.read_text() == "new"
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -58,11 +72,74 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, shared: bool) -> Non
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / f"{TEMPORARY}folder").mkdir()
-    (tmp_path / f"{TEMPORARY}folder" / "old").touch()
+    for name in ("folder", "other"):
+        left = temporary(tmp_path / name)
+        left.mkdir()
+        (left / "old").touch()
     with whole_folder(tmp_path / "folder") as work:
         (work / "new").touch()
-    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["new"]
+    assert os.listdir(tmp_path / "folder") == ["new"]
+    assert [name.startswith(".gadcore-other-") for name in sorted(os.listdir(tmp_path))] == [True, False]
+    clear_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_others_made_is_never_touched(tmp_path: Path) -> None:
+    """Whatever is named as a temporary file or folder could be, the link onto another file above all."""
+    (tmp_path / "precious").write_text("mine")
+    for name in ("x.partial", ".tmp-x", ".gadcore-x", ".gadcore-x-1", ".x-1"):
+        (tmp_path / name).symlink_to("precious")
+    for name in ("y.partial", ".tmp-y", ".gadcore-y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("mine")
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    write_whole(tmp_path / "x", "new")
+    replace_link(tmp_path / "link", tmp_path / "x")
+    with whole_folder(tmp_path / "y") as work:
+        (work / "a").touch()
+    clear_temporaries(tmp_path)
+    assert before == {path: path.read_text() for path in before} and (tmp_path / "x.partial").is_symlink()
+
+
+def test_a_folder_takes_the_place_of_another_only_where_it_may(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for name in ("old", "new"):
+        with whole_folder(path, replace=True) as work:
+            (work / name).touch()
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["new"]
+    with pytest.raises(OSError), whole_folder(path) as work:
+        pass
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(path) == ["new"]
+
+
+def test_two_write_one_file_and_one_of_them_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins, and ends, while the first is about to move its file into place."""
+    path, moved = tmp_path / "file", os.replace
+
+    def late(partial: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", moved)
+        write_whole(path, "second")
+        moved(partial, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    write_whole(path, "first")
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_that_is_full_names_the_file_and_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(file: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError) as error:
+        write_whole(path, "new", synced=True)
+    assert error.value.filename == str(path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_of_two_that_share_a_folder_the_first_stays(tmp_path: Path) -> None:
@@ -95,6 +172,8 @@ def test_a_free_name_counts_on(tmp_path: Path) -> None:
         path.mkdir()
         names.append(path.name)
     assert names == ["run", "run-2", "run-3"]
+    (tmp_path / "config.toml").symlink_to("nowhere")
+    assert free_name(tmp_path / "config", ".toml").name == "config-2.toml"
 
 
 def test_checksums(tmp_path: Path) -> None:

@@ -119,3 +119,10 @@ def test_a_limit_that_the_epochs_never_reach() -> None:
     assert told("schedule.gad_steps=20") == told("schedule.gad_steps=3") == []
     (sentence,) = told("schedule.gad_epochs=0", "schedule.gad_steps=3")
     assert sentence.startswith("schedule.gad_steps has no effect: the stage ends after 0 steps")
+
+
+def test_sft_gives_the_cross_entropy_settings_their_effect() -> None:
+    settings = ("algorithm.student_warmup=false", "student.warmup_lr=1e-3")
+    assert any("student.warmup_lr has no effect" in sentence for sentence in told(*settings))
+    assert told(*settings, "schedule.sft_epochs=1") == []
+    assert any("schedule.sft_epochs" in sentence for sentence in told("schedule.sft_epochs=1", command="seqkd"))

@@ -14,6 +14,7 @@ import pytest
 from gadcore.config.loading import dump, load, presets
 from gadcore.config.settings import Config, HFRollout
 from gadcore.errors import UserError
+from gadcore.evaluate.settings import EvalConfig
 
 PAPER_STUDENTS = {
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
@@ -24,16 +25,24 @@ PAPER_STUDENTS = {
 }
 
 # SHA-256 of the resolved settings, as sorted JSON.
+# Settings that came later, with the values that leave a run as it was before them.
+LATER = {
+    "data.eval_share": 0.1,
+    "data.bad_rows": "error",
+    "data.eval_columns": "none",
+    "data.eval_samples": 1,
+    "schedule.sft_epochs": 0,
+    "schedule.sft_steps": "none",
+    "data.template_arguments": {},
+}
 RESOLVED = {
     "llama-3.1-8b": "a97b408b0458dbae43900a8616df2f6163456754e30ebf4241a303bbe7de32e8",
     "llama-3.2-3b": "6638b814ba82adba8b79eb4cca116da336cee7f77f8c2057b153145db0b313ab",
     "qwen2.5-14b": "461e94cd430f89d0962e537f2d40464612902aad4f7735f850f6fb6caaba226b",
     "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
-    "smollm2-cpu": "2affdcdbb0efbd3a1417a99cce2c08b32784b8f315208945c19270185af52c60",
+    "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
 }
-# Settings that came later, none of which changes a run that does not name it.
-LATER = {"data.template_arguments": {}}
 
 
 @pytest.fixture
@@ -410,6 +419,55 @@ def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFi
     assert "--preset" in out
 
 
+def test_the_home_folder_is_that_and_no_folder_of_its_name(monkeypatch: pytest.MonkeyPatch, toml) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(["--data.train=~/rows.jsonl", "--run.dir", "~", "--student.model", "owner/na~me", "--memory.dir=~/x"])
+    assert (config.data.train, config.run.dir) == ("/home/me/rows.jsonl", "/home/me")
+    assert (config.student.model, config.memory.dir) == ("owner/na~me", "/home/me/x")
+    chosen = load(["--eval.models=a=~/a,b=b", "--eval.in_domain=s=~/s", "--eval.out=~/out"], EvalConfig).eval
+    assert (chosen.models, chosen.in_domain["s"].source) == ({"a": "/home/me/a", "b": "b"}, "/home/me/s")
+    assert chosen.out == "/home/me/out"
+    with pytest.raises(UserError, match=r"'~nobody.s/x' begins with the home folder .*\(data.train: command line\)"):
+        load(["--data.train", "~nobody.s/x"])
+
+
+def test_a_saved_config_means_the_same_files_from_every_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "model", "builtin", "split", "student", "smollm2-135m-instruct"):
+        (tmp_path / name).mkdir()
+    given = [
+        "--data.train",
+        "rows.jsonl",
+        "--student.model",
+        "model",
+        "--discriminator.model=./model",
+        "--memory.dir=x",
+    ]
+    kept = load(given).started_new()
+    assert (kept.data.train, kept.data.eval) == (f"{tmp_path}/rows.jsonl", "split")
+    assert (kept.student.model, kept.discriminator.model) == (f"{tmp_path}/model", f"{tmp_path}/model")
+    assert kept.memory.dir == f"{tmp_path}/x"
+    # Names that mean something else, whatever lies there.
+    kept = load(["--data.train=owner/rows", "--data.eval=none"]).started_new()
+    assert (kept.data.train, kept.data.eval) == ("owner/rows", None)
+    assert (kept.student.model, kept.discriminator.model) == ("smollm2-135m-instruct", "student")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "", ".", "..", "x" * 300, "ä" * 150])
+def test_the_name_of_a_run_is_no_path(name: str) -> None:
+    with pytest.raises(UserError, match=r"run.name = .* cannot name a folder of runs/.*run.dir"):
+        load(["--run.name", name])
+
+
+@pytest.mark.parametrize("resume", ["yes", "step-", "step-3.replaced", "3", "step-x", "/step-3", "abandoned-step-3"])
+def test_what_to_resume_is_auto_or_a_checkpoint(resume: str) -> None:
+    with pytest.raises(UserError, match="must be auto or a checkpoint of the run, like step-000003"):
+        load(["--run.resume", resume])
+    assert load(["--run.resume", "step-000003"]).run.resume == "step-000003"
+
+
 def test_loading_settings_imports_no_torch() -> None:
     code = "import sys; from gadcore.config.loading import load; load([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -448,3 +506,38 @@ def test_the_papers_settings_stay_the_defaults() -> None:
         assert algorithm.advantage_std_floor == 1e-6
         assert (judge.label_smoothing, judge.margin_cap) == (0, None)
         assert not config.gate.enabled and not config.convergence.enabled
+
+
+@pytest.mark.parametrize(
+    ("argv", "held_out"),
+    [
+        ([], "builtin"),
+        (["--data.train", "builtin"], "builtin"),
+        (["--data.train", "mine.jsonl"], "split"),
+        (["--preset", "qwen2.5-7b", "--data.train", "mine.jsonl"], "split"),
+        (["--preset", "qwen2.5-7b"], "ytz20/LMSYS-Chat-GPT-5-Chat-Response"),
+        (["--data.eval_share", "0.2"], "split"),
+        (["--data.train", "mine.jsonl", "--data.eval", "builtin"], "builtin"),
+        (["--data.train", "mine.jsonl", "--data.eval", "none"], None),
+        (["--data.eval", "other.jsonl", "--data.train", "mine.jsonl"], "other.jsonl"),
+    ],
+)
+def test_nobody_is_judged_by_rows_that_he_did_not_name(argv: list[str], held_out: str | None, toml) -> None:
+    config = load(argv)
+    assert config.data.eval == held_out
+    assert load(["--config", toml(dump(config))]) == config
+
+
+def test_rows_of_a_file_are_judged_by_those_of_the_file(toml) -> None:
+    mine = toml('base = "smollm2-cpu"\n[data]\ntrain = "mine.jsonl"\n')
+    assert load(["--config", mine]).data.eval == "split"
+    both = toml('base = "smollm2-cpu"\n[data]\ntrain = "mine.jsonl"\neval = "held_out.jsonl"\n')
+    assert load(["--config", both, "--data.train", "other.jsonl"]).data.eval == "held_out.jsonl"
+
+
+def test_a_column_map_is_written_as_one_writes_it() -> None:
+    as_table = load(["--data.columns", '{prompt = "a+b", completion = "d"}'])
+    assert load(["--data.columns", "prompt=a+b,completion=d"]) == as_table
+    assert load(["--data.columns=prompt=a+b", "--data.columns", "completion=d"]) == as_table
+    with pytest.raises(UserError, match="must be a table"):
+        load(["--data.columns", "prompt=a,prompt=b"])

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gadcore.config.settings import DataSettings
 from gadcore.data.batches import DataReport, Loader, build_prompts
+from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response
-from gadcore.data.rows import RawRow
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 
@@ -60,14 +60,18 @@ def test_a_long_prompt_is_truncated_in_ids_and_messages(template: ChatTemplate) 
     assert [group.prompt.messages[-1]["content"] for group in groups] == ["abcde", "abcde"]
     assert groups[0].prompt.token_ids == groups[1].prompt.token_ids
     assert report.truncated_prompts == 1
-    assert report.sentences() == ["1 of 2 prompts were truncated to data.max_prompt_tokens"]
+    assert report.sentences() == [
+        f"1 of 2 prompts were truncated to data.max_prompt_tokens: the limit is {limit} tokens, 95 % of the rows need "
+        f"{limit + 3}, 99 % {limit + 3}"
+    ]
 
 
 def test_dropped_prompts_keep_the_numbers_of_the_others(template: ChatTemplate) -> None:
     settings = DataSettings(max_prompt_tokens=overhead(template) + 5, long_prompt="drop")
     groups, report = build_prompts([row("abcdefgh", "x"), row("abc", "x")], template, settings)
     assert [group.prompt.index for group in groups] == [1]
-    assert report.sentences() == ["1 of 2 rows were left out because their prompt is too long"]
+    (told,) = report.sentences()
+    assert told.startswith("1 of 2 rows were left out because their prompt is too long: the limit is ")
 
 
 def test_a_prompt_whose_earlier_turns_are_too_long_is_dropped_and_told(template: ChatTemplate) -> None:
@@ -86,7 +90,12 @@ def test_a_long_response_is_cut_as_a_sample_would_be(template: ChatTemplate) -> 
     assert groups[0].teacher == Response("abcde", template.response_ids("abcde", finished=True), True)
     assert groups[1].teacher == Response("abcdef", template.response_ids("abcdef", finished=False), False)
     assert report == DataReport(2, 0, 0, 1, 0, 6.0)
-    assert report.sentences() == ["1 of 2 teacher responses were cut at data.max_response_tokens"]
+    (told,) = report.sentences()
+    assert told == (
+        "1 of 2 teacher responses were cut at data.max_response_tokens: the limit is 6 tokens, 95 % of the rows need "
+        "7, 99 % 7"
+    )
+    assert report.warnings() == [told]
 
 
 def test_a_cut_may_have_a_limit_of_its_own(template: ChatTemplate) -> None:
@@ -101,7 +110,10 @@ def test_dropped_responses_are_counted_and_their_prompts_are_not(template: ChatT
     groups, report = build_prompts([row("abc", "abcdef"), row("a", "abc")], template, settings)
     assert [group.prompt.index for group in groups] == [1]
     assert report == DataReport(2, 0, 0, 0, 1, 4.0)
-    assert report.sentences() == ["1 of 2 rows were left out because the teacher's response is too long"]
+    (told,) = report.sentences()
+    assert told.startswith(
+        "1 of 2 rows were left out because the teacher's response is too long: the limit is 4 tokens"
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,3 +204,12 @@ def test_batches_hold_fresh_groups() -> None:
         group.samples.append(group.teacher)
     assert not any(group.samples for group in groups)
     assert not any(group.samples for group in loader.batch(0, 0))
+
+
+def test_a_row_with_a_token_that_the_model_lacks_is_named(template: ChatTemplate) -> None:
+    words = template.tokenizer
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    limited = ChatTemplate(words, vocabulary=len(words) - 1)
+    with pytest.raises(UserError, match=r"embeddings for \d+ tokens") as caught:
+        build_prompts([row("a", "b"), row("a [PAD]", "b", 2)], limited, DataSettings())
+    assert row("", "", 2).where in str(caught.value)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from gadcore.data.rows import RawRow, load_rows
+from gadcore.data.forms import RawRow
+from gadcore.data.rows import load_rows
 
 USER = {"role": "user", "content": "What is two plus two?"}
 TEACHER = {"role": "assistant", "content": "Four."}

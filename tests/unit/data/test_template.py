@@ -191,7 +191,7 @@ def test_truncation_removes_only_the_end_of_the_last_user_text(template: ChatTem
     full, empty = template.prompt_ids(LONG), template.prompt_ids([*LONG[:2], {"role": "user", "content": ""}])
     common = next(i for i, pair in enumerate(zip(full, empty, strict=False)) if pair[0] != pair[1])
     tail = empty[common:]
-    for limit in range(len(empty), len(full)):
+    for limit in range(len(empty) + 4, len(full)):
         fitted = template.fit_prompt(LONG, limit, "truncate")
         assert fitted is not None and fitted[0] is not LONG
         ids = fitted[1]
@@ -211,8 +211,16 @@ def test_a_prompt_within_the_limit_is_left_alone(template: ChatTemplate) -> None
 
 def test_a_prompt_that_is_too_long_without_its_text_is_dropped(template: ChatTemplate) -> None:
     empty = template.prompt_ids([*LONG[:2], {"role": "user", "content": ""}])
-    assert template.fit_prompt(LONG, len(empty), "truncate") == ([*LONG[:2], {"role": "user", "content": ""}], empty)
+    assert template.fit_prompt(LONG, len(empty), "truncate") is None
     assert template.fit_prompt(LONG, len(empty) - 1, "truncate") is None
+
+
+def test_a_prompt_is_not_cut_to_white_space(template: ChatTemplate) -> None:
+    empty = len(template.prompt_ids([{"role": "user", "content": ""}]))
+    message = {"role": "user", "content": " \n\n \t \n x" + "y" * 50}
+    fitted = [template.fit_prompt([message], empty + room, "truncate") for room in range(12)]
+    assert None in fitted
+    assert all(kept is None or kept[0][-1]["content"].strip() for kept in fitted)
 
 
 def test_the_other_policies_for_a_long_prompt(template: ChatTemplate) -> None:

@@ -9,8 +9,9 @@ import pytest
 from gadcore.config import loading
 from gadcore.config.settings import HFRollout
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, digest_of, read_json, read_responses, write_responses
+from gadcore.evaluate.responses import ResponseRow, digest_of, read_responses, write_responses
 from gadcore.evaluate.settings import EvalConfig
+from gadcore.record.reading import read_json
 
 ROW = {
     "prompt": "Name a city.",

@@ -192,7 +192,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert text == (out / "tally.md").read_text()
     assert "gad against seqkd on held, judged blind by 2 (3 prompts)" in text
     assert "| Ada | 67 % | 33 % | 0 % |" in text and "| B\\|ob | 50 % | 0 % | 50 % |" in text
-    assert "The sheet of B|ob is incomplete: 1 prompts have no answer." in text
+    assert "The sheet of B\\|ob is incomplete: 1 prompts have no answer." in text
     assert "Agreement: 50 % of 2 comparisons; Cohen's kappa 0.00 over the 2 prompts" in text
     assert json.loads((out / "tally.json").read_text())["all"]["n"] == 3
     for wrong in ([], ["key.json"], ["--tally.key", "key.json"]):
@@ -209,3 +209,39 @@ def test_a_set_must_be_named_where_there_are_several(tmp_path: Path) -> None:
         sheet_main(argv)
     with pytest.raises(UserError, match="two models are needed"):
         sheet_main(argv[:2])
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 1e300, 10**400, -1, "3", True, None, [3], {"s": 3}])
+def test_seconds_that_no_person_took(seconds: object, tmp_path: Path) -> None:
+    key = sheet_of(4).key
+    paths = [write(tmp_path / "key.json", key)]
+    given = answers(key, {0: WIN, 1: TIE})
+    given["answers"][1]["seconds"] = seconds
+    paths.append(write(tmp_path / "ada.json", given))
+    with pytest.raises(
+        UserError, match=r"ada.json, answer 2 \(\w+\): seconds = .* is no time that a person took"
+    ) as told:
+        tally_main([str(path) for path in paths])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"pairs": []}, {"pairs": {"p": {"left": "c"}}}, {"pairs": {"p": 3}}, {"pairs": None}, {"a": 3}, {"b": None},
+        {"sheet": ["x"]}, {"set": {}},
+    ],
+)  # fmt: skip
+def test_a_damaged_key(key: dict, tmp_path: Path) -> None:
+    whole = sheet_of(4).key
+    given = write(tmp_path / "ada.json", answers(whole, {0: WIN}))
+    with pytest.raises(UserError, match=r"key.json is damaged \(.*\): give the key as it was written"):
+        tally(write(tmp_path / "key.json", whole | key), [given])
+
+
+def test_a_raters_name_is_text_and_nothing_else(tmp_path: Path, capsys) -> None:
+    key = sheet_of(4).key
+    evil = "\x1b[2J<img src=x>|[a](http://x)\u202e"
+    tally_main([str(write(tmp_path / "key.json", key)), str(write(tmp_path / "a.json", answers(key, {0: WIN}, evil)))])
+    for text in (capsys.readouterr().out, (tmp_path / "tally.md").read_text()):
+        assert "·\\[2J&lt;img src=x&gt;\\|\\[a\\]\\(http" in text and "\x1b" not in text and "\u202e" not in text

@@ -56,7 +56,7 @@ def test_the_score_of_a_judge_without_bias(tmp_path: Path, capsys: pytest.Captur
             shown = [prompt for prompt in asked if f"<request>\nQuestion {i}?\n</request>" in prompt]
             firsts = {prompt.split("<answer A>\n")[1].split("\n")[0] for prompt in shown}
             assert firsts == {response, f"reference {i}"}
-    result = judging.result(out, "judge-gad")
+    result = judging.result(out, "judge/judge/gad")
     assert result["score"] == pytest.approx(100 * 21 / (21 + 18))
     assert result["interval"][0] < result["score"] < result["interval"][1]
     assert (result["n"], result["unparsable"], result["unanswered"]) == (3, 0, 0)
@@ -69,7 +69,7 @@ def test_position_bias_is_detected_and_cancels(tmp_path: Path) -> None:
     out = judging.folder(tmp_path, gad=judging.rows(["any", "thing", "at all"]))
     with serve(judging.judged_by(lambda a, b: "9 5")) as server:
         assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
-    result = judging.result(out, "judge-gad")
+    result = judging.result(out, "judge/judge/gad")
     assert result["position_bias"] == 4
     assert result["consistency"] == 0
     assert (result["score"], result["interval"]) == (50, [50, 50])
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, capsys: pytest
 
     with serve(judging.judged_by(verdict)) as server:
         assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
-    result = judging.result(out, "judge-gad")
+    result = judging.result(out, "judge/judge/gad")
     assert (result["n"], result["unparsable"]) == (2, 1)
     assert result["unparsable_replies"] == [
         {"row": 1, "order": 0, "outcome": "answered", "reply": "I would rather not."}
@@ -93,12 +93,19 @@ def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, capsys: pytest
     assert "1 replies could not be read" in capsys.readouterr().out
 
 
-def test_no_readable_reply_gives_no_score(tmp_path: Path) -> None:
+def test_no_readable_reply_gives_no_score_and_all_are_asked_anew(tmp_path: Path, capsys) -> None:
     out = judging.folder(tmp_path, gad=judging.rows(["a", "b"]))
-    with serve(judging.judged_by(lambda a, b: "?")) as server:
-        assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
-    result = judging.result(out, "judge-gad")
-    assert (result["score"], result["interval"], result["n"], result["unparsable"]) == (None, None, 0, 4)
+    said = "?"
+    with serve(judging.judged_by(lambda a, b: said)) as server:
+        argv = judging.arguments("judge", out, server.base_url)
+        assert judge_main(argv) == 1
+        result = judging.result(out, "judge/judge/gad")
+        assert (result["score"], result["interval"], result["n"], result["unparsable"]) == (None, None, 0, 4)
+        assert "the same command asks for them anew" in capsys.readouterr().out
+        said = "6 6"
+        assert judge_main(argv) == 0
+        assert judge_main(argv) == 0 and len(server.seen) == 8
+    assert judging.result(out, "judge/judge/gad")["n"] == 2
 
 
 def test_it_goes_on_without_asking_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +113,7 @@ def test_it_goes_on_without_asking_twice(tmp_path: Path, capsys: pytest.CaptureF
     with serve(judging.judged_by(fair)) as server:
         argv = judging.arguments("judge", out, server.base_url)
         assert judge_main([*argv, "--budget.requests", "3"]) == 1
-        part = judging.result(out, "judge-gad")
+        part = judging.result(out, "judge/judge/gad")
         assert (part["n"], part["unanswered"]) == (1, 5)
         assert {request["reason"] for request in part["unanswered_requests"]} == {part["stopped"]}
         assert "stopped: the budget is spent" in capsys.readouterr().out
@@ -115,7 +122,7 @@ def test_it_goes_on_without_asking_twice(tmp_path: Path, capsys: pytest.CaptureF
         assert len(server.seen) == 8 and set(server.attempts().values()) == {1}
         assert judge_main(argv) == 0
         assert len(server.seen) == 8
-    assert judging.result(out, "judge-gad")["n"] == 4
+    assert judging.result(out, "judge/judge/gad")["n"] == 4
     stored = (out / "judgements.jsonl").read_bytes()
     assert stored.startswith(kept) and stored.count(b"\n") == 8
 
@@ -131,11 +138,11 @@ def test_a_request_that_failed_is_named_and_asked_again(tmp_path: Path) -> None:
     with serve(once_broken) as server:
         argv = judging.arguments("judge", out, server.base_url)
         assert judge_main(argv) == 1
-        (failed,) = judging.result(out, "judge-gad")["unanswered_requests"]
+        (failed,) = judging.result(out, "judge/judge/gad")["unanswered_requests"]
         assert (failed["row"], failed["order"]) == (1, 0) and "400" in failed["reason"]
         assert judge_main(argv) == 0
         assert len(server.seen) == 5
-    assert judging.result(out, "judge-gad")["n"] == 2
+    assert judging.result(out, "judge/judge/gad")["n"] == 2
 
 
 def test_sets_models_and_rows_are_chosen_by_name(tmp_path: Path) -> None:
@@ -144,24 +151,30 @@ def test_sets_models_and_rows_are_chosen_by_name(tmp_path: Path) -> None:
         more = {"judge__models": '["seqkd"]', "judge__rows": 1}
         assert judge_main(judging.arguments("judge", out, server.base_url, **more)) == 0
         assert len(server.seen) == 2
-    assert judging.result(out, "judge-seqkd")["n"] == 1
-    assert not (out / "held/judge-gad.json").exists()
+    assert judging.result(out, "judge/judge/seqkd")["n"] == 1
+    assert not (out / "held/judge/judge/gad.json").exists()
     with pytest.raises(UserError, match="has no gda: it holds gad, seqkd"):
         judge_main(judging.arguments("judge", out, "http://127.0.0.1:1/v1", judge__models='["gda"]'))
 
 
-def test_another_judge_does_not_replace_the_figures(tmp_path: Path) -> None:
+def test_every_judge_has_figures_of_its_own(tmp_path: Path) -> None:
     out = judging.folder(tmp_path, gad=judging.rows(["good"]))
+    names = ("judge", "org/judge", "org%2Fjudge", "..", "j" * 300, "j" * 299)
     with serve(judging.judged_by(fair)) as server:
-        assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
-        before = (out / "held/judge-gad.json").read_bytes()
-        other = judging.arguments("judge", out, server.base_url, endpoint__model="another")
-        with pytest.raises(UserError, match="holds the figures of the judge judge, and another would replace them"):
-            judge_main(other)
-        assert len(server.seen) == 2 and (out / "held/judge-gad.json").read_bytes() == before
-        (out / "held/judge-gad.json").rename(out / "held/first.json")
-        assert judge_main(other) == 0
-    assert judging.result(out, "judge-gad")["judge"] == "another"
+        for name in names:
+            assert judge_main(judging.arguments("judge", out, server.base_url, endpoint__model=name)) == 0
+    files = list((out / "held/judge").glob("*/gad.json"))
+    assert sorted(json.loads(path.read_text())["judge"] for path in files) == sorted(names)
+    assert [path.name for path in out.rglob("*.json")] == ["gad.json"] * len(names)
+
+
+def test_the_same_judge_elsewhere_is_told(tmp_path: Path, capsys) -> None:
+    out = judging.folder(tmp_path, gad=judging.rows(["good"]))
+    with serve(judging.judged_by(fair)) as one, serve(judging.judged_by(fair)) as two:
+        for server in (one, two):
+            assert judge_main(judging.arguments("judge", out, server.base_url)) == 0
+        assert len(one.seen) == len(two.seen) == 2
+    assert f"held the figures of a judge of the same name at {one.base_url}" in capsys.readouterr().out
 
 
 def test_a_file_of_prompts_of_ones_own(tmp_path: Path) -> None:

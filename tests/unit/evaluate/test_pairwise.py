@@ -54,7 +54,7 @@ def test_wins_ties_and_losses_of_a_judge_without_bias(tmp_path: Path, capsys: py
             compare_main(judging.arguments("compare", out, server.base_url, compare__a="gad", compare__b="seqkd")) == 0
         )
         assert len(server.seen) == 7  # a prompt whose two answers are the same text reads alike in both orders
-    result = judging.result(out, "compare-gad-seqkd")
+    result = judging.result(out, "compare/judge/gad/seqkd")
     assert [result[name] for name in ("win", "tie", "loss", "net", "n")] == [0.5, 0.25, 0.25, 25, 4]
     assert (result["consistency"], result["position_bias"]) == (1, 0)
     assert [prompt["outcome"] for prompt in result["prompts"]] == ["win", "tie", "win", "loss"]
@@ -67,7 +67,7 @@ def test_a_judge_that_takes_the_first_one_finds_only_ties(tmp_path: Path) -> Non
         assert (
             compare_main(judging.arguments("compare", out, server.base_url, compare__a="gad", compare__b="seqkd")) == 0
         )
-    result = judging.result(out, "compare-gad-seqkd")
+    result = judging.result(out, "compare/judge/gad/seqkd")
     assert (result["tie"], result["consistency"], result["position_bias"]) == (1, 0, 1)
 
 
@@ -75,11 +75,22 @@ def test_no_readable_verdict_gives_no_figures(tmp_path: Path, capsys: pytest.Cap
     out = judging.folder(tmp_path, gad=judging.rows(["a"]), seqkd=judging.rows(["d"]))
     with serve(judging.judged_by(lambda a, b: "perhaps")) as server:
         assert (
-            compare_main(judging.arguments("compare", out, server.base_url, compare__a="gad", compare__b="seqkd")) == 0
+            compare_main(judging.arguments("compare", out, server.base_url, compare__a="gad", compare__b="seqkd")) == 1
         )
-    result = judging.result(out, "compare-gad-seqkd")
+    result = judging.result(out, "compare/judge/gad/seqkd")
     assert (result["n"], result["unparsable"]) == (0, 2) and "win" not in result
     assert "no prompt could be judged" in capsys.readouterr().out
+
+
+def test_every_pair_of_models_has_a_file_of_its_own(tmp_path: Path) -> None:
+    models = {name: judging.rows([name]) for name in ("x-y", "z", "x", "y-z")}
+    out = judging.folder(tmp_path, **models)
+    with serve(judging.judged_by(lambda a, b: "A")) as server:
+        for a, b in (("x-y", "z"), ("x", "y-z")):
+            argv = judging.arguments("compare", out, server.base_url, compare__a=a, compare__b=b)
+            assert compare_main(argv) == 0
+            found = judging.result(out, f"compare/judge/{a}/{b}")
+            assert (found["a"], found["b"]) == (a, b)
 
 
 @pytest.mark.parametrize(

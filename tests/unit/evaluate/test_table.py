@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from gadcore.errors import UserError
-from gadcore.evaluate.measure import measure_set
+from gadcore.evaluate.measure import measure_set, measures_of
 from gadcore.evaluate.responses import ResponseRow, write_json, write_responses
 from gadcore.evaluate.table import evaluation_section, markdown, sections_of
+from gadcore.files import file_name
 
 REFERENCES = ["Paris is a city on the Seine.", "Water boils.", "Zero degrees", "A short answer of five words"]
 
@@ -46,12 +47,18 @@ def test_measures_of_the_same_text_and_of_another(folder: Path) -> None:
 
 
 def test_judge_scores_are_taken_in_where_there_are_some(folder: Path) -> None:
-    write_json(folder / "judge-gad.json", {"score": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 1})
+    for judge in ("x/one", "two"):
+        score = {"judge": judge, "score": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 1}
+        write_json(folder / "judge" / file_name(judge) / "gad.json", score)
     results, differences, _ = measure_set(folder, ["before", "gad"], resamples=50, fresh=None)
-    assert results["gad"]["judge_score"] == {"mean": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 1}
-    assert "judge_score" not in results["before"] and "judge_score" not in differences["gad"]
-    (folder / "judge-gad.json").write_text('{"score": 1}')
-    with pytest.raises(UserError, match=r"judge-gad.json lacks interval, n, unparsable"):
+    for judge in ("x/one", "two"):
+        assert results["gad"][f"judge_score {judge}"] == {
+            "mean": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 1
+        }  # fmt: skip
+        assert f"judge_score {judge}" not in results["before"] | differences["gad"]
+    assert [m.label for m in measures_of(results)][-2:] == ["judge score by two", "judge score by x/one"]
+    (folder / "judge/two/gad.json").write_text('{"judge": "two", "score": 1}')
+    with pytest.raises(UserError, match=r"judge/two/gad.json is damaged \(interval: missing\): run the judge again"):
         measure_set(folder, ["gad"], resamples=50, fresh=None)
 
 
@@ -89,23 +96,25 @@ def test_a_part_has_a_column_per_model_and_per_difference(folder: Path) -> None:
     rows = {label: cells for label, cells, _ in part.rows}
     assert rows["ROUGE-L"] == ("–", "0.000 [0.000, 0.000]", "1.000 [1.000, 1.000]", "+1.000 [+1.000, +1.000] *")
     assert rows["responses cut"][3].startswith("-25.0 pp [") and not rows["responses cut"][3].endswith("*")
-    assert "judge score" not in rows and "fresh D tells apart" not in rows
+    assert "judge score by j" not in rows and "fresh D tells apart" not in rows
     assert "out of domain, 4 prompts of s.jsonl" in part.title
 
 
 def test_a_judge_without_a_usable_verdict_is_shown_as_such(folder: Path) -> None:
-    write_json(folder / "judge-before.json", {"score": None, "interval": None, "n": 0, "unparsable": 8})
-    write_json(folder / "judge-gad.json", {"score": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 0})
+    write_json(folder / "judge/j/before.json", {"judge": "j", "score": None, "interval": None, "n": 0, "unparsable": 8})
+    write_json(
+        folder / "judge/j/gad.json", {"judge": "j", "score": 48.5, "interval": [40.0, 55.0], "n": 4, "unparsable": 0}
+    )
     (part,) = sections_of(evaluation(folder))
     rows = {label: cells for label, cells, _ in part.rows}
-    assert rows["judge score"] == ("–", "– (8 unparsable)", "48.500 [40.000, 55.000]", "–")
+    assert rows["judge score by j"] == ("–", "– (8 unparsable)", "48.500 [40.000, 55.000]", "–")
 
 
 def test_markdown_is_a_table_whose_rows_have_equal_widths(folder: Path) -> None:
     text = markdown(evaluation(folder, "test"))
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 11 and {line.count("|") for line in table} == {7}
-    assert "- gad: `runs/x`" in text and "- 1 of 4 <cut>" in text
+    assert "- gad: `runs/x`" in text and "- 1 of 4 &lt;cut&gt;" in text
 
 
 def test_the_reports_section_escapes_what_it_shows(folder: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadcore.measure.likeness import length_ratio, likeness, ngram_f1, rouge_l, words
+from gadcore.measure.likeness import length_ratio, ngram_f1, rouge_l, words
 
 TEXT = st.lists(st.sampled_from(["a", "b", "cat", "Cat", "é", "42"]), max_size=12).map(" ".join)
 
@@ -93,19 +93,6 @@ def test_empty_texts() -> None:
     assert length_ratio("a b c", "a b") == 1.5
     with pytest.raises(ValueError, match="n = 0"):
         ngram_f1("a", "a", 0)
-
-
-def test_likeness_is_the_mean_over_rows() -> None:
-    result = likeness(["a b c d", "x"], ["a b c d", "y z"])
-    assert result == {
-        "rouge_l": 0.5,
-        "ngram_f1": {"1": 0.5, "2": 0.5, "3": 0.5, "4": 0.5},
-        "length_ratio": 0.75,
-        "rows": 2,
-    }
-    for pair in (([], []), (["a"], []), (["a"], ["a", "b"])):
-        with pytest.raises(ValueError, match="pairs"):
-            likeness(*pair)
 
 
 def test_imports_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from gadcore import files
 from gadcore.config.loading import load
 from gadcore.config.settings import Config, RunSettings, ScheduleSettings
-from gadcore.errors import UserError
-from gadcore.record.run_folder import LATEST, RUNS, RunFolder
+from gadcore.errors import Interrupted, UserError
+from gadcore.files import temporary
+from gadcore.locks import LOCK
+from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +34,78 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_new_folder_holds_the_config_and_is_the_latest() -> None:
-    folder = RunFolder.create(config(name="trial"))
-    assert folder.path.parent == RUNS and folder.path.name.startswith("trial-")
-    assert os.listdir(folder.path) == ["config.toml"]
-    assert LATEST.is_symlink() and LATEST.resolve() == folder.path.resolve()
+def started(made: Config, steps: int = 1) -> RunFolder:
+    """A run that has ended after so many steps."""
+    with run_folder(made) as folder:
+        for step in range(1, steps + 1):
+            folder.step({"step": step})
+        if not steps:
+            folder.has_step = True
+    folder.metrics.close()
+    return folder
+
+
+def test_a_new_folder_holds_the_config_and_is_the_latest_with_its_first_step() -> None:
+    with run_folder(config(name="trial")) as folder:
+        assert folder.path.parent == RUNS and folder.path.name.startswith("trial-")
+        assert sorted(os.listdir(folder.path)) == [LOCK, "config.toml"]
+        assert not LATEST.exists()
+        folder.step({"step": 1})
+        assert LATEST.is_symlink() and LATEST.resolve() == folder.path.resolve()
+    assert sorted(os.listdir(folder.path)) == ["config.toml", "metrics.jsonl"]
     assert folder.checkpoints == folder.path / "checkpoints" and folder.reference == folder.path / "reference"
+
+
+@pytest.mark.parametrize("error", [UserError, OSError, ZeroDivisionError, KeyboardInterrupt])
+def test_a_start_that_fails_leaves_nothing(here: Path, error: type[BaseException]) -> None:
+    """Neither a folder, nor another latest run, nor anything in the way of the same command."""
+    started(config())
+    (here / "mine").mkdir()
+    (here / "mine/note").write_text("mine")
+    before = sorted(here.rglob("*")), os.readlink(LATEST)
+    for directory in (None, "deep/new", "mine"):
+        with pytest.raises(Interrupted if error is KeyboardInterrupt else error), run_folder(config(directory)) as made:
+            made.write_evaluation("before", [{}])
+            (made.path / "trace.json").touch()
+            raise error
+        assert (sorted(here.rglob("*")), os.readlink(LATEST)) == before
+    assert started(config("mine")).path == Path("mine")
+
+
+def test_a_run_that_has_a_step_or_was_stopped_stays() -> None:
+    with pytest.raises(UserError), run_folder(config("one")) as folder:
+        folder.step({"step": 1})
+        raise UserError
+    with pytest.raises(Interrupted), run_folder(config("two")) as folder:
+        raise Interrupted
+    assert RunFolder.existing("one").metrics.steps() == [1]
+    assert RunFolder.existing("two").metrics.steps() == []
+
+
+def test_a_folder_has_one_process_at_a_time(here: Path) -> None:
+    started(config("run"))
+    resumed = Config(run=RunSettings(dir="run", resume="auto"))
+    told = rf"the run run is in use by process {os.getpid()} on \S+: wait"
+    with run_folder(resumed), pytest.raises(UserError, match=told), run_folder(resumed):
+        pass
+    with run_folder(resumed):
+        pass
+
+
+def test_what_a_kill_left_half_done_goes_where_the_run_goes_on(here: Path) -> None:
+    started(config("run"))
+    (here / "run/evaluations").mkdir()
+    for name in ("run/x", "run/evaluations/x"):
+        temporary(here / name).write_text("half")
+    (here / "run/x.partial").write_text("somebody else's")
+    with run_folder(Config(run=RunSettings(dir="run", resume="auto"))):
+        pass
+    assert {path.name for path in (here / "run").rglob("*")} == {
+        "config.toml",
+        "metrics.jsonl",
+        "evaluations",
+        "x.partial",
+    }
 
 
 def test_the_config_comes_back_equal() -> None:
@@ -43,7 +113,7 @@ def test_the_config_comes_back_equal() -> None:
         run=RunSettings(name='a "quoted" näme\n', dir="some where/else", seed=3),
         schedule=ScheduleSettings(gad_steps=5, warmup_steps=None),
     )
-    folder = RunFolder.create(made)
+    folder = started(made)
     # Without the folder: fed back, the settings start a run of their own.
     assert load(["--config", str(folder.path / "config.toml"), "--run.dir", "some where/else"]) == made
     assert load(["--config", str(folder.path / "config.toml")]).run.dir is None
@@ -51,46 +121,61 @@ def test_the_config_comes_back_equal() -> None:
 
 def test_two_runs_of_one_second_get_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "strftime", lambda _: "20250102-030405")
-    names = [RunFolder.create(config()).path.name for _ in range(3)]
+    names = [started(config()).path.name for _ in range(3)]
     assert names == ["gad-20250102-030405", "gad-20250102-030405-2", "gad-20250102-030405-3"]
     assert LATEST.resolve().name == names[-1]
 
 
 def test_a_folder_of_another_run_is_refused_untouched(here: Path) -> None:
-    RunFolder.create(config(here / "mine"))
-    newer = RunFolder.create(config(here / "newer"))
+    started(config(here / "mine"))
     before = snapshot(here / "mine")
     with pytest.raises(UserError, match=r"mine already holds another run: .*run\.dir.*--resume auto"):
-        RunFolder.create(config(here / "mine", name="other"))
+        started(config(here / "mine", name="other"))
     assert snapshot(here / "mine") == before
-    assert LATEST.resolve() == newer.path.resolve()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "student", "summary.json"])
+def test_what_looks_like_a_part_of_a_run_is_not_mixed_with_a_new_one(here: Path, name: str) -> None:
+    (here / "mine").mkdir()
+    (here / "mine" / name).write_text("old")
+    with pytest.raises(UserError, match=rf"mine/{name} is there already and would be mixed with the new run"):
+        started(config("mine"))
+    assert snapshot(here / "mine") == {name: b"old"}
 
 
 def test_an_empty_folder_may_be_there_already(here: Path) -> None:
     (here / "deep/mine").mkdir(parents=True)
-    assert RunFolder.create(config("deep/mine")).path == Path("deep/mine")
+    assert started(config("deep/mine")).path == Path("deep/mine")
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(here: Path) -> None:
+    (here / "file").touch()
+    for directory in ("file", "file/deep"):
+        with pytest.raises(UserError, match="file is a file where a folder is needed: choose another run.dir"):
+            started(config(directory))
 
 
 def test_the_latest_link_survives_a_move_of_the_whole_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "work").mkdir()
     monkeypatch.chdir(here / "work")
-    folder = RunFolder.create(config())
+    folder = started(config())
     monkeypatch.chdir(here)
     (here / "work").rename(here / "moved")
     monkeypatch.chdir(here / "moved")
     assert RunFolder.existing(None).path.name == folder.path.name
 
 
-def test_the_latest_link_points_out_of_runs_too(here: Path) -> None:
-    RunFolder.create(config(here / "elsewhere"))
-    assert LATEST.resolve() == (here / "elsewhere").resolve()
-    assert sorted(os.listdir(RUNS)) == ["latest"]
+def test_only_runs_of_runs_are_the_latest(here: Path) -> None:
+    started(config(here / "elsewhere"))
+    assert not RUNS.exists()
+    started(config("runs/mine"))
+    assert os.readlink(LATEST) == "mine"
 
 
 def test_a_dangling_latest_link_is_replaced() -> None:
     RUNS.mkdir()
     LATEST.symlink_to("gone")
-    folder = RunFolder.create(config())
+    folder = started(config())
     assert LATEST.resolve() == folder.path.resolve()
 
 
@@ -98,23 +183,23 @@ def test_something_else_named_latest_is_left_alone() -> None:
     LATEST.mkdir(parents=True)
     (LATEST / "note").write_text("mine")
     with pytest.raises(UserError, match="runs/latest is in the way"):
-        RunFolder.create(config("mine"))
-    assert (LATEST / "note").read_text() == "mine"
+        started(config())
+    assert (LATEST / "note").read_text() == "mine" and os.listdir(RUNS) == ["latest"]
 
 
 def test_an_existing_run_is_found_by_name_or_as_the_newest(here: Path) -> None:
-    first, second = (RunFolder.create(config(here / name)) for name in ("first", "second"))
+    first, second = (started(config(here / "runs" / name)) for name in ("first", "second"))
     assert RunFolder.existing(None).path == second.path.resolve()
     named = RunFolder.existing(str(first.path))
     assert named.path == first.path
-    # Looking is not working: only a run that goes on becomes the latest.
+    # Looking is not working: only a run that takes a step becomes the latest.
     assert RunFolder.existing(None).path == second.path.resolve()
-    named.keep_config(config(here / "first"), 3)
+    named.step({"step": 2})
     assert RunFolder.existing(None).path == first.path.resolve()
 
 
 def test_settings_of_a_resumed_run_are_kept_with_the_old_ones_beside_them(here: Path) -> None:
-    folder = RunFolder.create(config(here / "run"))
+    folder = started(config(here / "run"))
     before = (folder.path / "config.toml").read_text()
     folder.keep_config(config(here / "run"), 3)
     assert not list(folder.path.glob("config-*.toml"))
@@ -133,7 +218,7 @@ def test_no_run_to_resume(directory: str | None) -> None:
 
 
 def test_logs_append_where_the_run_lies() -> None:
-    folder = RunFolder.create(config("mine"))
+    folder = started(config("mine"), steps=0)
     folder.metrics.write({"step": 1})
     folder.samples.write({"step": 1, "student": "é"})
     again = RunFolder.existing("mine")
@@ -146,7 +231,7 @@ def test_logs_append_where_the_run_lies() -> None:
 
 
 def test_results_come_back_and_leave_no_partial_files() -> None:
-    folder = RunFolder.create(config("mine"))
+    folder = started(config("mine"), steps=0)
     rows: list[dict[str, Any]] = [{"prompt": "é\u2028", "reward": 0.1 + 0.2}, {"prompt": "b"}]
     folder.write_evaluation("after_gad", rows)
     folder.write_evaluation("final", [])
@@ -160,15 +245,15 @@ def test_results_come_back_and_leave_no_partial_files() -> None:
 
 
 def test_a_write_that_fails_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder.create(config("mine"))
+    folder = started(config("mine"), steps=0)
     folder.write_summary({"step": 1})
 
-    def torn(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[:5])
-        raise OSError("disk full")
+    def torn(path: Path) -> None:
+        os.truncate(path, 5)
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(Path, "write_bytes", torn)
+    monkeypatch.setattr(files, "sync", torn)
     with pytest.raises(OSError, match="disk full"):
         folder.write_summary({"step": 2})
     assert json.loads(Path("mine/summary.json").read_text()) == {"step": 1}
+    assert sorted(os.listdir("mine")) == ["config.toml", "summary.json"]

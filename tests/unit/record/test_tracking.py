@@ -59,7 +59,7 @@ def test_a_whole_row_without_its_newline_is_kept(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("bad", [b'{"step": 2', b"7", b""])
+@pytest.mark.parametrize("bad", [b'{"step": 2', b"7", b"", b"[" * 9999, b'{"step": 2, "x": "\xff"}'])
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n')

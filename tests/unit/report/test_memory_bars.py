@@ -136,7 +136,7 @@ def test_a_run_that_recorded_nothing_has_no_part(tmp_path: Path) -> None:
 def test_the_page_has_one_part_on_memory_and_text_from_files_stays_text(tmp_path: Path) -> None:
     states = STATES | {"<b>state": {"<i>holder": 1 * GIB}}
     html = write_report(folder(tmp_path / "run", ROWS, memory(states=states))).read_text()
-    assert html.count('<h2 id="memory">') == 1 and html.count('href="#memory"') == 1
+    assert html.count('<details class="part print" id="memory">') == 1 and html.count('href="#memory"') == 1
     assert "<b>" not in html and "<i>" not in html
     assert "&lt;b&gt;state, &lt;i&gt;holder: 1.00 GiB" in html
     assert "student.<wbr>optimizer" in html and "held, all of them" in html

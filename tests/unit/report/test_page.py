@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -15,62 +17,12 @@ from gadcore.errors import UserError
 from gadcore.report import findings
 from gadcore.report.charts import Band, Chart, Series, describe, draw, smooth, thin
 from gadcore.report.curves import STATES, groups_of
-from gadcore.report.page import write_report
+from gadcore.report.page import write_overlay, write_report
 from gadcore.report.svg import nice_ticks
+from gadcore.run import main as run_command
+from tests.support.report_runs import THREE, answers, folder, lines, metrics
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> \' & {{ 7 * 7 }}'
-
-
-def metrics(warmup: int = 4, gad: int = 8, **more: Any) -> list[dict[str, Any]]:
-    rows = []
-    for step in range(1, warmup + gad + 1):
-        stage, stage_step, steps = ("warmup", step, warmup) if step <= warmup else ("gad", step - warmup, gad)
-        row = {"stage": stage, "step": step, "stage_step": stage_step, "stage_steps": steps,
-               "discriminator/accuracy": 0.6 + 0.01 * step, "time/student": 2.0, "time/total": 2.5}  # fmt: skip
-        if stage == "gad":
-            row |= {"reward/mean": -1.0 + 0.1 * step, "reward/std": 0.5, "reward/length_corr": 0.1,
-                    "length/cut_share": 0.05, "sampler/logprob_diff_mean": 1e-4}  # fmt: skip
-        else:
-            row["student/ce"] = 2.0 - 0.1 * step
-        rows.append(row | more)
-    return rows
-
-
-def answers(quality: float, count: int = 40, **more: Any) -> list[dict[str, Any]]:
-    return [
-        {"prompt": f"Question {i}", "teacher": f"Teacher {i}", "student": f"Student {i} {quality}",
-         "rouge_l": quality + 0.01 * math.sin(i), "length_ratio": 1.1, "teacher_score": 1.0,
-         "student_score": 0.2} | more
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def folder(
-    path: Path, rows: list[dict[str, Any]], evaluations: dict[str, list[dict[str, Any]]], finished: bool = True
-) -> Path:
-    (path / "evaluations").mkdir(parents=True)
-    (path / "config.toml").write_text('[run]\nname = "try-out"\n[student]\nmodel = "org/student"\n')
-    (path / "metrics.jsonl").write_text(lines(rows))
-    for name, answer_rows in evaluations.items():
-        (path / "evaluations" / f"{name}.jsonl").write_text(lines(answer_rows))
-    if finished:
-        summary = {
-            "run": "try-out",
-            "seconds": {"setup": 10.0, "student": 80.0, "total": 100.0},
-            "models": {"student": "org/student", "discriminator": "org/judge", "parameters": 134_500_000},
-            "data": {"train_rows": 413, "eval_rows": 40, "notes": ["12 prompts were truncated."]},
-            "evaluations": {
-                name: {"rows": len(r), "rouge_l": sum(x["rouge_l"] for x in r) / len(r), "length_ratio": 1.1,
-                       "cut_share": 0.1, "accuracy": 0.75, "margin": 0.8}
-                for name, r in evaluations.items()
-            },
-        }  # fmt: skip
-        (path / "summary.json").write_text(json.dumps(summary))
-    return path
 
 
 class Page(HTMLParser):
@@ -104,13 +56,10 @@ def page_of(path: Path) -> Page:
     return Page(write_report(path).read_text(encoding="utf-8"))
 
 
-THREE = {"before": answers(0.2), "after_warmup": answers(0.3), "after_gad": answers(0.3)}
-
-
 def test_a_finished_run(tmp_path: Path) -> None:
     page = page_of(folder(tmp_path / "run", metrics(), THREE))
     for part in (
-        "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down).",
+        "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down, by warmup).",
         "GAD +0.000 ± 0.000, within the noise.",
         "tells 75 % of the held-out pairs apart",
         "No warnings.",
@@ -208,8 +157,8 @@ def test_evaluations_of_different_prompts_are_refused(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("config.toml", "[run", "config.toml is not valid TOML"),
-        ("summary.json", "{", "summary.json is not valid JSON"),
-        ("metrics.jsonl", '{"stage": "gad"}\n', 'metrics.jsonl, line 1 has no "step"'),
+        ("summary.json", "{", "summary.json cannot be read as JSON"),
+        ("metrics.jsonl", '{"stage": "gad"}\n', "metrics.jsonl, line 1 is damaged (step: missing)"),
         ("metrics.jsonl", "{}\nx\n{}\n", "metrics.jsonl, line 2 is not a JSON object"),
     ],
 )
@@ -251,11 +200,141 @@ def test_a_rising_cut_share_is_told_with_its_ends() -> None:
 
 
 def test_the_difference_is_paired() -> None:
-    found = findings.difference([{"rouge_l": 0.1}, {"rouge_l": 0.5}], [{"rouge_l": 0.2}, {"rouge_l": 0.8}])
-    assert found.mean == pytest.approx(0.2)
-    # The changes are 0.1 and 0.3: standard deviation sqrt(0.02), standard error 0.1.
-    assert found.margin == pytest.approx(0.196)
-    assert (found.up, found.down, found.clear) == (2, 0, True)
+    before, after = ([{"prompt": i, "rouge_l": v} for i, v in enumerate(values)] for values in ([0.1, 0.5], [0.2, 0.8]))
+    found = findings.difference(findings.ROUGE_L, before, after)
+    assert found is not None and found.mean == pytest.approx(0.2)
+    # The changes are 0.1 and 0.3: standard error 0.1, and t at one degree of freedom. Two prompts show nothing.
+    assert found.margin == pytest.approx(1.27062)
+    assert (found.up, found.down, found.clear, found.change) == (2, 0, False, "noise")
+
+
+def noisy(mean: float, spread: float, count: int = 40, **more: Any) -> list[dict[str, Any]]:
+    """Answers whose values scatter around a mean, independently of those of another call with another mean."""
+    rng = random.Random(f"{mean} {spread}")
+    rows = answers(0.3, count, **more)
+    for row in rows:
+        row["rouge_l"] = min(1.0, max(0.0, rng.gauss(mean, spread)))
+        row["length_ratio"] = 1 + rng.gauss(mean, spread)
+        row["cut_share"] = float(rng.random() >= mean)
+    return rows
+
+
+@pytest.mark.parametrize(("after", "mark"), [(0.5, "better"), (0.302, "noise")])
+def test_every_figure_is_tested_against_the_noise(after: float, mark: str, tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics(), {"before": noisy(0.305, 0.1), "after_gad": noisy(after, 0.1)})
+    (table,) = [table_of_page(run)]
+    assert table["ROUGE-L"][0] == mark
+    # Further from 1 is worse, more unfinished ones are, whatever the summary's figures round to.
+    assert table["length ratio"][0] == {"better": "worse"}.get(mark, mark)
+    assert table["D tells apart"][0] == ""
+    assert " ± " in table["ROUGE-L"][1]
+
+
+def table_of_page(run: Path) -> dict[str, tuple[str, str]]:
+    """{measure: (class, text) of its first change}."""
+    html = write_report(run).read_text()
+    rows = re.findall(r'<tr><th scope="row">([^<]*)</th><td class="([^"]*)"[^>]*>([^<]*)', html)
+    return {label: (kind, text) for label, kind, text in rows}
+
+
+def test_what_cannot_be_tested_has_no_arrow(tmp_path: Path) -> None:
+    run = folder(tmp_path / "run", metrics(), {"before": noisy(0.1, 0.0), "after_gad": noisy(0.9, 0.0)})
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"]["after_gad"]["cut_share"] = 0.9
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert table_of_page(run)["responses cut"][0] == "better"
+    for name in ("before", "after_gad"):
+        path = run / "evaluations" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text(lines([{k: v for k, v in row.items() if k != "cut_share"} for row in rows]))
+    assert table_of_page(run)["responses cut"][0] == "untested"
+    (run / "evaluations/before.jsonl").unlink()
+    assert {kind for kind, _ in table_of_page(run).values()} <= {"untested", ""}
+
+
+def test_change_is_called_by_chance_as_often_as_the_interval_says() -> None:
+    called = {4: 0, 40: 0}
+    for count in called:
+        for trial in range(400):
+            rng = random.Random(trial)
+            before, after = ([{"prompt": i, "rouge_l": rng.gauss(0, 1)} for i in range(count)] for _ in range(2))
+            called[count] += findings.difference(findings.ROUGE_L, before, after).change != "noise"
+    assert all(0.02 <= n / 400 <= 0.08 for n in called.values()), called
+
+
+def test_responses_come_before_the_curves_and_the_machine_is_folded(tmp_path: Path) -> None:
+    page = page_of(folder(tmp_path / "run", metrics(**{"machine/cpu_load": 1.0}), THREE))
+    order = [
+        page.html.index(f'id="{key}"') for key in ("before-and-after", "samples", "learning", "machinery", "hardware")
+    ]
+    assert order == sorted(order)
+    folded = [attrs.get("id") for attrs in page.all("details") if "open" not in attrs]
+    assert {"machinery", "hardware"} <= set(folded)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "options", "labels"),
+    [
+        (0.0, 40_000.0, {}, ["0", "10,000", "20,000", "30,000", "40,000"]),
+        (0.0, 2e6, {}, ["0", "0.5 M", "1.0 M", "1.5 M", "2.0 M"]),
+        (1e-4, 1.0, {"log": True}, ["0.0001", "0.001", "0.01", "0.1", "1"]),
+        (1.0, 1000.0, {"log": True, "unit": "s"}, ["1", "10", "100", "1,000 s"]),
+        (0.0, 2.0, {"unit": "GiB"}, ["0.0", "0.5", "1.0", "1.5", "2.0 GiB"]),
+        (0.0, 1.0, {"unit": "%"}, ["0 %", "50 %", "100 %"]),
+        (-0.0002, 0.0002, {}, ["−0.0002", "−0.0001", "0.0000", "0.0001", "0.0002"]),
+    ],
+)
+def test_axes_are_labelled_as_people_write_numbers(low, high, options, labels) -> None:
+    html = draw(Chart("c", "T", "", [Series("x", [(1, low), (2, high)])], **options), [Band("gad", 1, 2)])
+    assert re.findall(r'<text class="tick" x="-8"[^>]*>([^<]*)', html) == labels
+
+
+def two_runs(tmp_path: Path) -> list[Path]:
+    first = folder(tmp_path / "a", metrics(), {"before": noisy(0.2, 0.1), "after_gad": noisy(0.3, 0.1)})
+    second = folder(tmp_path / "b", metrics(2, 6), {"after_gad": noisy(0.6, 0.1)})
+    return [first, second]
+
+
+def test_two_runs_share_their_charts_and_are_compared_prompt_by_prompt(tmp_path: Path, capsys) -> None:
+    first, second = two_runs(tmp_path)
+    assert run_command(["report", str(first), str(second)]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == second / "report-beside-a.html" and not (second / "report.html").exists()
+    page = Page(path.read_text())
+    assert "a beside b" in page.text and "beyond the noise between prompts" in page.text
+    charts = [attrs for attrs in page.all("div") if attrs.get("class") == "plot"]
+    accuracy = next(c for c in charts if c["aria-label"] == "Discriminator accuracy")
+    assert re.search(r"a 6\d\.0 % · b", accuracy["data-chart"] or "")
+    assert (accuracy["data-first"], accuracy["data-last"]) == ("0.5", "12.5")
+    assert page.text.count("Question 7 ") == 1
+    # Stacked parts of two runs would lie upon each other: their sums are drawn.
+    seconds = next(c for c in charts if c["aria-label"] == "Seconds per step")
+    assert "a: in all 2.000 s · b: in all 2.000 s" in (seconds["data-chart"] or "")
+
+
+def test_two_runs_on_other_prompts(tmp_path: Path) -> None:
+    first, second = two_runs(tmp_path)
+    rows = [row | {"prompt": row["prompt"] + "!"} for row in noisy(0.6, 0.1)]
+    (second / "evaluations/after_gad.jsonl").write_text(lines(rows))
+    text = Page(write_overlay(first, second).read_text()).text
+    assert "whether by chance cannot be told" in text and "no change is tested, no responses are shown" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["a", "a"], "are the same run"), (["a", "b", "a"], "report takes one run folder, or two"),
+     (["--folder", "a"], "report takes one run folder"), (["a", "none"], "none is no run folder")],
+)  # fmt: skip
+def test_two_runs_that_cannot_be_laid_side_by_side(arguments, problem, tmp_path: Path, capsys, monkeypatch) -> None:
+    two_runs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["report", *arguments]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_help_says_what_report_takes(capsys) -> None:
+    assert run_command(["report", "--help"]) == 0
+    assert "report [RUN_FOLDER] [OTHER_RUN_FOLDER]" in capsys.readouterr().out
 
 
 def test_every_number_of_the_metrics_has_a_curve() -> None:
@@ -297,7 +376,7 @@ def test_the_tables_of_an_evaluation_stand_on_the_page(tmp_path: Path) -> None:
     assert "#evaluation" in {attrs["href"] for attrs in page.all("a")}
     assert "0.250 [0.200, 0.300]" in page.text and "2 responses were cut." in page.text
     headings = [attrs.get("id") for attrs in page.all("h2")]
-    assert headings[:4] == ["verdict", "before-and-after", "evaluation", "learning"]
+    assert headings[:5] == ["verdict", "before-and-after", "evaluation", "samples", "learning"]
     assert page.all("img") == []
 
 
@@ -366,3 +445,35 @@ def test_a_chart_in_words_leaves_out_what_is_not_finite() -> None:
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", metrics(1000, 3000), {}, False)
     assert write_report(run).stat().st_size < 2_500_000
+
+
+def measured(rouge_l: float, repeated: float, seed: int) -> list[dict[str, Any]]:
+    """Answers of 40 prompts with a small scatter."""
+    rng = random.Random(seed)
+    rows = answers(rouge_l, 40)
+    for row in rows:
+        row["rouge_l"] = rouge_l + rng.uniform(-0.01, 0.01)
+        row["repeated"] = repeated + rng.uniform(-0.01, 0.01)
+    return rows
+
+
+def first_sentence(**evaluations: list[dict[str, Any]]) -> str:
+    figures = {name: {"rouge_l": fmean(row["rouge_l"] for row in rows)} for name, rows in evaluations.items()}
+    return findings.verdict(figures, evaluations)[0]
+
+
+def test_the_first_sentence_says_what_changed_and_by_which_stage() -> None:
+    said = first_sentence(
+        before=measured(0.15, 0.08, 1), after_sft=measured(0.22, 0.08, 2), after_gad=measured(0.22, 0.02, 3)
+    )
+    assert re.match(r"Held-out ROUGE-L rose from 0.15\d to 0.22\d \(\+0.0\d+ ± .*, by SFT\); ", said)
+    assert re.search(r"; the share of responses that say a 3-gram twice fell from 8.\d % to 2.\d % \(−", said)
+    assert said.endswith(", by GAD).")
+
+
+def test_the_first_sentence_without_a_change_of_rouge_l() -> None:
+    quiet, same = measured(0.2, 0.08, 1), measured(0.2, 0.08, 2)
+    assert first_sentence(before=quiet, after_gad=same).startswith("Held-out ROUGE-L did not change measurably")
+    said = first_sentence(before=quiet, after_gad=measured(0.2, 0.02, 3))
+    assert said.startswith("Held-out the share of responses that say a 3-gram twice fell from 8")
+    assert "; ROUGE-L did not change measurably" in said

@@ -21,8 +21,9 @@ from gadcore.teacher.command import main
 from gadcore.teacher.limits import MinuteLimit, Purse, cost, most
 from gadcore.teacher.progress import progress
 from gadcore.teacher.prompts import read_prompts
+from gadcore.teacher.reply import Reply, Unusable
 from gadcore.teacher.settings import Budget, CollectConfig, Endpoint, PromptSettings
-from gadcore.teacher.store import ChatRequest, Reply, ReplyStore, Spent, Unusable
+from gadcore.teacher.store import ChatRequest, ReplyStore, Spent
 from tests.support.collecting import arguments, prompts_file, rows
 from tests.support.openai_server import answer_to, completion, serve
 
@@ -88,7 +89,7 @@ def test_help_names_the_command_and_needs_nothing(capsys) -> None:
 
 
 def test_settings_import_neither_torch_nor_the_client() -> None:
-    code = "import sys, gadcore.teacher.settings; sys.exit(bool({'torch', 'openai'} & set(sys.modules)))"
+    code = "import sys, gadcore.teacher.settings; sys.exit(bool({'torch', 'httpx2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -142,7 +143,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
         ("b.jsonl", b'{"prompt": " "}\n', "{}:1: the last user turn is empty"),
         ("c.jsonl", b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "{}:1: messages is an empty conv"),
         ("d.jsonl", b"3\n", "{}:1: expected an object"),
-        ("e.csv", b"x\n", "{}: this kind of file cannot be read"),
+        ("e.xml", b"x\n", "{}: this kind of file cannot be read"),
     ],
 )
 def test_prompts_that_cannot_be_used(name: str, content: bytes | None, text: str, tmp_path: Path) -> None:
@@ -209,9 +210,10 @@ def test_bodies_without_an_answer(body: bytes) -> None:
         Reply.parse(body)
 
 
-def test_half_a_surrogate_pair_is_no_answer() -> None:
-    with pytest.raises(Unusable, match="surrogate"):
-        Reply.parse(json.dumps(completion("\ud83d")).encode())
+def test_half_a_surrogate_pair_is_kept_and_not_trained_on() -> None:
+    reply = Reply.parse(json.dumps(completion("A \ud83d")).encode())
+    assert (reply.text, reply.outcome) == ("A \ufffd", "damaged")
+    assert reply.told == ("the text holds half of a surrogate pair, which became U+FFFD: not trained on",)
 
 
 class Clock:
@@ -333,7 +335,7 @@ def test_the_data_card_says_what_was_collected(tmp_path: Path, capsys) -> None:
         "| answers paid for | 8 (unusable and earlier ones included), 80 prompt tokens, 40 response tokens |",
         "| cost | 0.0005 by the prices given |",
         "Finish reasons: stop 4.",
-        "replies.jsonl also holds 4 replies to other prompts, parameters or models.",
+        "replies.jsonl also holds 4 replies to other prompts, parameters, models or addresses.",
         "terms of use of teacher",
     ):
         assert text in card, text

@@ -21,7 +21,7 @@ from gadcore.rollout.sampler import Sampler, derived_seed
 from gadcore.rollout.weights import PlainWeights
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
-from gadcore.train.progress import Progress, stage_steps
+from gadcore.train.progress import Progress, stage_steps, stages_of
 from gadcore.train.records import Records
 from gadcore.train.trainer import Trainer
 from tests.support.builders import groups
@@ -37,6 +37,7 @@ from tests.support.tiny import save_tiny
         ({"warmup_steps": 0, "gad_epochs": 0}, ["warmup", "gad"], {"warmup": 0, "gad": 0}),
         ({"warmup_epochs": 0, "warmup_steps": 9}, ["warmup"], {"warmup": 0}),
         ({"seqkd_epochs": 2, "gad_steps": 1}, ["seqkd"], {"seqkd": 14}),
+        ({"sft_epochs": 2, "gad_steps": 1}, ["sft", "warmup", "gad"], {"sft": 14, "warmup": 7, "gad": 1}),
     ],
 )
 def test_steps_of_a_stage(schedule: dict[str, int], stages: list[str], expected: dict[str, int]) -> None:
@@ -109,13 +110,14 @@ class Rows(Records):
         self.messages.append(text)
 
 
-def trainer(tmp_path, **algorithm) -> Trainer:
+def trainer(tmp_path, *, schedule: dict | None = None, eval_samples: int = 1, **algorithm) -> Trainer:
     """A whole run of tiny models in memory: no folder, no stand-ins."""
+    steps = {"batch_size": 2, "warmup_steps": 1, "gad_steps": 2, "activation_checkpointing": "off"}
     config = Config.model_validate(
         {
-            "data": {"max_prompt_tokens": 64, "max_response_tokens": 6},
+            "data": {"max_prompt_tokens": 64, "max_response_tokens": 6, "eval_samples": eval_samples},
             "rollout": {"engine": "hf", "group_size": 3},
-            "schedule": {"batch_size": 2, "warmup_steps": 1, "gad_steps": 2, "activation_checkpointing": "off"},
+            "schedule": {**steps, **(schedule or {})},
             "algorithm": algorithm,
             "checkpoint": {"every": 0},
         }
@@ -125,7 +127,7 @@ def trainer(tmp_path, **algorithm) -> Trainer:
     engine = make_engine(config, spec.path, student.model, spec.template)
     return Trainer(
         config,
-        ("warmup", "gad"),
+        stages_of(config, "train"),
         student=student,
         discriminator=Discriminator.load(spec, student=spec, device="cpu"),
         sampler=Sampler(engine, PlainWeights(student.model), temperature=0.8, max_tokens=6),
@@ -163,3 +165,37 @@ def test_a_reward_of_ones_own_is_what_the_student_learns_from(tmp_path, monkeypa
         assert row["reward/mean"] <= 0
         # Characters a sample: whole numbers, which D's scores are not.
         assert (6 * row["reward/mean"]) == pytest.approx(round(6 * row["reward/mean"]))
+
+
+def test_the_stages_of_a_command() -> None:
+    for schedule in ({}, {"sft_epochs": 2, "sft_steps": 0}, {"sft_steps": 5}):
+        assert stages_of(Config(schedule=ScheduleSettings(**schedule)), "train") == ("warmup", "gad")
+    with_sft = Config(schedule=ScheduleSettings(sft_epochs=1))
+    assert stages_of(with_sft, "train") == ("sft", "warmup", "gad")
+    assert stages_of(with_sft, "seqkd") == ("seqkd",)
+
+
+def test_sft_is_the_students_cross_entropy_and_nothing_else(tmp_path) -> None:
+    """The student is that of seqkd at the warmup's learning rate; D and the sampler wait until it is done."""
+    run, other = (trainer(tmp_path, schedule={"sft_epochs": 1, "sft_steps": 2}) for _ in range(2))
+    untouched = {name: p.clone() for name, p in run.discriminator.model.named_parameters()}
+    STAGES["sft"](run)
+    for _ in range(2):
+        other.student.seqkd_backward(next(other.loader))
+        other.student.step(other.config.student.warmup_lr)
+    theirs = dict(other.student.model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in run.student.model.named_parameters())
+    assert all(torch.equal(p, untouched[name]) for name, p in run.discriminator.model.named_parameters())
+    assert [row["stage"] for row in run.records.rows] == ["sft", "sft"]
+    assert not any(key.startswith(("discriminator/", "reward/", "tokens/sampled")) for key in run.records.rows[0])
+    run.end_stage("sft")
+    STAGES["warmup"](run)
+    assert run.records.rows[-1]["stage"] == "warmup" and run.records.rows[-1]["step"] == 3
+
+
+def test_an_evaluation_draws_as_many_samples_as_it_is_told(tmp_path) -> None:
+    run = trainer(tmp_path, eval_samples=3)
+    run.evaluate("before")
+    figures = run.progress.evaluations["before"]
+    assert (figures["rows"], figures["samples"]) == (3, 3)
+    assert 0 <= figures["accuracy"] <= 1

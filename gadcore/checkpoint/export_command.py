@@ -1,0 +1,53 @@
+"""gadcore export RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gadcore.errors import UserError
+from gadcore.text import say
+
+MODELS = ("student", "discriminator")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit code. Raises UserError for whatever the user has to mend."""
+    options = _parser().parse_args(arguments)
+    # Only now: it loads torch.
+    from gadcore.checkpoint import store
+    from gadcore.checkpoint.export import export
+
+    folder, out = Path(options.run).expanduser(), Path(options.out).expanduser()
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is no run folder, it has no config.toml: give one, for example runs/latest")
+    if out.resolve() == Path.cwd():
+        raise UserError(f"--out {options.out} is the folder that you are in: name a new one")
+    found = store.available(folder / "checkpoints")
+    if not found:
+        raise UserError(
+            f"{folder} has no checkpoints: set checkpoint.every for the next run; a finished run has its last "
+            "models in student/ and discriminator/"
+        )
+    step = max(found) if options.step is None else options.step
+    if step not in found:
+        raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
+    export(found[step], out, options.model)
+    say(f"{options.out}: the {options.model} of step {step}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"export: {message}; see export --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gadcore export", description="A checkpoint as a Hugging Face directory.")
+    parser.add_argument("run", metavar="RUN_FOLDER")
+    parser.add_argument("--step", type=int, help="the checkpoint's step; default the newest")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument("--model", choices=MODELS, default="student", help="default student")
+    return parser

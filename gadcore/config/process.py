@@ -1,0 +1,104 @@
+"""What a command sets for its whole process: the environment of torch, signals, and streams that may be closed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from typing import Any, TextIO
+
+# SIGHUP arrives where a terminal or an ssh connection goes away.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def set_environment(threads: int) -> None:
+    """What must be set before torch is imported. threads: run.threads; 0 leaves what the environment says."""
+    if threads:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Spinning threads slow each other down on a machine that does anything else; a short spin bridges the gaps between
+    # the many small regions of sampling. A longer one gains little on an idle machine and loses much on a busy one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # torch's tensors in large pages: a training step would feel fresh memory being taken page by page.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # oneDNN keeps a compiled product for each of many shapes. Those of ragged batches seldom come back, so on real text
+    # a process would grow step by step. The layers of a pass share theirs, so a few are enough.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Advice from below torch's Python side (vLLM's memory policy) would tear the view of the run.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+class StopSignals:
+    """What SIGTERM, SIGHUP and Ctrl-C do to a run: they stop it at once until `finish_steps()`, and from then on they
+    are remembered, so that the step at work is finished; a second Ctrl-C stops at once.
+
+    A signal that is ignored as the process starts, as nohup has it with SIGHUP, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._finishes_steps = False
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def finish_steps(self) -> None:
+        """There is a step to finish from here on."""
+        self._finishes_steps = True
+
+    def reason(self) -> str | None:
+        """The name of the signal that came; None without one."""
+        return None if self.received is None else signal.Signals(self.received).name
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+        if not self._finishes_steps:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("gadcore: finishing the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+
+
+class Lasting:
+    """A stream that goes on, into nothing, where its reader went away: `| head -1`, or a terminal that was closed.
+
+    Whoever looks at a run must not end it. Everything else is the stream's own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._attempt(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Any, *arguments: str) -> int | None:
+        try:
+            result: int | None = call(*arguments)
+            return result
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+        # What other libraries and processes of ours write to the same descriptor goes there too.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+        return None
+
+
+def keep_writing() -> None:
+    """Makes standard output and standard error Lasting."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, Lasting):
+            setattr(sys, name, Lasting(stream))

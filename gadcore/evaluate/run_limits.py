@@ -1,0 +1,57 @@
+"""The limits of the runs that are evaluated: a student trained to 64 tokens is not asked for 1,536."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gadcore.checkpoint.export import is_checkpoint
+from gadcore.config import loading
+from gadcore.config.writing import to_toml
+from gadcore.errors import UserError
+from gadcore.evaluate.sampling import Log
+from gadcore.evaluate.settings import EvalConfig, LimitSettings
+
+
+def with_run_limits(config: EvalConfig, log: Log) -> EvalConfig:
+    """The settings, in which every limit of `data` that the user has not chosen is that of the runs in eval.models.
+
+    A model that is no run takes the limits of those that are; all are measured alike. Raises UserError where the runs
+    differ in a limit, or where a run's settings cannot be read.
+    """
+    open_limits = [name for name in LimitSettings.model_fields if name not in config.data.model_fields_set]
+    runs = {model: path for model, value in config.eval.models.items() if (path := _config_of(value))}
+    if not open_limits or not runs:
+        return config
+    try:
+        data = {model: loading.load(["--config", str(path)]).data for model, path in runs.items()}
+    except UserError as error:
+        named = ", ".join(f"data.{name}" for name in open_limits)
+        raise UserError(f"{error}; or choose {named} for eval yourself, which are read from there") from None
+    taken = {}
+    for name in open_limits:
+        values = {model: getattr(settings, name) for model, settings in data.items()}
+        first, *others = values.values()
+        if any(value != first for value in others):
+            each = ", ".join(f"{_shown(value)} in {model}" for model, value in values.items())
+            raise UserError(f"the runs differ in data.{name} ({each}): choose one for all by --data.{name}")
+        if first != getattr(config.data, name):
+            taken[name] = first
+    if taken:
+        log(f"as in {' and '.join(runs)}: " + ", ".join(f"data.{name} = {_shown(v)}" for name, v in taken.items()))
+    # The user's own choices stay marked as such: what has no effect is told of them alone.
+    limits = config.data.model_copy(update=taken)
+    limits.model_fields_set.difference_update(taken)
+    return config.model_copy(update={"data": limits})
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else to_toml(value)
+
+
+def _config_of(value: str) -> Path | None:
+    """The config.toml of the run that a value of eval.models belongs to."""
+    folder = Path(value).expanduser()
+    if is_checkpoint(folder):
+        return folder.resolve().parent.parent / "config.toml"
+    places = [folder, *([folder.parent] if folder.name in ("student", "discriminator") else [])]
+    return next((place / "config.toml" for place in places if (place / "config.toml").is_file()), None)

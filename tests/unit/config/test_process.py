@@ -1,0 +1,95 @@
+"""Signals and streams of a whole process."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from gadcore.config.process import SIGNALS, Lasting, StopSignals
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_the_first_step_a_signal_stops_at_once(number: signal.Signals) -> None:
+    signals = StopSignals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+    assert signals.reason() == number.name
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_step_is_finished(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    signals = StopSignals()
+    signals.finish_steps()
+    assert signals.reason() is None
+    os.kill(os.getpid(), number)
+    assert signals.reason() == number.name
+    assert "finishing the step" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_stops_at_once() -> None:
+    signals = StopSignals()
+    signals.finish_steps()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_stays_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = StopSignals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert signals.reason() is None
+
+
+def test_a_stream_outlasts_its_reader() -> None:
+    reader, writer = os.pipe()
+    stream = Lasting(os.fdopen(writer, "w"))
+    stream.write("read\n")
+    stream.flush()
+    assert os.read(reader, 100) == b"read\n"
+    os.close(reader)
+    for _ in range(3):
+        stream.write("lost\n")
+        stream.flush()
+    # What other code writes to the descriptor itself is lost too, and raises nothing.
+    os.write(writer, b"lost\n")
+    stream.close()
+
+
+def test_other_faults_of_a_stream_are_raised() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        Lasting(Full()).write("x")
+
+
+def test_the_program_prints_through_a_terminal_that_was_closed() -> None:
+    code = """
+import os, pty, sys
+from gadcore.config.process import keep_writing
+parent, child = pty.openpty()
+os.dup2(child, 1); os.close(child)
+sys.stdout = os.fdopen(1, "w")
+keep_writing()
+os.close(parent)
+for _ in range(3):
+    print("into nothing", flush=True)
+os._exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 7

@@ -1,0 +1,91 @@
+"""python -m gadcore.run data: what a run would read, from the facts that a run's warnings come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gadcore.run import main
+from tests.support.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    save_tiny(folder / "model")
+    rows = [{"instruction": f"Count to {i}.", "input": "", "output": "1 2 3 " * (i + 1)} for i in range(20)]
+    rows[3] = rows[2]
+    rows[4] |= {"output": "I'm sorry, but I cannot count.<|im_end|>"}
+    rows[5] |= {"output": "\u65e5\u672c\u8a9e\u3002", "instruction": "\x1b[31m[bold]red[/bold]"}
+    (folder / "mine.json").write_text(json.dumps(rows))
+    return folder
+
+
+def show(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
+    limits = ("--data.max_prompt_tokens", 96, "--data.max_response_tokens", 100)
+    code, said, _ = show(capsys, "data", "--student.model", folder / "model", *limits, folder / "mine.json")
+    assert code == 0
+    assert f"{folder / 'mine.json'}: 20 rows" in said
+    for text in (
+        "responses by script: Latin 19, Han 1",
+        "rows with a prompt that was there before: 1, with the same response 1",
+        "responses that begin like a refusal: 1",
+        "rows with the marker of a chat template in a text: <|im_end|> 1",
+        "turns: user 20;",
+        "1 of 20 teacher responses ended in the text of an end marker, which was taken off",
+        "of the 20 rows of",
+        "trained on, from here",
+        "WARNING: much text is lost",
+    ):
+        assert text in said, text
+    assert said.count("<|im_start|>assistant") == 3
+    assert "\x1b" not in said
+    (table,) = (line for line in said.splitlines() if line.strip().startswith("responses   "))
+    median, p95, p99, longest, limit, above, share = table.split()[1:]
+    assert (
+        0 < int(median) < int(p95) <= int(p99) <= int(longest)
+        and limit == "100"
+        and share == f"({int(above) / 20:.1%})"
+    )
+    assert f"--data.max_response_tokens {p95} would fit 95 % of the rows, {p99} 99 %, {longest} all" in said
+
+
+def test_the_default_rows_are_shown_without_an_argument(folder: Path, capsys) -> None:
+    code, said, _ = show(capsys, "data", "--student.model", folder / "model", "--data.max_prompt_tokens", 128)
+    assert code == 0 and "builtin: 240 rows" in said
+
+
+def test_two_files_are_refused(capsys) -> None:
+    code, _, said = show(capsys, "data", "a.jsonl", "--run.seed", 3, "b.jsonl")
+    assert code == 2 and "data takes one FILE, not a.jsonl b.jsonl" in said
+
+
+def test_bad_rows_are_listed(folder: Path, capsys) -> None:
+    (folder / "bad.jsonl").write_text('{"a": 1}\n{\n{"prompt": "x", "teacher_response": "y"}\n')
+    model = ("--student.model", folder / "model")
+    code, _, said = show(capsys, "data", folder / "bad.jsonl", *model)
+    assert code == 2 and "bad.jsonl:1: no prompt" in said and "bad.jsonl:2: broken JSON" in said
+
+
+def test_a_run_warns_before_it_begins(folder: Path, capsys) -> None:
+    settings = ("--data.train", folder / "mine.json", "--student.model", folder / "model", "--rollout.engine", "hf")
+    limits = ("--data.max_prompt_tokens", 96, "--data.max_response_tokens")
+    code, _, said = show(capsys, *settings, *limits, 12, "--dry-run")
+    assert code == 0 and "WARNING: much text is lost" in said
+    assert "95 % of the rows need" in " ".join(said.replace("┃", " ").split())
+    code, _, said = show(capsys, *settings, *limits, 150, "--data.train_rows", 6, "--dry-run")
+    assert code == 0 and "WARNING" not in said
+
+
+def test_help_names_the_command(capsys) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["data", "--help"])
+    assert leaving.value.code == 0 and "--data.bad_rows" in capsys.readouterr().out.replace("_", "_")

@@ -1,0 +1,164 @@
+"""A run goes on only with the rows and the records that its checkpoint counts on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gadcore.checkpoint import store
+from gadcore.config.settings import AlgorithmSettings, Config, RunSettings
+from gadcore.data.groups import Group, Response
+from gadcore.errors import UserError
+from gadcore.record.run_folder import RunFolder, run_folder
+from gadcore.train.resuming import check, chosen, fingerprint, finished
+from tests.support.builders import groups
+
+DATA = {"train": "one", "eval": "two"}
+
+
+def saved(folder: RunFolder, step: int) -> store.Checkpoint:
+    store.save(folder.checkpoints, step, {}, {"data": DATA, "records": folder.counts()}, keep=9)
+    return store.load(store.at(folder.checkpoints, step))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """Of a run of six steps, with checkpoints of steps 2 and 4."""
+    with run_folder(Config(run=RunSettings(dir=str(tmp_path / "run")))) as made:
+        made.write_evaluation("before", [{"prompt": "a"}, {"prompt": "b"}])
+        for step in range(1, 7):
+            made.step({"step": step})
+            made.samples.write({"step": step})
+            if step in (2, 4):
+                saved(made, step)
+    made.metrics.close()
+    made.samples.close()
+    return made
+
+
+def newest(folder: RunFolder) -> store.Checkpoint:
+    path = store.latest(folder.checkpoints)
+    assert path
+    return store.load(path)
+
+
+def cut(path: Path, lines: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+
+
+def test_untouched_records_pass(folder: RunFolder) -> None:
+    assert check(Config(), DATA, folder, newest(folder)) == []
+    # What came after the checkpoint is made again.
+    cut(folder.metrics.path, 4)
+    with folder.metrics.path.open("a") as file:
+        file.write('{"step": 5, "to')
+    assert check(Config(), DATA, folder, newest(folder)) == []
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_other_rows_are_told(folder: RunFolder, key: str) -> None:
+    with pytest.raises(UserError, match=rf"rows are not those of the checkpoint of step 4 \(data.{key} = builtin\)"):
+        check(Config(), DATA | {key: "three"}, folder, newest(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda p: (p / "metrics.jsonl").unlink(), "metrics.jsonl has no rows of step 1"),
+        (lambda p: cut(p / "metrics.jsonl", 3), "metrics.jsonl has no rows of step 4"),
+        (lambda p: (p / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st'), "has no rows of step 3"),
+        (lambda p: (p / "metrics.jsonl").write_text('{"step": 1}\n' * 2 + '{"step": 2}\n'), "has 2 rows of step 1"),
+        (lambda p: (p / "samples.jsonl").unlink(), "samples.jsonl is missing"),
+        (lambda p: cut(p / "samples.jsonl", 3), "samples.jsonl has 3 rows, at the checkpoint it had 4"),
+        (lambda p: (p / "evaluations/before.jsonl").unlink(), "before.jsonl is missing"),
+        (lambda p: cut(p / "evaluations/before.jsonl", 1), "before.jsonl has 1 rows, at the checkpoint it had 2"),
+    ],
+)
+def test_missing_records_are_told_with_the_ways_out(folder: RunFolder, damage: Callable, told: str) -> None:
+    damage(folder.path)
+    with pytest.raises(UserError, match=told) as error:
+        check(Config(), DATA, folder, newest(folder))
+    assert "the checkpoint of step 4 counts on it" in str(error.value)
+    assert "--resume step-000002" in str(error.value)
+
+
+def test_a_checkpoint_that_says_nothing_of_rows_is_told(folder: RunFolder) -> None:
+    store.save(folder.checkpoints, 5, {}, {}, keep=9)
+    (note,) = check(Config(), DATA, folder, newest(folder))
+    assert "does not say with which rows" in note
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "kl_coef"), [("gad", 1, 0.1), ("gad", 0, 0.1), ("warmup", 4, 0.1), ("gad", 1, 0)]
+)
+def test_a_missing_reference_is_told_where_one_is_needed(
+    folder: RunFolder, stage: str, step: int, kl_coef: float
+) -> None:
+    progress = {"stage": stage, "stage_step": step, "done": []}
+    store.save(folder.checkpoints, 5, {}, {"data": DATA, "records": {}, "progress": progress}, keep=9)
+    config = Config(algorithm=AlgorithmSettings(kl_coef=kl_coef))
+    if (stage, step, kl_coef) != ("gad", 1, 0.1):
+        assert check(config, DATA, folder, newest(folder)) == []
+        return
+    with pytest.raises(UserError, match="the reference policy is missing from .*reference: put it back"):
+        check(config, DATA, folder, newest(folder))
+    store.save(folder.reference, 4, {}, {}, keep=1)
+    assert check(config, DATA, folder, newest(folder)) == []
+
+
+def test_the_checkpoint_to_go_on_from(folder: RunFolder) -> None:
+    assert chosen(folder, "auto") == folder.checkpoints / "step-000004"
+    assert chosen(folder, "step-000002") == chosen(folder, "step-2") == folder.checkpoints / "step-000002"
+    with pytest.raises(UserError, match="no such checkpoint, there are: step-000002, step-000004"):
+        chosen(folder, "step-000003")
+
+
+def test_going_back_sets_aside_what_came_after(folder: RunFolder) -> None:
+    folder.write_evaluation("after_warmup", [{}])
+    folder.write_summary({"stages": ["warmup"]})
+    (folder.path / "student").mkdir()
+    aside = folder.go_back(2, ["before"])
+    assert aside == folder.path / "abandoned-after-000002"
+    there = {str(path.relative_to(aside)) for path in aside.rglob("*")}
+    records = {"metrics.jsonl", "samples.jsonl", "summary.json", "student"}
+    assert there == records | {"evaluations", "evaluations/after_warmup.jsonl"}
+    assert (aside / "metrics.jsonl").read_bytes() == folder.metrics.path.read_bytes()
+    assert (folder.path / "evaluations/before.jsonl").exists()
+    assert folder.summary() is None
+    folder.metrics.truncate_after(2)
+    folder.samples.truncate_after(2)
+    assert folder.go_back(2, ["before"]) is None
+
+
+def test_a_finished_run_is_known_by_its_summary(folder: RunFolder) -> None:
+    config = Config(run=RunSettings(dir=str(folder.path), resume="auto"))
+    assert finished(config, ["warmup", "gad"]) is None
+    folder.write_summary({"stages": ["warmup", "gad"]})
+    assert finished(config, ["warmup", "gad"]) == folder.path
+    with pytest.raises(UserError, match="is a run of warmup and gad, not of seqkd"):
+        finished(config, ["seqkd"])
+    (folder.path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="summary.json cannot be read .*or delete it"):
+        finished(config, ["warmup", "gad"])
+
+
+def test_a_fingerprint_knows_every_row_and_its_place() -> None:
+    rows = groups(3)
+    mine = fingerprint(rows)
+    assert mine == fingerprint([Group(group.prompt, group.teacher) for group in rows])
+    first, *others = rows
+    text = Response(first.teacher.text + " ", first.teacher.token_ids, first.teacher.finished)
+    ids = Response(first.teacher.text, first.teacher.token_ids[:-1], first.teacher.finished)
+    asked = replace(first.prompt, messages=({"role": "user", "content": "Else?"},))
+    changed = [
+        [*others, first],
+        others,
+        [Group(first.prompt, text), *others],
+        [Group(first.prompt, ids), *others],
+        [Group(asked, first.teacher), *others],
+        [],
+    ]
+    assert len({mine, *map(fingerprint, changed)}) == len(changed) + 1
