@@ -106,6 +106,11 @@ class Encoder:
             prompts = self._template.encode_all([text for _, _, text, _ in usable])
             responses = self._template.responses_ids([text for *_, text in usable], [True] * len(usable))
             for (index, row, _, text), prompt, response in zip(usable, prompts, responses, strict=True):
+                try:
+                    self._template.embedded(prompt)
+                except UserError as error:
+                    self._bad.add(BadRow(row.where, str(error)))
+                    continue
                 self._survey.add(row, len(prompt), len(response))
                 if (group := self._fitted(index, row, prompt, text, response)) is not None:
                     self._used += 1

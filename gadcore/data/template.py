@@ -96,7 +96,10 @@ class ChatTemplate:
 
         Raises UserError where the model has no embedding for one of its tokens.
         """
-        ids = self._encode(self._render(messages, header=True))
+        return self.embedded(self._encode(self._render(messages, header=True)))
+
+    def embedded(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids of a prompt, all of which the model must have an embedding for."""
         if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
@@ -110,7 +113,7 @@ class ChatTemplate:
         return self._render(messages, header=True)
 
     def encode_all(self, rendered: Sequence[str]) -> list[tuple[int, ...]]:
-        """prompt_ids() of many rendered prompts by one call of the tokenizer."""
+        """prompt_ids() of many rendered prompts by one call of the tokenizer; embedded() is the caller's to ask."""
         return [tuple(ids) for ids in self._tokenize(list(rendered))["input_ids"]] if rendered else []
 
     @property

@@ -108,6 +108,10 @@ def test_10_tokenizer_without_a_chat_template(start, tmp_path) -> None:
     says(start("--student.model", str(directory), "--data.train", path), "model", "no chat template")
 
 
+def test_10_template_argument_that_nothing_reads(start) -> None:
+    says(start("--data.template_arguments", "enable_thinkin=false"), "enable_thinkin,", "does not read")
+
+
 def test_11_group_of_one(start) -> None:
     says(start("--rollout.group_size", "1"), "rollout.group_size = 1", "2 or more")
 

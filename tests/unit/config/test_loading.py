@@ -34,6 +34,7 @@ LATER = {
     "data.template_arguments": {},
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
+    "data.template_arguments": {},
 }
 RESOLVED = {
     "llama-3.1-8b": "a97b408b0458dbae43900a8616df2f6163456754e30ebf4241a303bbe7de32e8",

@@ -204,3 +204,12 @@ def test_batches_hold_fresh_groups() -> None:
         group.samples.append(group.teacher)
     assert not any(group.samples for group in groups)
     assert not any(group.samples for group in loader.batch(0, 0))
+
+
+def test_a_row_with_a_token_that_the_model_lacks_is_named(template: ChatTemplate) -> None:
+    words = template.tokenizer
+    words.add_special_tokens({"pad_token": "[PAD]"})
+    limited = ChatTemplate(words, vocabulary=len(words) - 1)
+    with pytest.raises(UserError, match=r"embeddings for \d+ tokens") as caught:
+        build_prompts([row("a", "b"), row("a [PAD]", "b", 2)], limited, DataSettings())
+    assert row("", "", 2).where in str(caught.value)
