@@ -117,16 +117,16 @@ class Encoder:
                     self._response_tokens += len(group.teacher.token_ids)
                     yield group
 
-    def report(self, source: str, *, skip: bool) -> DataReport:
+    def report(self, source: str, *, skip: bool, may_skip: bool = True) -> DataReport:
         """Raises UserError for rows that the policy "error" refuses, for bad ones, and where none is left.
 
-        skip: bad ones are left out, unless there are nothing but bad ones.
+        skip: bad ones are left out, unless there are nothing but bad ones. may_skip: as of BadRows.error().
         """
         if self._refused.count:
             self._refused.read = self._bad.read or self._counts["rows"]
             raise self._refused.error(source)
         if self._bad.count and (not skip or self._bad.hopeless):
-            raise self._bad.error(source)
+            raise self._bad.error(source, may_skip=may_skip)
         counts = self._counts
         report = DataReport(
             counts["rows"],
@@ -206,7 +206,7 @@ def build_prompts(
     bad = BadRows(read=len(rows))
     encoder = Encoder(template, settings, bad, cut_limit=cut_limit)
     groups = list(encoder.groups(rows))
-    return groups, encoder.report("the data", skip=False)
+    return groups, encoder.report("the data", skip=False, may_skip=False)
 
 
 class Loader:

@@ -183,7 +183,7 @@ class Rows:
     def check(self) -> None:
         """Raises UserError for bad rows that have been read."""
         if self._bad.count and not self._skip:
-            raise self._bad.error(self._source.name)
+            raise self._bad.error(self._source.name, may_skip=True)
 
     def groups(
         self, template: ChatTemplate, cache: Path, say: Callable[[str], None]

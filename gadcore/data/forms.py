@@ -240,16 +240,14 @@ def _message(turn: Any, what: str) -> dict[str, str]:
     role, content = (turn[key] for key in keys)
     if isinstance(role, str) and role.lower() in _TOOLS:
         raise _Unusable(
-            f"{what} is a tool's turn ({role}), and gadcore trains on conversations of text alone: remove the row, or "
-            'set data.bad_rows = "skip"'
+            f"{what} is a tool's turn ({role}), and gadcore trains on conversations of text alone: remove the row"
         )
     known = _ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise _Unusable(f"{what} has the role {role!r}: use {', '.join(ROLES)}")
     if calls := turn.get("tool_calls") or turn.get("function_call"):
         raise _Unusable(
-            f"{what} calls a tool ({_tool(calls)}), and gadcore trains on conversations of text alone: remove the row, "
-            'or set data.bad_rows = "skip"'
+            f"{what} calls a tool ({_tool(calls)}), and gadcore trains on conversations of text alone: remove the row"
         )
     if content is None and isinstance(turn.get("refusal"), str):
         raise _Unusable(f"{what} is a refusal and has no content: remove the row, or write the refusal as its content")

@@ -165,7 +165,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[str, Any]]:
             except UnicodeDecodeError as error:
                 yield where, Broken(f"not UTF-8 (byte {error.start} of the line): save the file as UTF-8")
             except json.JSONDecodeError as error:
-                if text.strip() == "{" and number == 1:
+                if text.strip() == "{" and number == 1 and name.endswith((".json", ".json.gz")):
                     raise UserError(
                         f"{name} is neither a list of rows nor a row a line: write [ and ] around its rows, with "
                         "commas between them, or each on one line"

@@ -51,16 +51,15 @@ class BadRows:
         """Whether nothing but bad rows has come, and so many that it is no matter of single rows."""
         return self.count == self.read >= _HOPELESS
 
-    def error(self, source: str) -> UserError:
-        """All of them at once."""
+    def error(self, source: str, *, may_skip: bool = False) -> UserError:
+        """All of them at once. may_skip: the command has the setting data.bad_rows, which is named then."""
         if self.count == 1:
             ((reason, (_, (where,))),) = self.reasons.items()
-            return UserError(f"{where}: {reason}")
+            advice = " (--data.bad_rows skip leaves such rows out)" if may_skip else ""
+            return UserError(f"{where}: {reason}{advice}")
+        advice = "mend them, or leave them out by --data.bad_rows skip" if may_skip else "mend them or take them out"
         of = f"the first {self.read}" if self.hopeless else f"{self.read}"
-        return UserError(
-            f"{self.count} of {of} rows of {source} cannot be used: mend them, or leave them out by "
-            f"--data.bad_rows skip\n{self._listed()}"
-        )
+        return UserError(f"{self.count} of {of} rows of {source} cannot be used: {advice}\n{self._listed()}")
 
     def sentence(self, source: str) -> str:
         """Of rows that were left out."""

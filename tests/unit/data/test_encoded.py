@@ -138,7 +138,7 @@ def test_bad_rows_leave_nothing_behind(tmp_path: Path, template: ChatTemplate, m
     path = write(tmp_path / "rows.jsonl", 30)
     path.write_text(path.read_text() + "{\n")
     monkeypatch.setattr(encoded, "KEPT_FROM", 1)
-    with pytest.raises(UserError, match="rows.jsonl:31: broken JSON"):
+    with pytest.raises(UserError, match=r"rows.jsonl:31: broken JSON.*\(--data.bad_rows skip leaves such rows out\)"):
         read(path, template, tmp_path)
     assert list((tmp_path / "rows").iterdir()) == []
 
@@ -167,7 +167,9 @@ def test_skipped_rows_are_counted_and_named(many: bool, tmp_path: Path, template
     assert [line.split(": ")[0].strip() for line in listed] == [f"{path}:{n}" for n in (1, 11, 12)]
     with pytest.raises(UserError) as caught:
         read(path, template, tmp_path)
-    assert str(caught.value).startswith(f"3 of 33 rows of {path} cannot be used: mend them")
+    assert str(caught.value).startswith(
+        f"3 of 33 rows of {path} cannot be used: mend them, or leave them out by --data.bad_rows skip"
+    )
     assert "nothing but an end marker" in str(caught.value)
 
 

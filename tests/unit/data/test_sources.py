@@ -199,9 +199,7 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
     lines = [good, '{"prompt": "x"}', good, "{", '{"prompt": "x"}', "[]", "{}", good]
     path.write_text("\n".join(lines))
     message = error_of(path)
-    assert message.splitlines()[0] == (
-        f"5 of 8 rows of {path} cannot be used: mend them, or leave them out by --data.bad_rows skip"
-    )
+    assert message.splitlines()[0] == (f"5 of 8 rows of {path} cannot be used: mend them or take them out")
     assert f"  {path}:2, {path}:5: no response" in message
     for number in (4, 6, 7):
         assert f"{path}:{number}: " in message
