@@ -20,7 +20,8 @@ from typing import Any
 from bench import options
 from gadcore.checkpoint import store
 from gadcore.config import loading
-from gadcore.config.settings import SPLIT, Config
+from gadcore.config.data import SPLIT
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.evaluate.measure import TEACHER, Results, values_of
 from gadcore.evaluate.responses import read_responses

@@ -18,7 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gadcore.config.settings import AlgorithmSettings, Config, DataSettings, ScheduleSettings, VLLMRollout
+from gadcore.config.data import DataSettings
+from gadcore.config.settings import AlgorithmSettings, Config, ScheduleSettings, VLLMRollout
 from gadcore.data.batches import build_prompts
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.data.rows import load_rows

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from gadcore.config.settings import Section
+from gadcore.config.kinds import Section
 from gadcore.errors import UserError
 
 COMMAND_LINE = "command line"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from gadcore.config.settings import SPLIT, AlgorithmSettings, Config, Section
+from gadcore.config.data import SPLIT
+from gadcore.config.kinds import Section
+from gadcore.config.settings import AlgorithmSettings, Config
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
 Reason = tuple[str, tuple[str, ...]]

@@ -32,8 +32,9 @@ from pydantic_core import ErrorDetails
 from rapidfuzz import fuzz, process
 
 from gadcore.config.command_line import COMMAND_LINE, HELP, kinds_of, setting_kinds, split
+from gadcore.config.kinds import Section
 from gadcore.config.renamed import refuse_old_names
-from gadcore.config.settings import Config, Section
+from gadcore.config.settings import Config
 from gadcore.config.writing import print_help, shown, to_toml
 from gadcore.errors import UserError
 

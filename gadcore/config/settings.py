@@ -10,10 +10,6 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -22,57 +18,18 @@ from pydantic import (
     model_validator,
 )
 
-from gadcore.config.template_arguments import TemplateArguments
-
-# Whatever counts or seeds something fits into 32 bits, as the libraries below want it.
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
-Rate = Annotated[float, Field(ge=0)]
-Above = Annotated[float, Field(gt=0)]
-# Comes with gadcore (gadcore.models.loading), whatever lies in the directory.
-BUNDLED_MODEL = "smollm2-135m-instruct"
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def _expanded(value: str) -> str:
-    """~ and ~name at the beginning as the home folder that they stand for, as a shell has it."""
-    found = os.path.expanduser(value)
-    if value.startswith("~") and found == value:
-        raise ValueError(
-            f"{value!r} begins with the home folder of a user who does not exist: write the path out, or ./{value} for "
-            "a file of that name"
-        )
-    return found
-
-
-# Of a file or folder, or a name that stands for one.
-Location = Annotated[str, AfterValidator(_expanded)]
-
-
-def pairs(text: str, key: str) -> dict[str, str]:
-    """'a=x,b=y' as {"a": "x", "b": "y"}. Raises ValueError, which names the setting `key`."""
-    items = [item.partition("=") for item in text.split(",")]
-    if not all(name.strip() and equals and value.strip() for name, equals, value in items):
-        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
-    table = {name.strip(): value.strip() for name, _, value in items}
-    if len(table) < len(items):
-        raise ValueError(f"{key} uses a name twice: {text}")
-    return table
-
-
-def _columns(value: Any) -> Any:
-    try:
-        return pairs(value, "columns") if isinstance(value, str) else value
-    except ValueError:
-        return value  # and no table
-
-
-# A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
-Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from gadcore.config.data import SPLIT, DataSettings
+from gadcore.config.kinds import (
+    BUNDLED_MODEL,
+    Above,
+    Location,
+    NonNegative,
+    Positive,
+    Rate,
+    Section,
+    Share,
+    anywhere,
+)
 
 
 class RunSettings(Section):
@@ -105,65 +62,6 @@ class RunSettings(Section):
         if resume is not None and resume != "auto" and not re.fullmatch(r"step-\d{1,18}", resume, re.ASCII):
             raise ValueError(f"run.resume = {resume!r} must be auto or a checkpoint of the run, like step-000003")
         return resume
-
-
-# The value of data.eval that holds out some of the training rows.
-SPLIT = "split"
-
-
-class DataSettings(Section):
-    """Rows, templates and limits."""
-
-    train: Location = Field(
-        "builtin",
-        description="File (JSON lines, a JSON array, CSV, parquet), directory of these, hub id, or 'builtin'.",
-    )
-    eval: Location | None = Field(
-        "builtin",
-        description='Held-out rows, in the same forms; "split": some of data.train, which is the default for rows of '
-        'your own; "none": no evaluation.',
-    )
-    eval_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1,
-        description='Share of the training rows that data.eval = "split" holds out, eval_rows at most. Which ones '
-        "depends on run.seed and the prompts alone; rows with one prompt stay together.",
-    )
-    columns: Columns = Field(
-        default_factory=dict,
-        description="Column map, {prompt = 'question', teacher_response = 'answer'} or "
-        "prompt=question,teacher_response=answer; a+b joins columns, none leaves one out.",
-    )
-    eval_columns: Columns | None = Field(None, description="Column map of data.eval; default: data.columns.")
-    bad_rows: Literal["error", "skip"] = Field(
-        "error", description="Rows that cannot be used end the run, or are left out; either way they are listed."
-    )
-    system_prompt: str | None = Field(None, description="Put before conversations that have no system message.")
-    template_arguments: TemplateArguments = Field(
-        default_factory=dict,
-        description="What chat templates are rendered with, for example {enable_thinking = false}, or "
-        "enable_thinking=false on a command line; the template that is saved with the student has them as defaults.",
-    )
-    max_prompt_tokens: Positive = 2048
-    max_response_tokens: Positive = 1536
-    long_prompt: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
-    )
-    long_response: Literal["cut", "drop", "error"] = Field(
-        "cut",
-        description="A longer teacher response is cut, as a student's sample would be, dropped, or refused.",
-    )
-    train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
-    eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
-    eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _judged_by_their_like(cls, values: Any) -> Any:
-        """Rows of one's own are not measured on rows that nobody named."""
-        if not isinstance(values, dict) or "eval" in values:
-            return values
-        own = "eval_share" in values or values.get("train", "builtin") != "builtin"
-        return {**values, "eval": SPLIT} if own else values
 
 
 class StudentSettings(Section):
@@ -386,13 +284,6 @@ class TrackingSettings(Section):
     trace: bool = Field(False, description="Write trace.json, for ui.perfetto.dev.")
 
 
-def _anywhere(name: str | None, *words: str) -> str | None:
-    """A path that is there as an absolute one; a name that stands for something else, as `words` do, as it is."""
-    if name is None or name in words or not os.path.exists(name):
-        return name
-    return os.path.abspath(name)
-
-
 class Config(Section):
     """All settings of `python -m gadcore.run`."""
 
@@ -430,14 +321,14 @@ class Config(Section):
     def started_new(self) -> Config:
         """These settings as a run folder keeps them: to start a run with, from any directory."""
         run = {"resume": None, "dir": None}
-        data = {"train": _anywhere(self.data.train, "builtin"), "eval": _anywhere(self.data.eval, "builtin", SPLIT)}
-        discriminator = {"model": _anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
+        data = {"train": anywhere(self.data.train, "builtin"), "eval": anywhere(self.data.eval, "builtin", SPLIT)}
+        discriminator = {"model": anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
         memory = {"dir": self.memory.dir and os.path.abspath(self.memory.dir)}
         return self.model_copy(
             update={
                 "run": self.run.model_copy(update=run),
                 "data": self.data.model_copy(update=data),
-                "student": self.student.model_copy(update={"model": _anywhere(self.student.model, BUNDLED_MODEL)}),
+                "student": self.student.model_copy(update={"model": anywhere(self.student.model, BUNDLED_MODEL)}),
                 "discriminator": self.discriminator.model_copy(update=discriminator),
                 "memory": self.memory.model_copy(update=memory),
             }

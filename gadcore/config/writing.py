@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_origin
 
-from gadcore.config.settings import Section
+from gadcore.config.kinds import Section
 
 
 def to_toml(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gadcore.config.settings import DataSettings
+from gadcore.config.data import DataSettings
 from gadcore.data.facts import Facts, Lengths, Survey
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response

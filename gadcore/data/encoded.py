@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from gadcore.config.settings import DataSettings
+from gadcore.config.data import DataSettings
 from gadcore.data.batches import DataReport, Encoder
 from gadcore.data.facts import prompt_key
 from gadcore.data.forms import RawRow

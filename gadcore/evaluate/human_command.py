@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ConfigDict, Field
 
 from gadcore.config import loading
-from gadcore.config.settings import Location, NonNegative, Positive, Section
+from gadcore.config.kinds import Location, NonNegative, Positive, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.human import make_sheet
 from gadcore.evaluate.human_tally import markdown, tally

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from gadcore.config import loading
-from gadcore.config.settings import Location, NonNegative, Positive, Rate, Section
+from gadcore.config.kinds import Location, NonNegative, Positive, Rate, Section
 from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import JUDGED, find, read_both

@@ -8,23 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 
+from gadcore.config.data import DataSettings
 from gadcore.config.effects import Reason, of_vllm, told
+from gadcore.config.kinds import Columns, Location, NonNegative, Positive, Rate, Section, pairs
 from gadcore.config.settings import (
     BY_ENGINE,
-    Columns,
     Config,
-    DataSettings,
     DiscriminatorSettings,
     FreshSettings,
     HFRollout,
-    Location,
-    NonNegative,
-    Positive,
-    Rate,
     RunSettings,
-    Section,
     VLLMRollout,
-    pairs,
 )
 from gadcore.config.template_arguments import TemplateArguments
 

@@ -13,7 +13,8 @@ from pydantic import ConfigDict, Field, field_validator
 
 from gadcore.config import loading
 from gadcore.config.command_line import HELP
-from gadcore.config.settings import Above, Config, Location, Positive, Section
+from gadcore.config.kinds import Above, Location, Positive, Section
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
 AtLeastOne = Annotated[float, Field(ge=1)]

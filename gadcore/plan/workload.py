@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gadcore.config.settings import SPLIT, Config
+from gadcore.config.data import SPLIT
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings

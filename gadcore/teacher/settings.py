@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from gadcore.config.settings import Columns, Location, NonNegative, Positive, Rate, Section
+from gadcore.config.kinds import Columns, Location, NonNegative, Positive, Rate, Section
 
 OPENAI = "api.openai.com"
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]

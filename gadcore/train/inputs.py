@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gadcore.config.data import SPLIT
 from gadcore.config.device import device_of, quiet
 from gadcore.config.effects import without_effect
-from gadcore.config.settings import SPLIT, Config
+from gadcore.config.settings import Config
 from gadcore.data.batches import DataReport, Loader
 from gadcore.data.encoded import Rows, Subset, split_off, token_lengths
 from gadcore.data.groups import Group

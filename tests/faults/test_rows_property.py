@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadcore.config.settings import DataSettings
+from gadcore.config.data import DataSettings
 from gadcore.data.encoded import Rows
 from gadcore.data.forms import NAMES, RawRow
 from gadcore.data.rows import load_rows

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gadcore.config.settings import DataSettings
+from gadcore.config.data import DataSettings
 from gadcore.data.batches import DataReport, Loader, build_prompts
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gadcore.config.settings import DataSettings
+from gadcore.config.data import DataSettings
 from gadcore.data import encoded
 from gadcore.data.batches import Loader
 from gadcore.data.encoded import EncodedGroups, Rows, Subset, prompt_keys, split_off, token_lengths

@@ -1,0 +1,65 @@
+"""The kinds of values that settings have, and what all of their sections share."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+# Whatever counts or seeds something fits into 32 bits, as the libraries below want it.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
+# Comes with gadcore (gadcore.models.loading), whatever lies in the directory.
+BUNDLED_MODEL = "smollm2-135m-instruct"
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _expanded(value: str) -> str:
+    """~ and ~name at the beginning as the home folder that they stand for, as a shell has it."""
+    found = os.path.expanduser(value)
+    if value.startswith("~") and found == value:
+        raise ValueError(
+            f"{value!r} begins with the home folder of a user who does not exist: write the path out, or ./{value} for "
+            "a file of that name"
+        )
+    return found
+
+
+# Of a file or folder, or a name that stands for one.
+Location = Annotated[str, AfterValidator(_expanded)]
+
+
+def pairs(text: str, key: str) -> dict[str, str]:
+    """'a=x,b=y' as {"a": "x", "b": "y"}. Raises ValueError, which names the setting `key`."""
+    items = [item.partition("=") for item in text.split(",")]
+    if not all(name.strip() and equals and value.strip() for name, equals, value in items):
+        raise ValueError(f"{key} must be a table or NAME=VALUE,NAME=VALUE, not {text!r}")
+    table = {name.strip(): value.strip() for name, _, value in items}
+    if len(table) < len(items):
+        raise ValueError(f"{key} uses a name twice: {text}")
+    return table
+
+
+def _columns(value: Any) -> Any:
+    try:
+        return pairs(value, "columns") if isinstance(value, str) else value
+    except ValueError:
+        return value  # and no table
+
+
+# A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def anywhere(name: str | None, *words: str) -> str | None:
+    """A path that is there as an absolute one; a name that stands for something else, as `words` do, as it is."""
+    if name is None or name in words or not os.path.exists(name):
+        return name
+    return os.path.abspath(name)
