@@ -55,5 +55,5 @@ def test_runs_that_differ_are_told(here: Path) -> None:
 
 def test_a_run_whose_settings_cannot_be_read(here: Path) -> None:
     Path("short/config.toml").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"short/config.toml is not UTF-8.*or choose data.system_prompt, data.max_pro"):
+    with pytest.raises(UserError, match=r"short/config.toml is not UTF-8.*or choose .*, data.template_arg"):
         limits("a=short")
