@@ -55,7 +55,7 @@ WITH_THE_TURNS_HEADER = {
 # Their turns end where the next one begins, or have parts of several kinds.
 REFUSED = {"glm4moe": "puts '' after", "idefics3": "puts", "smolvlm": "puts", "llava_next": "no attribute 'text'"}
 
-# Short ones, as their models have them.
+# Short ones, close to their models' own; Vicuna has none, this renders its conversation.
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
