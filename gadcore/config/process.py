@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 # SIGHUP arrives where a terminal or an ssh connection goes away.
@@ -97,8 +98,10 @@ class Lasting:
 
 
 def keep_writing() -> None:
-    """Makes standard output and standard error Lasting."""
+    """Makes standard output and standard error Lasting. A character that a pipe cannot take is shown by its number."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         if stream is not None and not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(stream))

@@ -6,9 +6,7 @@ student.model), as they would for training; nothing is written but what many row
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import TextIOWrapper
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -43,12 +41,10 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
     prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.train.inputs import read_inputs
+    from gadcore.train.progress import stages_of
 
-    if isinstance(sys.stdout, TextIOWrapper):
-        # A pipe may speak ASCII only; a character that it cannot take is shown by its number.
-        sys.stdout.reconfigure(errors="backslashreplace")
     console = wide(Console(markup=False, emoji=False, highlight=False))
-    inputs = read_inputs(config, ("warmup", "gad"))
+    inputs = read_inputs(config, stages_of(config, "train"))
     facts = inputs.report.facts
     assert facts is not None
     console.print(Text(f"{config.data.train}: {facts.rows} rows, as {config.student.model} reads them", style="bold"))

@@ -93,3 +93,10 @@ for _ in range(3):
 os._exit(7)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 7
+
+
+def test_a_pipe_that_speaks_ascii_gets_the_numbers_of_other_characters() -> None:
+    code = "from gadcore.config.process import keep_writing; keep_writing(); print('Z\u00fcrich')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "Z\\xfcrich\n")

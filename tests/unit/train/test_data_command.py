@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from gadcore.run import main
+from tests.support.runs import run
 from tests.support.tiny import save_tiny
 
 
@@ -91,12 +90,11 @@ def test_a_pipe_that_speaks_ascii_alone(folder: Path, monkeypatch) -> None:
     (folder / "far.jsonl").write_text(
         json.dumps({"prompt": "x", "teacher_response": "\u65e5"}) + "\n" + '{"prompt": "y", "teacher_response": "z"}'
     )
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     settings = ("--student.model", folder / "model", "--data.max_prompt_tokens", 96, "--data.max_response_tokens", 24)
-    assert main(["data", str(folder / "far.jsonl"), *map(str, settings)]) == 0
-    out.flush()
-    assert b"trained on, from here" in out.buffer.getvalue()
+    done = run(["data", str(folder / "far.jsonl"), *map(str, settings)], folder)
+    assert done.returncode == 0, done.stderr
+    assert "trained on, from here" in done.stdout and "\\u65e5" in done.stdout
 
 
 def test_help_names_the_command(capsys) -> None:
