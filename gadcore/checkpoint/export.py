@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from gadcore.checkpoint import store
+from gadcore.checkpoint.card import model_card
 from gadcore.checkpoint.state import restore_parameters
 from gadcore.config import loading
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
-from gadcore.files import whole_folder
+from gadcore.files import whole_folder, write_whole
 from gadcore.locks import LOCK, held
 from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
 from gadcore.models.spec import ModelSpec
@@ -32,10 +33,11 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / store.MANIFEST).is_file()
 
 
-def export(saved: Path, out: Path, which: str = "student") -> None:
-    """Writes a model of the checkpoint in `saved`, <run folder>/checkpoints/<name>, to the folder `out`.
+def export(saved: Path, out: Path, which: str = "student", dtype: str | None = None) -> None:
+    """Writes a model of the checkpoint in `saved`, <run folder>/checkpoints/<name>, and its card to the folder `out`.
 
-    out is whole or not there; it may exist if it is empty.
+    out is whole or not there; it may exist if it is empty. dtype: of the weights, "float32", "bfloat16" or "float16";
+    default the run's.
     Raises UserError where out holds something, where the checkpoint is damaged or lies in no run folder, where it has
     no such model, or where it does not fit the model that the run's settings name.
     """
@@ -43,7 +45,8 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
         raise UserError(f"{out} exists and is not empty: choose another folder")
     quiet()
     config = config_of(saved)
-    tensors = store.load(saved).tensors
+    checkpoint = store.load(saved)
+    tensors = checkpoint.tensors
     if which not in tensors:
         raise UserError(f"{saved} has no {which}: a run of seqkd trains none; export its student")
     spec = ModelSpec.resolve(
@@ -51,11 +54,14 @@ def export(saved: Path, out: Path, which: str = "student") -> None:
     )
     model = _untrained(config, which, spec)
     restore_parameters(dict(model.named_parameters()), tensors[which], which)
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
     place = Path(os.path.abspath(out))
     with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
         try:
             with whole_folder(place) as folder:
                 save_model(model, spec.tokenizer, folder)
+                write_whole(folder / "README.md", model_card(config, which, checkpoint.state["progress"]))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -77,10 +83,15 @@ def as_directory(path: str, place: Path) -> Iterator[str]:
 
 def config_of(saved: Path) -> Config:
     """The settings of the run that a checkpoint folder belongs to. Raises UserError where it lies in no run folder."""
+    return loading.load(["--config", str(config_path(saved))])
+
+
+def config_path(saved: Path) -> Path:
+    """Where they are; raises UserError as config_of() does."""
     path = saved.resolve().parent.parent / "config.toml"
     if not path.is_file():
         raise UserError(f"{saved} lies in no run folder (there is no {path}): leave checkpoints where they were made")
-    return loading.load(["--config", str(path)])
+    return path
 
 
 def _name(config: Config, which: str) -> str:

@@ -1,4 +1,4 @@
-"""gadcore export RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]"""
+"""gadcore export RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator] [--dtype D] [--push NAME]"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gadcore.errors import UserError
 from gadcore.text import say
 
 MODELS = ("student", "discriminator")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,9 +35,29 @@ def main(arguments: Sequence[str]) -> int:
     step = max(found) if options.step is None else options.step
     if step not in found:
         raise UserError(f"--step {step}: {folder} has checkpoints of the steps {', '.join(map(str, found))}")
-    export(found[step], out, options.model)
+    export(found[step], out, options.model, options.dtype)
     say(f"{options.out}: the {options.model} of step {step}")
+    if options.push:
+        say(_push(out, options.push))
     return 0
+
+
+def _push(folder: Path, name: str) -> str:
+    """Uploads a model's folder to the hub, as a private repository; returns its address. HF_TOKEN, or the token that
+    `hf auth login` keeps, is whose it is."""
+    from httpx import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    from gadcore.errors import cause
+
+    api = HfApi()
+    try:
+        address = str(api.create_repo(name, private=True, exist_ok=True))
+        api.upload_folder(folder_path=folder, repo_id=name)
+    except (HTTPError, HFValidationError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{folder} is written, but --push {name} failed: {cause(error)}") from error
+    return address
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,4 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, help="the checkpoint's step; default the newest")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--model", choices=MODELS, default="student", help="default student")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default the run's")
+    parser.add_argument("--push", metavar="NAME", help="upload it to the hub, as the private repository NAME")
     return parser

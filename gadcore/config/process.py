@@ -38,14 +38,14 @@ class StopSignals:
     """What SIGTERM, SIGHUP and Ctrl-C do to a run: they stop it at once until `finish_steps()`, and from then on they
     are remembered, so that the step at work is finished; a second Ctrl-C stops at once.
 
-    A signal that is ignored as the process starts, as nohup has it with SIGHUP, stays ignored.
+    Where SIGHUP is ignored as the process starts, as nohup has it, it stays ignored.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._finishes_steps = False
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._receive)
 
     def finish_steps(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gadcore.checkpoint.export import is_checkpoint
+from gadcore.checkpoint.export import config_path, is_checkpoint
 from gadcore.config import loading
 from gadcore.config.writing import to_toml
 from gadcore.errors import UserError
@@ -52,6 +52,6 @@ def _config_of(value: str) -> Path | None:
     """The config.toml of the run that a value of eval.models belongs to."""
     folder = Path(value).expanduser()
     if is_checkpoint(folder):
-        return folder.resolve().parent.parent / "config.toml"
+        return config_path(folder)
     places = [folder, *([folder.parent] if folder.name in ("student", "discriminator") else [])]
     return next((place / "config.toml" for place in places if (place / "config.toml").is_file()), None)

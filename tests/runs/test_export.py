@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -48,7 +50,8 @@ def refused(capsys, *arguments: object) -> str:
 def test_the_last_checkpoint_is_the_runs_own_model_to_the_bit(trained, tmp_path, which) -> None:
     assert export(trained, "--out", tmp_path / "deep/out", "--model", which) == 0
     theirs = {file.name for file in (trained / which).iterdir()}
-    assert {file.name for file in (tmp_path / "deep/out").iterdir()} == theirs and "tokenizer.json" in theirs
+    assert {file.name for file in (tmp_path / "deep/out").iterdir()} == theirs | {"README.md"}
+    assert "tokenizer.json" in theirs
     for name in theirs:
         assert (tmp_path / "deep/out" / name).read_bytes() == (trained / which / name).read_bytes(), name
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
@@ -158,3 +161,42 @@ def test_eval_refuses_a_checkpoint_without_its_run_before_it_samples(trained, tm
     settings = [f"--eval.models=before={model},alone={alone}", f"--eval.in_domain=rows={rows}", "--eval.out=x"]
     assert command.main(["eval", *settings]) == 2
     assert "lies in no run folder" in capsys.readouterr().err
+
+
+def test_the_card_says_where_the_model_comes_from(trained, tmp_path) -> None:
+    assert export(trained, "--out", tmp_path / "out") == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "text-generation" and card.data.base_model is None
+    assert "trained for 3 steps of warmup, 4 steps of gad" in card.text and "`schedule.batch_size` | `4`" in card.text
+    # The last evaluation is made after the last checkpoint.
+    assert "On 4 held-out prompts" in card.text and "| | before | after warmup |" in card.text
+    assert export(trained, "--out", tmp_path / "d", "--model", "discriminator") == 0
+    assert "held-out prompts" not in ModelCard.load(tmp_path / "d" / "README.md").text
+
+
+def test_weights_of_another_dtype(trained, tmp_path) -> None:
+    assert export(trained, "--out", tmp_path / "out", "--dtype", "bfloat16") == 0
+    own, cast = (load_file(folder / "model.safetensors") for folder in (trained / "student", tmp_path / "out"))
+    assert own.keys() == cast.keys() and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert all(torch.equal(cast[name], own[name].bfloat16()) for name in own)
+
+
+def test_push_uploads_what_was_written(trained, tmp_path, monkeypatch, capsys) -> None:
+    calls: list[tuple[str, object]] = []
+
+    def create(self, name, *, private, exist_ok):
+        calls.append((name, private))
+        return f"https://hub/{name}"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, *, folder_path, repo_id: calls.append((repo_id, folder_path))
+    )
+    assert export(trained, "--out", tmp_path / "out", "--push", "me/student") == 0
+    assert calls == [("me/student", True), ("me/student", tmp_path / "out")]
+    assert capsys.readouterr().out.endswith("https://hub/me/student\n")
+    monkeypatch.undo()
+    # Without a network, and without a right name.
+    for name in ("me/student", "a/b/c"):
+        said = refused(capsys, trained, "--out", tmp_path / name.replace("/", "-"), "--push", name)
+        assert f"is written, but --push {name} failed" in said

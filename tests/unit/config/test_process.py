@@ -16,7 +16,8 @@ from gadcore.config.process import SIGNALS, Lasting, StopSignals
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    # Whatever the tests were started by ignores.
+    kept = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

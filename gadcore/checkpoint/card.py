@@ -1,0 +1,85 @@
+"""The model card of an exported checkpoint: where it comes from, what it was trained on and how, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from gadcore import __version__
+from gadcore.config.settings import Config
+from gadcore.text import code
+
+# Figures of a held-out evaluation that a reader of a card looks for.
+FIGURES = {
+    "rouge_l": "ROUGE-L beside the teacher's response",
+    "words": "words of a response",
+    "repeated": "share of responses that say a 3-gram twice",
+    "distinct_2": "distinct-2",
+    "cut_share": "share of responses that were cut",
+}
+SETTINGS = (
+    "data.system_prompt",
+    "data.max_prompt_tokens",
+    "data.max_response_tokens",
+    "discriminator.model",
+    "rollout.group_size",
+    "rollout.temperature",
+    "schedule.batch_size",
+    "student.lr",
+    "student.warmup_lr",
+    "discriminator.lr",
+    "algorithm.kl_coef",
+    "run.seed",
+)
+
+
+def model_card(config: Config, which: str, progress: Mapping[str, Any]) -> str:
+    """README.md of a model directory. progress: where the run stood, as the checkpoint holds it.
+
+    Names and paths are written as code: they come from outside.
+    """
+    base = config.student.model if which == "student" else config.discriminator_model
+    head = ModelCardData(
+        library_name="transformers",
+        tags=["distillation", "gad", "gadcore"],
+        base_model=base if "/" in base and not Path(base).exists() else None,
+        pipeline_tag="text-generation" if which == "student" else None,
+    )
+    steps = {**progress["lasted"], progress["stage"]: progress["stage_step"]}
+    done = ", ".join(f"{count} steps of {stage}" for stage, count in steps.items() if stage and count)
+    settings = {key: getattr(getattr(config, (parts := key.split("."))[0]), parts[1]) for key in SETTINGS}
+    lines = [
+        "---",
+        head.to_yaml(),
+        "---",
+        f"# {code(config.run.name)}, step {progress['step']}",
+        "",
+        f"The {which} of a run of Generative Adversarial Distillation ([arXiv 2511.10643](https://arxiv.org/abs/2511.10643))"
+        f" by gadcore {__version__}. It began as {code(base)} and was trained for {done or '0 steps'} on a teacher's "
+        f"responses, as text, from {code(config.data.train)}.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+        *(f"| `{key}` | {code(str(value))} |" for key, value in settings.items() if value is not None),
+        *_figures(progress["evaluations"] if which == "student" else {}),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of the held-out evaluations, in the order in which they were made."""
+    if not evaluations:
+        return []
+    rows = sorted({str(figures["rows"]) for figures in evaluations.values() if "rows" in figures})
+    names = [name.replace("_", " ") for name in evaluations]
+    lines = ["", f"On {' or '.join(rows) or 'the'} held-out prompts:", "", f"| | {' | '.join(names)} |"]
+    lines.append("| --- |" + " ---: |" * len(names))
+    for key, label in FIGURES.items():
+        values = [figures.get(key) for figures in evaluations.values()]
+        if any(value is not None for value in values):
+            shown = ("" if value is None else f"{value:.3f}" for value in values)
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+    return lines
