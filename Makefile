@@ -5,6 +5,8 @@ PY ?= $(shell command -v python3.11 || command -v python3.12 || command -v pytho
 PYTHON := $(VENV)/bin/python
 # A machine with an NVIDIA GPU gets the CUDA stack; GADCORE_STACK=cpu or cuda decides by hand.
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
+# Files of tests beside each other: most tests keep one core busy. PARALLEL= runs them one after the other.
+PARALLEL ?= -n 2 --dist loadfile
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
 .PHONY: run test test-triton test-without-native setup lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
@@ -12,16 +14,16 @@ run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
 test: $(READY)
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 	$(MAKE) --no-print-directory test-triton
 
 # Triton's interpreter needs a process of its own; more than one OpenBLAS thread makes its small products 700 times slower.
 test-triton: $(READY)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/triton tests/kernels/test_grid.py
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) tests/triton tests/kernels/test_grid.py
 
 # Everything must hold without what only makes a CPU faster as well.
 test-without-native: $(READY)
-	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest tests/unit tests/exactness $(ARGS)
+	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest $(PARALLEL) tests/unit tests/exactness $(ARGS)
 
 setup: $(READY)
 

@@ -60,7 +60,7 @@ def tiny_arguments(folder: Path, engine: str = "hf") -> list[str]:
 
 
 def run(
-    arguments: list[str], cwd: Path, *, command: list[str] | None = None, timeout: float = 280
+    arguments: list[str], cwd: Path, *, command: list[str] | None = None, timeout: float = 560
 ) -> subprocess.CompletedProcess:
     """python -m gadcore.run (or another command line) in `cwd`; never raises."""
     start = command or [sys.executable, "-m", "gadcore.run"]
