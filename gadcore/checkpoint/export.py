@@ -22,8 +22,7 @@ from gadcore.config import loading
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
-from gadcore.files import whole_folder, write_whole
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held, whole_folder, write_whole
 from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
 from gadcore.models.spec import ModelSpec
 

@@ -18,8 +18,7 @@ from gadcore.config import loading
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import write_json
 from gadcore.evaluate.settings import EvalConfig
-from gadcore.files import clear_temporaries, write_whole
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, clear_temporaries, held, write_whole
 from gadcore.text import say
 
 

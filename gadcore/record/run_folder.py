@@ -21,8 +21,7 @@ from typing import Any
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
-from gadcore.files import clear_temporaries, free_name, remove, replace_link, sync, write_jsonl, write_whole
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, clear_temporaries, free_name, held, remove, replace_link, sync, write_jsonl, write_whole
 from gadcore.record.tracking import MetricsLog, Row
 
 RUNS = Path("runs")

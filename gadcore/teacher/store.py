@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gadcore.errors import UserError
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held
 from gadcore.teacher.reply import Reply
 
 

@@ -11,8 +11,7 @@ from gadcore.errors import UserError
 from gadcore.evaluate import sampling
 from gadcore.evaluate.command import main
 from gadcore.evaluate.responses import read_responses
-from gadcore.files import temporary
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held, temporary
 from gadcore.rollout.hf import HFEngine
 from tests.support.builders import TEMPLATE
 from tests.support.runs import ANSWERS, PROMPTS, write_rows

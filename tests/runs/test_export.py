@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from gadcore import run as command
 from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held
 from gadcore.record.reading import read_json
 from tests.support.runs import run, tiny_arguments
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held
 from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
 
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.

@@ -104,7 +104,7 @@ class Disturbed:
 
     def wrong(self, action: str, moment: int) -> str | None:
         """What differs after a run was disturbed at a call and went on as its user would; None: nothing."""
-        from gadcore.locks import LOCK
+        from gadcore.files import LOCK
         from tests.support.runs import assert_same_run
 
         shutil.rmtree(self.folder / "run", ignore_errors=True)

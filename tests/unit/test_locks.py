@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from gadcore.errors import UserError
-from gadcore.locks import LOCK, held
+from gadcore.files import LOCK, held
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gadcore.locks import held
+from gadcore.files import held
 with held(Path(sys.argv[1]), "x"):
     print("held", flush=True)
     time.sleep(60)

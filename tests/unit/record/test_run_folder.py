@@ -15,8 +15,7 @@ from gadcore import files
 from gadcore.config.loading import load
 from gadcore.config.settings import Config, RunSettings, ScheduleSettings
 from gadcore.errors import Interrupted, UserError
-from gadcore.files import temporary
-from gadcore.locks import LOCK
+from gadcore.files import LOCK, temporary
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
 
 
