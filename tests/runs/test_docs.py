@@ -289,7 +289,9 @@ def test_the_documents_have_what_is_tested() -> None:
     found = [code for path in DOCUMENTS for code in code_of(path)]
     assert {"make run", "make test"} <= {code.name for code in code_of(DOCUMENTS[0])}
     told = {code.words[3] for code in found if not code.program and len(code.words) > 3}
-    assert {*COMMANDS} - {"train"} <= told, "a command that no guide shows"
+    # These take a terminal, or the process's place: the first page names them in its text.
+    named = {name for name in ("chat", "serve") if f"gadcore {name}`" in DOCUMENTS[0].read_text(encoding="utf-8")}
+    assert {*COMMANDS} - {"train"} <= told | named, "a command that no guide shows"
     assert sum(code.program for code in found) >= 5
     assert {code.name.partition(" ARGS=")[0] for code in found if not code.program} >= LOOKED_UP.keys()
 
