@@ -78,7 +78,7 @@ def test_other_settings_of_a_run_are_refused(trained, tmp_path, capsys) -> None:
     assert command.main(["real", str(trained / "gad"), "--steps", "5"]) == 2
     assert "no checkpoint of step 5: there are 2, 3, 4, 6, 7" in capsys.readouterr().err
     (other / "config.toml").write_text(config.replace(f'eval = "{trained / "rows.jsonl"}"', 'eval = "none"'))
-    with pytest.raises(UserError, match="has no held-out rows"):
+    with pytest.raises(UserError, match="names no held-out rows"):
         real.read(other)
     shutil.rmtree(other / "checkpoints")
     (other / "config.toml").write_text(config)
