@@ -23,7 +23,7 @@ test-triton: $(READY)
 
 # Everything must hold without what only makes a CPU faster as well.
 test-without-native: $(READY)
-	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest $(PARALLEL) tests/unit tests/exactness $(ARGS)
+	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest $(PARALLEL) -m "not slow" tests/unit tests/exactness $(ARGS)
 
 setup: $(READY)
 
