@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals = StopSignals()
         return _train(command, arguments, signals)
     except UserError as error:
-        say(f"gadcore: {error}", sys.stderr)
+        # A list, as of all the rows that cannot be used, has a line an item.
+        for line in f"gadcore: {error}".split("\n"):
+            say(line, sys.stderr)
         return 2
     except Interrupted as error:
         say(f"gadcore: {error}", sys.stderr)

@@ -101,3 +101,11 @@ def test_help_names_the_command(capsys) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(["data", "--help"])
     assert leaving.value.code == 0 and "--data.bad_rows" in capsys.readouterr().out.replace("_", "_")
+
+
+def test_every_bad_row_has_a_line(folder: Path, capsys) -> None:
+    (folder / "bad.json").write_text(json.dumps([{"prompt": "x"}, {"prompt": "x", "response": "y"}, {}, 5]))
+    code, _, said = show(capsys, "data", folder / "bad.json", "--student.model", folder / "model")
+    lines = said.splitlines()
+    assert code == 2 and lines[0].startswith("gadcore: 4 of 4 rows of ")
+    assert [line.split(":")[0].strip().endswith(f"bad.json[{i}]") for i, line in enumerate(lines[1:])] == [True] * 4
