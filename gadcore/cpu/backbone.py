@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from gadcore.cpu.recompute import recomputable
-from gadcore.kernels.cpu import gated_mlp, native, rotary
+from gadcore.kernels import rotary
+from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
 from gadcore.kernels.cpu.rms_norm import rms_norm
 from gadcore.kernels.cpu.swiglu import swiglu
@@ -94,7 +95,7 @@ def _linear(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
 
 
 def _fuse_rotation(file: ModuleType) -> None:
-    """Rotates queries and keys by kernels/cpu/rotary.py, where a model's file has the usual function for it.
+    """Rotates queries and keys by kernels/rotary.py, where a model's file has the usual function for it.
 
     The function is the file's: other models of the family in this process rotate by it as well.
     """
