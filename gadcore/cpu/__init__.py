@@ -1,7 +1,7 @@
 """What only makes a CPU faster, behind doors: without it everything computes the same, slower.
 
     install(), release()         the pool of CPU tensors
-    parts()                      of a trainer's backbone; embed_in_place(), gradient_in_place(), recomputing() beside them
+    parts()                      a trainer's backbone; embed_in_place(), gradient_in_place(), recomputing() beside
     adapt_vllm(llm)              vLLM in this process; decoding_linear() before its model is loaded
 
 GADCORE_NO_NATIVE=1 closes all of them, and the native ops of kernels/cpu with them.

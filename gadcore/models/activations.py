@@ -105,9 +105,7 @@ def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     return sum(kept.values())
 
 
-def set_mode(
-    model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, autocast: str = "none"
-) -> Mode:
+def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, autocast: str = "none") -> Mode:
     """Lets every layer keep what `mode` says, and returns it; "auto": what choose_mode() chooses for `tokens`.
 
     Takes the place of a mode that was set before.

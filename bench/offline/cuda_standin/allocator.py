@@ -119,9 +119,7 @@ class Allocator:
         return -(-size // self.round_large) * self.round_large
 
     def _found(self, size: int, small: bool) -> Block | None:
-        free = [
-            b for s in self._segments if s.small == small for b in s.blocks if not b.used and b.size >= size
-        ]
+        free = [b for s in self._segments if s.small == small for b in s.blocks if not b.used and b.size >= size]
         return min(free, key=lambda b: b.size, default=None)
 
     def _split(self, block: Block, size: int) -> None:

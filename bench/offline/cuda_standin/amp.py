@@ -1,7 +1,7 @@
 """Autocast as on CUDA, whose list of operations that compute in float32 is longer than a CPU's.
 
 The list is that of aten/src/ATen/autocast_mode.h (torch 2.13): AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE and
-AT_FORALL_DIFFERENT_REDUCTION... as far as language models meet them. Products (AT_FORALL_LOWER_PRECISION_FP) are the
+the norms, as far as language models meet them. Products (AT_FORALL_LOWER_PRECISION_FP) are the
 same operations on both, so those are left to the CPU's autocast.
 """
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-WIDE = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus "
-    "layer_norm group_norm native_layer_norm rms_norm norm cosine_similarity cross_entropy nll_loss kl_div l1_loss "
-    "smooth_l1_loss mse_loss prod softmax log_softmax cumprod cumsum sum".split()
-)
+WIDE = {
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
+    "sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "group_norm", "native_layer_norm",
+    "rms_norm", "norm", "cosine_similarity", "cross_entropy", "nll_loss", "kl_div", "l1_loss", "smooth_l1_loss",
+    "mse_loss", "prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum",
+}  # fmt: skip
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -29,7 +30,11 @@ class CudaAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in WIDE and torch._C.is_autocast_enabled("cpu") and any(isinstance(a, Tensor) and a.is_cuda for a in args):
+        if (
+            name in WIDE
+            and torch._C.is_autocast_enabled("cpu")
+            and any(isinstance(a, Tensor) and a.is_cuda for a in args)
+        ):
             args, kwargs = tree_map(_widened, (args, kwargs))
         return func(*args, **kwargs)
 

@@ -16,28 +16,20 @@ from bench.offline.cuda_standin.tensors import CUDA, Tensors
 NAME, UUID = "NVIDIA H100 80GB HBM3 (stand-in)", "00000000-0000-0000-0000-000000000000"
 
 
-class _Device:
-    """torch.cuda.device: there is one."""
-
-    def __init__(self, device: Any) -> None: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: Any) -> None: ...
-
-
 class _Runtime:
     """torch.cuda.cudart(), as far as page-locked memory needs it: driver_types.h, cudaSuccess = 0."""
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors, self.registered = tensors, dict[int, int]()
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         if address in self.registered:
             return 712  # cudaErrorHostMemoryAlreadyRegistered
         self.registered[address] = size
         self._tensors.pinned_bytes += size
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         if address not in self.registered:
             return 713  # cudaErrorHostMemoryNotRegistered
         self._tensors.pinned_bytes -= self.registered.pop(address)
@@ -47,8 +39,8 @@ class _Runtime:
 def _answers(tensors: Tensors) -> dict[str, Any]:
     memory = tensors.allocator
     properties = SimpleNamespace(
-        name=NAME, uuid=UUID, major=9, minor=0, total_memory=memory.total, multi_processor_count=4, L2_cache_size=50 << 20,
-        warp_size=32,
+        name=NAME, uuid=UUID, major=9, minor=0, total_memory=memory.total, multi_processor_count=4,
+        L2_cache_size=50 << 20, warp_size=32,
     )  # fmt: skip
     runtime = _Runtime(tensors)
 
@@ -76,14 +68,15 @@ def _answers(tensors: Tensors) -> dict[str, Any]:
     return {
         "Event": streams.Event,
         "Stream": Stream,
+        "_exchange_device": lambda index: 0,
         "_initialized": True,
         "_lazy_init": lambda: None,
+        "_maybe_exchange_device": lambda index: 0,
         "check_error": _check_error,
         "cudart": lambda: runtime,
         "current_device": lambda: 0,
         "current_stream": lambda device=None: streams.current[-1],
         "default_stream": lambda device=None: streams.current[0],
-        "device": _Device,
         "device_count": lambda: 1,
         "empty_cache": memory.empty_cache,
         "get_device_capability": lambda device=None: (9, 0),

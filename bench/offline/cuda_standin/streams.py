@@ -32,7 +32,9 @@ class Work:
 
     def finish(self) -> None:
         if any(use() is None for use in self._uses):
-            raise FreedInFlight(f"{self.what}: its memory was freed before the copy ran, and no record_stream() kept it")
+            raise FreedInFlight(
+                f"{self.what}: its memory was freed before the copy ran, and no record_stream() kept it"
+            )
         self.run()
 
 

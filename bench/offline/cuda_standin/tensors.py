@@ -1,7 +1,7 @@
 """Which tensors lie on the stand-in's GPU: in truth all of them lie in the host's memory.
 
-A tensor is on the GPU where its storage is: what is made there by name, what is moved there, and what an operation makes
-of tensors that are. What it assumes of torch, and checks:
+A tensor is on the GPU where its storage is: what is made there by name, what is moved there, and what an operation
+makes of tensors that are. What it assumes of torch, and checks:
 - an operation takes tensors of one device, but for copies between devices, indices on the host, and single numbers of
   the host beside tensors of the GPU (TensorIterator.cpp, "Expected all tensors to be on the same device");
 - numpy() and Triton's kernels take tensors of their own side alone;
@@ -251,7 +251,11 @@ class _Dispatch(TorchDispatchMode):
         if packet is _aten._local_scalar_dense:
             self.tensors.reads += 1
             streams.current[0].run()
-        if packet is _aten.copy_ and len(set(there[:2])) == 2 and (kwargs.get("non_blocking") or len(args) > 2 and args[2]):
+        if (
+            packet is _aten.copy_
+            and len(set(there[:2])) == 2
+            and (kwargs.get("non_blocking") or len(args) > 2 and args[2])
+        ):
             return self._copy_later(*given[:2])
         out = self._run(func, args, kwargs)
         if not self.tensors._to_host:
@@ -280,7 +284,8 @@ class _Dispatch(TorchDispatchMode):
         numbers = [not gpu and tensor.dim() == 0 for tensor, gpu in zip(given, there, strict=True)]
         if packet in _STRICT or not all(gpu or number for gpu, number in zip(there, numbers, strict=True)):
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"({func})"
             )
 
     def _copy_later(self, target: Tensor, source: Tensor) -> Tensor:
