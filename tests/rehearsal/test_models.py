@@ -63,36 +63,42 @@ def error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 TOLERANCE = {"none": 1e-5, "bfloat16": 0.1}
 
 
-@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "autocast"), [("llama", "none"), ("qwen2", "bfloat16")])
 def test_gradients_of_the_student(kind, autocast) -> None:
     expected = student_gradients("cpu", kind, "none", "off")
     with gpu(MEMORY):
-        off, selective, full = (student_gradients("cuda", kind, autocast, m) for m in ("off", "selective", "full"))
-    assert error(off, expected) < TOLERANCE[autocast]
+        found = student_gradients("cuda", kind, autocast, "off")
+    assert error(found, expected) < TOLERANCE[autocast]
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_what_is_computed_again_is_the_same_to_the_bit(autocast) -> None:
+    def found(mode: str) -> dict[str, torch.Tensor]:
+        policy = student_on("cuda", "llama", autocast, mode)
+        policy.seqkd_backward(groups(1))
+        return {name: grad.cpu() for name, grad in gradients(policy.model).items()}
+
+    with gpu(MEMORY):
+        off, selective, full = map(found, ("off", "selective", "full"))
     for again in (selective, full):
         assert all(torch.equal(again[name], off[name]) for name in off)
 
 
-@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
-def test_gradients_of_the_discriminator(tmp_path, autocast) -> None:
+@pytest.mark.parametrize(("autocast", "mode"), [("none", "off"), ("bfloat16", "selective")])
+def test_gradients_of_the_discriminator(tmp_path, autocast, mode) -> None:
     expected = discriminator_gradients(tmp_path, "cpu", "llama", "none", "off")
     with gpu(MEMORY):
-        found = [discriminator_gradients(tmp_path, "cuda", "llama", autocast, m) for m in ("off", "selective", "full")]
-    assert error(found[0], expected) < TOLERANCE[autocast]
-    for again in found[1:]:
-        assert all(torch.equal(again[name], found[0][name]) for name in again)
+        found = discriminator_gradients(tmp_path, "cuda", "llama", autocast, mode)
+    assert error(found, expected) < TOLERANCE[autocast]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "smollm3"])
 def test_gradients_of_other_families(tmp_path, kind) -> None:
     """Norms of queries and keys, norms behind attention and MLP, layers without positions."""
-    expected = student_gradients("cpu", kind, "none", "off")
     judged = discriminator_gradients(tmp_path, "cpu", kind, "none", "off")
     with gpu(MEMORY):
-        found = student_gradients("cuda", kind, "bfloat16", "selective")
         judge = discriminator_gradients(tmp_path, "cuda", kind, "bfloat16", "selective")
-    assert error(found, expected) < 0.1 and error(judge, judged) < 0.1
+    assert error(judge, judged) < 0.1
 
 
 def test_an_optimizer_step() -> None:
@@ -113,13 +119,11 @@ def test_checkpointing_is_chosen_by_what_is_free() -> None:
     with gpu(64 << 20):
         model = tiny_model().to("cuda")
         free = free_bytes(model.device)
-        assert free == 64 << 20 - torch.cuda.memory_allocated() or free < 64 << 20
-        assert choose_mode(model, 100) == "off"
-        tokens = int(0.8 * free / 2 / sum(p.nbytes for p in model.model.layers[0].parameters()))
-        assert choose_mode(model, 1000 * tokens) == "full"
-        rest = torch.empty(free - (2 << 20), dtype=torch.uint8, device="cuda")
-        # The gradients alone take what is left.
-        assert choose_mode(model, 100) == "full"
-        del rest
-        assert free_bytes(model.device) == free
+        # The allocator has taken more than the model needs, and counts as free what it keeps.
+        assert torch.cuda.mem_get_info()[0] < free == (64 << 20) - torch.cuda.memory_allocated()
         assert set_mode(model, "auto", 100, "bfloat16") == "off"
+        rest = torch.empty(free - (2 << 20), dtype=torch.uint8, device="cuda")
+        # The gradients alone take most of what is left.
+        assert choose_mode(model, 1000) == "full"
+        del rest
+        assert choose_mode(model, 1000) == "off"

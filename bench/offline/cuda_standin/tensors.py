@@ -115,11 +115,7 @@ class Tensors:
         if self.on_gpu(tensor) == gpu and not copy:
             return tensor
         streams.current[0].run()
-        with self._onto_host():
-            out = torch.Tensor.clone(tensor)
-        if tensor.is_leaf and not (torch.is_grad_enabled() and tensor.requires_grad):
-            out = out.detach()
-        return self.take(out) if gpu else out
+        return _Move.apply(tensor, self, gpu)  # type: ignore[no-any-return]
 
     # Patches
 
@@ -222,6 +218,19 @@ class Tensors:
         }
 
 
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, tensors: Tensors, gpu: bool) -> Tensor:
+        ctx.tensors, ctx.back = tensors, tensors.on_gpu(tensor)
+        with tensors._onto_host():
+            out = torch.Tensor.clone(tensor)
+        return tensors.take(out) if gpu else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.tensors.moved(grad, ctx.back), None, None
+
+
 _MISSING: Any = object()
 
 
@@ -261,7 +270,7 @@ class _Dispatch(TorchDispatchMode):
         there = [self.tensors.on_gpu(tensor) for tensor in given]
         packet = func.overloadpacket
         if not any(there):
-            return func(*args, **kwargs)
+            return self._of_autograd(func, given, func(*args, **kwargs))
         self._check(func, packet, given, there)
         if packet is _aten._local_scalar_dense:
             self.tensors.reads += 1
@@ -280,6 +289,11 @@ class _Dispatch(TorchDispatchMode):
                 if isinstance(leaf, Tensor) and id(_storage(leaf)) not in own:
                     self.tensors.take(leaf)
         return out
+
+    def _of_autograd(self, func: Any, given: list[Tensor], out: Any) -> Any:
+        """Zeros that the engine makes, on the graph's device, for a result that nobody has read."""
+        made = not given and not self.tensors._to_host and torch._C._current_graph_task_id() != -1
+        return self.tensors.take(out) if made and isinstance(out, Tensor) else out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _ONLY_ON_CUDA:
