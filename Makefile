@@ -7,9 +7,10 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 # Files of tests beside each other: most tests keep one core busy. PARALLEL= runs them one after the other.
 PARALLEL ?= -n 2 --dist loadfile
+PACKAGES := $(VENV)/.packages-$(GADCORE_STACK)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton test-without-native setup doctor lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton test-without-native packages setup doctor lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
@@ -58,12 +59,18 @@ gpu-test: $(READY)
 gpu-bench: $(READY)
 	$(PYTHON) -m bench gpu $(ARGS)
 
-# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
-# nothing: torch carries a file in the syntax of a newer Python.
-$(READY): requirements/$(GADCORE_STACK).lock requirements/install.py setup.py pyproject.toml $(wildcard csrc/cpu/*)
+packages: $(PACKAGES)
+
+# The lock's packages, apart from what is built: sources change more often.
+$(PACKAGES): requirements/$(GADCORE_STACK).lock requirements/install.py
 	@$(PY) -c 'import sys; sys.exit("gadcore needs Python 3.11 to 3.13, $(PY) is %d.%d: set PY=/path/to/python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 	@$(PYTHON) requirements/install.py $(GADCORE_STACK)
+	touch $@
+
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
+# nothing: torch carries a file in the syntax of a newer Python.
+$(READY): $(PACKAGES) setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 ifeq ($(GADCORE_STACK),cuda)
 	-$(PYTHON) csrc/cuda/build.py
