@@ -3,7 +3,7 @@ of memory beside what `plan` predicts of the state `student`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +24,8 @@ from bench.gpu.models import (
 )
 from bench.gpu.place import Place, Row, attempt
 from bench.step.flops import Lengths, Widths, forward
-from gadcore.config.settings import AlgorithmSettings, Config
-from gadcore.data.groups import Group
+from gadcore.config.settings import Config
+from gadcore.data.groups import Group, GroupTokens
 from gadcore.models.activations import Mode
 from gadcore.models.student import Student
 from gadcore.plan.command import build_case
@@ -97,7 +97,6 @@ def _measure(shape: Shape, made: Sequence[Group], mode: Mode, place: Place) -> R
     with TemporaryDirectory() as folder:
         settings = config(shape, Path(folder), mode, made)
         plan = predicted(settings, made, mode)
-    assert isinstance(settings.algorithm, AlgorithmSettings)
     student = _student(shape, settings, mode, place)
     rewards = [[float(i % 3) for i in range(len(group.samples))] for group in made]
 
@@ -106,9 +105,15 @@ def _measure(shape: Shape, made: Sequence[Group], mode: Mode, place: Place) -> R
         student.model.zero_grad(set_to_none=True)
         student.grpo_backward(made, rewards)
 
-    first_s = place.seconds(step)
-    student.model.zero_grad(set_to_none=True)
-    found = _peak(step, place)
+    try:
+        first_s = place.seconds(step)
+        student.model.zero_grad(set_to_none=True)
+        found = _peak(step, place)
+    except torch.OutOfMemoryError:
+        if plan <= place.memory:
+            raise
+        # As planned: no failure.
+        return {"status": "does not fit", "planned_bytes": plan}
     seconds = min(place.seconds(step) for _ in range(1 if place.tiny else REPEATS))
     flops = 3 * _forward_flops(shape, made)
     return {
@@ -127,8 +132,6 @@ def _measure(shape: Shape, made: Sequence[Group], mode: Mode, place: Place) -> R
 
 def _logprobs(shape: Shape, made: Sequence[Group], place: Place) -> Row:
     """A pass without gradients, as the reference policy's is."""
-    from gadcore.data.groups import GroupTokens
-
     with TemporaryDirectory() as folder:
         settings = config(shape, Path(folder), "full", made)
     student = _student(shape, settings, "full", place)
@@ -151,7 +154,7 @@ def _forward_flops(shape: Shape, made: Sequence[Group]) -> int:
     return forward(Widths.of(config_of(shape)), lengths)
 
 
-def _peak(step, place: Place) -> int | None:  # type: ignore[no-untyped-def]
+def _peak(step: Callable[[], None], place: Place) -> int | None:
     """The most bytes of the device that the process held during a step, all it holds included."""
     if not place.on_gpu:
         _, extra = peak.extra_peak(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ PEAKS = {
     "B200": 2.25e15,
     "GH200": 989e12,
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "L40S": 362e12,
     "A100": 312e12,
@@ -103,13 +105,18 @@ def attempt(case: str, measure: Callable[[], Row], place: Place) -> Row:
     """A row of a case: its figures, or why there are none. What fails is told, and ends nothing else."""
     start = time.perf_counter()
     try:
-        row = {"case": case, "status": "ok", **measure()}
+        row = {"case": case, "status": "ok", **_finite(measure())}
     except Exception as error:
         traceback.print_exc()
         row = failed(case, cause(error))
     row["seconds"] = round(time.perf_counter() - start, 3)
     place.give_back()
     return row
+
+
+def _finite(figures: Row) -> Row:
+    """JSON has no nan: one is written as a word."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
 
 def failed(case: str, error: str) -> Row:

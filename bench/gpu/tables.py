@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from bench.gpu.stages import STAGES
 from bench.tables import FACTS, Row, compact, flat, missing, provenance
 
-ABOUT = """What `make gpu-bench` found, stage by stage; the comparisons of the stages `head` and `opponents` stand in the
-next section. Bytes and seconds are as measured; `gate` says whether results were within their tolerance."""
+ABOUT = """What `make gpu-bench` found, stage by stage; those of `head` and `opponents` stand in the next section. Bytes
+and seconds are as measured; `gate` says whether results were within their tolerance."""
 
 
 def blocks(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import peak, record
-from bench.gpu.place import Place, attempt, installed, missing
+from bench.gpu.place import Place, attempt, failed, installed, missing
 from bench.kernels import cases
 from bench.kernels.cases import COMPILED, CUT, LIGER, NAIVE, TRL, Size
 from bench.kernels.compare import KernelCase, Setup, line, measure
@@ -79,7 +80,11 @@ def _compared(
         for case in make():
             for result in measure(case, setup):
                 record.say(line(result))
-                found.append(record.as_row(result))
+                errors = {"ours": result.ours.error, result.opponent: result.theirs.error}
+                if all(math.isfinite(value) for error in errors.values() for value in error.values()):
+                    found.append(record.as_row(result))
+                else:
+                    found.append(failed(f"{result.op} beside {result.opponent}", f"not finite: {errors}"))
         return {}
 
     row = attempt(what, run, place)

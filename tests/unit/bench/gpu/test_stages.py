@@ -118,6 +118,19 @@ def test_wrong_attention_fails_its_gate(monkeypatch) -> None:
     assert gates == {"ours": "fail", "SDPA": "pass", "FlashAttention": None}
 
 
+def test_a_result_that_is_not_a_number_is_a_row_that_can_be_written(monkeypatch, tmp_path: Path) -> None:
+    right, loss = attention.prefix_attention, kernels.cases.linear_grpo_loss
+    monkeypatch.setattr(attention, "prefix_attention", lambda *given: right(*given) * torch.nan)
+    monkeypatch.setattr(
+        kernels.cases, "linear_grpo_loss", lambda *a, **k: (lambda made: (made[0] * torch.nan, None))(loss(*a, **k))
+    )
+    for stage in ("attention", "head"):
+        out = tmp_path / f"{stage}.json"
+        assert command.main(["gpu", "--rehearse", "--only", stage, "--out", str(out)]) == 1
+        failing = [row for row in record.read(out) if row.get("gate") == "fail"]
+        assert failing and all("nan" in str(row["error"]) for row in failing)
+
+
 def test_a_stage_in_a_process_of_its_own() -> None:
     rows = list(child.in_child("attention", ["--rehearse"], 300.0))
     assert [row["status"] for row in rows] == ["ok", "ok", "not installed"]
@@ -150,7 +163,7 @@ def test_vllm_is_asked_for_what_its_stage_is_about_and_is_missed_where_it_is_not
     assert row["status"] == "not installed" and row["error"] == "there is no Python package vllm"
 
 
-@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 989e12), ("Tesla T4", None)])
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12), ("Tesla T4", None)])
 def test_the_peak_of_a_device_is_known_by_its_name(name: str, peak: float | None) -> None:
     assert Place(torch.device("cuda", 0), name, 1, False).peak_flops == peak
     assert list(PEAKS).index("GB200") < list(PEAKS).index("B200")
