@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from bench import record
 from bench.gpu.place import Place, Row, failed
 from bench.gpu.stages import STAGES
+from gadcore.config.device import quiet
 from gadcore.errors import cause
 
 
@@ -52,6 +53,7 @@ def in_child(stage: str, flags: Sequence[str], limit_s: float) -> Iterator[Row]:
 
 def here(stage: str, place: Place) -> Iterator[Row]:
     """Rows of a stage in this process; the last one with the error where it broke off."""
+    quiet()
     try:
         for row in STAGES[stage].function()(place):
             yield row | {"machine": place.facts}

@@ -45,7 +45,7 @@ def test_every_stage_leaves_the_rows_that_it_would_on_a_gpu(rehearsed: list[dict
 
 def test_the_rows_have_the_figures_that_were_asked_for(rehearsed: list[dict]) -> None:
     for row in of(rehearsed, "gradients").values():
-        assert row["error"] < 0.05 and row["worst"]
+        assert row["error"] < 0.05 and row["worst_error"] < 0.3
     for state, row in of(rehearsed, "colocation").items():
         assert row["bytes_per_s"] > 0 if state == "all" else row["work"] > 0 and row["ledger"] > 0
     ours = of(rehearsed, "attention")["ours, 12 + 3 x 6"]
