@@ -48,7 +48,7 @@ class Learner:
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
         self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner)
         self._unread: list[Readout] = []
 

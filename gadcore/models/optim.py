@@ -1,10 +1,9 @@
-"""AdamW with clipping, and autocast, as both models use them."""
+"""AdamW with clipping, as both models use it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -63,8 +62,3 @@ class Optimizer:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Products in `dtype` inside the block; "none" leaves everything as it is."""
-    return nullcontext() if dtype == "none" else torch.autocast(device.type, dtype=getattr(torch, dtype))
