@@ -76,28 +76,29 @@ def restore_optimizer(
                 "resume with the model that the checkpoint was made with"
             )
         parameter = managed[name]
-        if key == "step":
-            copy = tensor.to(parameter.device if at_device[parameter] else "cpu", copy=True)
-        elif tensor.shape == parameter.shape and tensor.dtype == parameter.dtype:
-            copy = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-        else:
+        if key != "step" and (tensor.shape != parameter.shape or tensor.dtype != parameter.dtype):
             raise UserError(
                 f"the checkpoint's optimizer state {full_name} is {tensor.dtype} {list(tensor.shape)}, the parameter "
                 f"is {parameter.dtype} {list(parameter.shape)}: resume with the model and dtype of the checkpoint"
             )
-        restored.setdefault(parameter, {})[key] = copy
+        restored.setdefault(parameter, {})[key] = tensor
     keys = {frozenset(state) for state in restored.values()}
     if len(keys) > 1 or any("step" not in each for each in keys):
         raise UserError("the checkpoint's optimizer state is incomplete for some parameters: resume from another one")
-    for parameter, state in restored.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # Into the memory that is there: others may look at it.
-            state[key] = value.copy_(state[key])
     for parameter in managed.values():
         if parameter not in restored:
             for value in optimizer.state.get(parameter, {}).values():
                 value.zero_()
-    optimizer.state.update(restored)
+    for parameter, state in restored.items():
+        own = optimizer.state.setdefault(parameter, {})
+        for key, value in state.items():
+            if key in own:
+                # Into the memory that is there: others may look at it, and there may be no room for as much again.
+                own[key].copy_(value)
+            elif key == "step":
+                own[key] = value.to(parameter.device if at_device[parameter] else "cpu", copy=True)
+            else:
+                own[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 class RngState(NamedTuple):

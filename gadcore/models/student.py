@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
@@ -110,10 +110,21 @@ class Student(Learner):
             tokenizer=spec.tokenizer,
         )
 
-    def freeze_reference(self) -> None:
-        """Makes the student as it is now the reference policy; none is kept where no KL is asked for."""
-        if self.algorithm.kl_coef > 0:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+    def freeze_reference(self, values: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the student as it is now the reference policy; none is kept where no KL is asked for.
+
+        What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
+        values: of the student's parameters by their names, where they wait elsewhere; default those of the model.
+        """
+        if self.algorithm.kl_coef <= 0:
+            return
+        rounded = set() if self.settings.autocast == "none" else _of_products_alone(self.model)
+        copies: dict[int, object] = {}
+        for name, p in self.model.named_parameters():
+            value = p.detach() if values is None else values[name]
+            dtype = getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
+            copies[id(p)] = nn.Parameter(value.to(p.device, dtype, copy=True), requires_grad=False)
+        self.reference = copy.deepcopy(self.model, copies)
 
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch."""
@@ -138,25 +149,45 @@ class Student(Learner):
             ce += loss.detach()
         return self.later(SeqKDStats({"ce": ce}, tokens=sum(group.tokens for group in tokens)))
 
-    def grpo_backward(self, groups: Sequence[Group], rewards: Rewards) -> PolicyStats:
+    @torch.no_grad()
+    def reference_logprobs(self, groups: Sequence[Group]) -> Tensor | None:
+        """Log-probs [R] of all sampled tokens of the batch under the reference policy, on the device, in fp32 (fp64 of
+        an fp64 model), in the order in which grpo_backward() packs them; None where there is no reference policy.
+        """
+        if self.reference is None:
+            return None
+        micros = self.packed(_sampled(groups), teacher=False)
+        return torch.cat([self.logprobs(self.reference, micro.tokens, self.temperature) for micro in micros])
+
+    def grpo_backward(
+        self, groups: Sequence[Group], rewards: Rewards, ref_logprob: Tensor | None = None
+    ) -> PolicyStats:
         """Adds the gradient of the GRPO loss on the samples of the batch.
 
         The batch gets exactly one optimizer step, so the old policy is the policy itself and no pass for old
         log-probs is needed (kernels/grpo_ratio_loss.py).
+        ref_logprob: reference_logprobs(groups), for whoever wants the reference policy away by now; default made here.
         """
-        tokens = [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
+        if ref_logprob is None:
+            ref_logprob = self.reference_logprobs(groups)
+        tokens = _sampled(groups)
         device = self.model.device
         # Known for the whole batch, so that a cut may separate the samples of a group.
         advantages = self.advantages(rewards, [len(group.samples) for group in groups]).to(device)
         samples = [sample for group in groups for sample in group.samples]
         response_tokens = sum(len(sample.token_ids) for sample in samples)
+        if ref_logprob is not None and len(ref_logprob) != response_tokens:
+            raise ValueError(f"the batch has {response_tokens} sampled tokens, ref_logprob {len(ref_logprob)}")
+        done = 0
         sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logprob_diff_mean"), torch.zeros(()).double())
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), torch.zeros(()).double())
         sums, most = ({name: value.to(device) for name, value in each.items()} for each in (sums, most))
         for micro in self.packed(tokens, teacher=False):
             sampled = torch.tensor([p for i in micro.index for p in samples[i].logprobs], device=device)
+            reference = None if ref_logprob is None else ref_logprob[done : done + len(sampled)]
+            done += len(sampled)
             result = self._policy_loss(
-                micro, advantages[torch.tensor(micro.index, device=device)], sampled, response_tokens
+                micro, advantages[torch.tensor(micro.index, device=device)], sampled, reference, response_tokens
             )
             result.loss.backward()
             metrics = result.metrics
@@ -174,13 +205,11 @@ class Student(Learner):
                 most[name] = torch.maximum(most[name], value.double())
         return self.later(PolicyStats({**sums, **most}, tokens=sum(group.tokens for group in tokens)))
 
-    def _policy_loss(self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, denominator: int) -> GRPOLoss:
+    def _policy_loss(
+        self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, ref_logprob: Tensor | None, denominator: int
+    ) -> GRPOLoss:
         """The loss of a micro-batch under algorithm.loss, default the clipped ratio with k3 KL in one fused op."""
         algorithm, batch = self.algorithm, micro.tokens
-        ref_logprob = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logprob = self.logprobs(self.reference, batch, self.temperature)
         if self._loss is not None:
             logprob = self.logprobs(self.model, batch, self.temperature)
             inputs = LossInputs(logprob, advantages, ref_logprob, sampled, micro.sequences, denominator, algorithm)
@@ -219,3 +248,19 @@ class Student(Learner):
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
+
+
+def _of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Parameters that nothing but linear layers have: autocast casts these, no norm and no table of embeddings.
+
+    An output head that is the embedding as well is none of them.
+    """
+    owned: dict[bool, set[nn.Parameter]] = {True: set(), False: set()}
+    for module in model.modules():
+        owned[type(module) is nn.Linear].update(module.parameters(recurse=False))
+    return owned[True] - owned[False]
+
+
+def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:
+    """[x | y_s^1 | ..] of every group."""
+    return [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
