@@ -165,8 +165,8 @@ def test_a_broken_calibration_is_measured_again(tmp_path) -> None:
 def test_ledger_lines_name_every_state(tmp_path) -> None:
     model = str(save_tiny(tmp_path / "model"))
     lines = ledger_lines(loading.load([]), model, groups(3))
-    assert len(lines) == 6 and all(line.startswith("memory, predicted, ") for line in lines)
-    assert "student.optimizer" in lines[3] and "activations and head" in lines[3]
+    assert len(lines) == len(NEEDS) + 1 and all(line.startswith("memory, predicted, ") for line in lines)
+    assert "student.optimizer" in lines[5] and "activations and head" in lines[5]
     assert "is the fullest state" in lines[-1] and "GB left" in lines[-1]
 
 

@@ -134,7 +134,7 @@ def test_advice_makes_it_fit() -> None:
     plan = make_plan(preset_case("qwen2.5-7b", "h100-80gb-x1"))
     advice = advise(plan)
     alone = {item.change: item for item in advice}
-    assert not alone["algorithm.kl_coef = 0"].fits and alone["algorithm.kl_coef = 0"].room > plan.room
+    assert not alone["algorithm.kl_coef = 0"].fits
     ranks = next(item for item in advice if "ranks" in item.change)
     count = int(ranks.change.split()[0])
     assert ranks.fits and make_plan(preset_case("qwen2.5-7b", f"h100-80gb-x{count}")).fits
