@@ -1,4 +1,4 @@
-"""The decoder of the stand-in for vLLM: Llama's and Qwen2's models, fused as vLLM has them, a paged KV cache."""
+"""The decoder of the stand-in for vLLM: Llama's and Qwen2's, weights fused as vLLM has them, a paged KV cache."""
 
 from __future__ import annotations
 
