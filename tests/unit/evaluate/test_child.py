@@ -35,8 +35,8 @@ def test_one_that_is_killed() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_the_process_that_waits_for_it(number: int, tmp_path: Path) -> None:
-    script = f"from tests.unit.evaluate.test_child import *; in_process(_write_pid, {str(tmp_path / 'pid')!r})"
-    waiting = subprocess.Popen([sys.executable, "-c", script])
+    script = f"from tests.unit.evaluate import test_child as t; t.in_process(t._write_pid, {str(tmp_path / 'pid')!r})"
+    waiting = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
     child = int(_soon(lambda: (tmp_path / "pid").read_text()))
     waiting.send_signal(number)
     waiting.wait()
