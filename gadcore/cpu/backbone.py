@@ -23,8 +23,8 @@ from gadcore.cpu.recompute import recomputable
 from gadcore.kernels import rotary
 from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
-from gadcore.kernels.cpu.rms_norm import rms_norm
 from gadcore.kernels.cpu.swiglu import swiglu
+from gadcore.kernels.rms_norm import rms_norm
 
 
 def fuse(model: PreTrainedModel) -> int:
