@@ -32,6 +32,15 @@ def triton_missing() -> str | None:
     return None if find_spec("triton") else "the package triton is not installed: `pip install triton`"
 
 
+@functools.cache
+def flash_missing() -> str | None:
+    """None if FlashAttention's kernels can be imported, else the reason."""
+    # The older package, flash-attn, has no flash_attn.cute.
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "the package flash-attn-4 is not installed: `pip install 'gadcore[cuda]'`"
+    return triton_missing()
+
+
 def choose(op: str, impl: Impl, tensor: Tensor) -> Literal["reference", "triton", "cpu"]:
     """The implementation for a call of `op`, one of OPS, whose computation follows `tensor`'s device and dtype.
 
@@ -61,7 +70,7 @@ def implementation(op: str, chosen: str, which: str = "forward") -> Callable[...
     if chosen == "cpu":
         return native.function(op, which)
     # Not imported before it is wanted: triton is not there on every machine.
-    return getattr(importlib.import_module(f"gadcore.kernels.triton.{op}"), which)
+    return getattr(importlib.import_module(f"gadcore.kernels.{chosen}.{op}"), which)
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ The op `x` is the function `x` of kernels/x.py, which states the mathematics and
 kernels/cpu/x.py where nothing but a CPU gains from it. Its implementations have its name:
 
     triton    kernels/triton/x.py, a function for each pass
+    flash     kernels/flash/x.py, the same by the package flash-attn-4
     cpu       torch.ops.gadcore.cpu_x for the pass "forward" and cpu_x_backward for "backward", from csrc/cpu
     cuda      kernels/cuda/x.py, the binding of csrc/cuda/x.cu
 """
@@ -20,14 +21,15 @@ BOTH = ("forward", "backward")
 
 
 class Op(NamedTuple):
-    """computes: what, in a few words. triton, cpu: the dtypes that each implementation takes, none where there is none;
-    the reference takes all. passes: of triton and cpu, none where the op is made of others'. cuda: whether there is
-    CUDA C++. grid: whether tests/support/grid_checks.py holds every implementation against float64."""
+    """computes: what, in a few words. triton, cpu, flash: the dtypes that each implementation takes, none where there
+    is none; the reference takes all. passes: of triton and cpu, none where the op is made of others'. cuda: whether
+    there is CUDA C++. grid: whether tests/support/grid_checks.py holds every implementation against float64."""
 
     computes: str
     passes: tuple[str, ...] = ()
     triton: tuple[torch.dtype, ...] = ()
     cpu: tuple[torch.dtype, ...] = ()
+    flash: tuple[torch.dtype, ...] = ()
     cuda: bool = False
     grid: bool = False
 
@@ -66,6 +68,7 @@ OPS = {
         passes=BOTH,
         triton=KERNEL_DTYPES,
         cpu=SINGLE,
+        flash=(torch.bfloat16, torch.float16),
     ),
     "last_token_attention": Op("the same for the last token of every response alone"),
     "rotary": Op(
@@ -75,6 +78,7 @@ OPS = {
         cpu=SINGLE,
         grid=True,
     ),
+    "rms_norm": Op("RMS norm over the last dimension", passes=BOTH, triton=KERNEL_DTYPES, cpu=SINGLE, grid=True),
     "take_rows": Op(
         "rows by index, with gradients of repeated ones added up in a fixed order",
         passes=("backward",),
@@ -85,7 +89,6 @@ OPS = {
     "linear": Op("a linear layer of many rows with its gradients, as in training", cpu=SINGLE),
     "linear_few_rows": Op("a linear layer of at most 64 rows, as in decoding", passes=("forward",), cpu=SINGLE),
     "gated_mlp": Op("a gated MLP with its three products and their gradients", cpu=SINGLE),
-    "rms_norm": Op("RMS norm over the last dimension", passes=BOTH, cpu=SINGLE),
     "swiglu": Op("the gated activation of an MLP", passes=BOTH, cpu=SINGLE),
 }
 

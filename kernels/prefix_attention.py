@@ -13,14 +13,15 @@ responses and query heads read them. Backward, with P the softmax and D_i = d ou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gadcore.kernels.dispatch import Impl, choose, implementation, without_autocast
+from gadcore.kernels.dispatch import Impl, choose, flash_missing, implementation, without_autocast
 from gadcore.kernels.layout import PrefixLayout
+from gadcore.kernels.ops import OPS
 
 
 def prefix_attention(
@@ -31,15 +32,16 @@ def prefix_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
-    impl: Impl = "auto",
+    impl: Impl | Literal["flash"] = "auto",
 ) -> Tensor:
     """Attention [T, Hq, D] over the packed groups of `layout`.
 
     query: [T, Hq, D]; key, value: [T, Hk, D], Hq a multiple of Hk (query head h reads the keys of head h // (Hq / Hk));
     of one dtype and any strides. scale: default 1 / sqrt(D). window: positions that a token sees, itself included;
     None: all. Gradients go to query, key and value. "cpu" computes float32, "triton" float32, bfloat16 and float16 with
-    D of 64, 96 or 128, "reference" everything, with a dense mask. Raises ValueError for arguments that do not fit,
-    RuntimeError for an `impl` that is not there.
+    D of 64, 96 or 128, "flash" the latter two without a window, on sm_90 and sm_100, "reference" everything, with a
+    dense mask. "auto" on a GPU is "triton", and "flash" from FLASH_TOKENS on where it is installed. Raises ValueError
+    for arguments that do not fit, RuntimeError for an `impl` that is not there.
     """
     _check(query, key, value, layout, window)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -47,15 +49,44 @@ def prefix_attention(
     window = 0 if window is None or window >= layout.longest else window
     if impl == "auto" and query.is_cuda and query.shape[-1] not in HEAD_SIZES:
         impl = "reference"
-    chosen = choose("prefix_attention", impl, query)
+    chosen = _chosen(impl, query, layout.longest, window)
     if chosen == "reference":
         return prefix_attention_reference(query, key, value, layout, scale, window)
-    out, _ = _op(query, key, value, layout.offsets, layout.prompt_of, scale, window, layout.longest, chosen)
+    counts = len(layout.prompts), sum(layout.prompts)
+    out, _ = _op(query, key, value, layout.offsets, layout.prompt_of, scale, window, layout.longest, *counts, chosen)
     return out
 
 
-# What the Triton kernels are made for.
+# What the GPU kernels are made for.
 HEAD_SIZES = (64, 96, 128)
+# Positions of the longest sequence from which FlashAttention is worth two calls for one: attention is then a tenth of a
+# step and more, of which it takes off a part; below, hardly anything.
+FLASH_TOKENS = 3072
+
+
+def _chosen(impl: str, query: Tensor, longest: int, window: int) -> str:
+    """As dispatch.choose, with FlashAttention, which dispatch does not know."""
+    if impl == "flash":
+        if (reason := _not_by_flash(query, window)) is not None:
+            raise ValueError(f'prefix_attention: impl="flash" {reason}')
+        if (reason := flash_missing()) is not None:
+            raise RuntimeError(f'prefix_attention: impl="flash" is not available: {reason}')
+        return "flash"
+    chosen = choose("prefix_attention", impl, query)  # type: ignore[arg-type]
+    long = impl == "auto" and chosen == "triton" and longest >= FLASH_TOKENS
+    return "flash" if long and _not_by_flash(query, window) is None and flash_missing() is None else chosen
+
+
+def _not_by_flash(query: Tensor, window: int) -> str | None:
+    """None where FlashAttention computes such a call, else why it does not."""
+    dtypes = OPS["prefix_attention"].flash
+    if query.dtype not in dtypes or query.shape[-1] not in HEAD_SIZES:
+        return f"computes in {', '.join(map(str, dtypes))} with D of {HEAD_SIZES}, got {query.dtype} {query.shape[-1]}"
+    if window:
+        return "computes no window"
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] not in (9, 10):
+        return f"needs tensors on a GPU of sm_90 or sm_100, got {query.device}"
+    return None
 
 
 def prefix_attention_reference(
@@ -109,11 +140,17 @@ def _op(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), lse [T, Hq] float32 the natural log of the sum of exp(s[i, :]), for the backward pass."""
+    """(out, lse), lse [T, Hq] float32 the natural log of the sum of exp(s[i, :]), for the backward pass.
+
+    prompts, prompt_tokens: how many there are in the layout.
+    """
     forward = implementation("prefix_attention", impl)
-    return forward(query, key, value, offsets, prompt_of, scale, window, longest)
+    counts = () if impl == "cpu" else (prompts, prompt_tokens)
+    return forward(query, key, value, offsets, prompt_of, scale, window, longest, *counts)
 
 
 @_op.register_fake
@@ -126,6 +163,8 @@ def _(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -144,11 +183,15 @@ def _op_backward(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d query, d key, d value)."""
     backward = implementation("prefix_attention", impl, "backward")
-    return backward(grad_out, query, key, value, out, lse, offsets, prompt_of, scale, window, longest)
+    # What a GPU cuts its work by: nothing waits for it to learn these from the offsets.
+    counts = () if impl == "cpu" else (prompts, prompt_tokens)
+    return backward(grad_out, query, key, value, out, lse, offsets, prompt_of, scale, window, longest, *counts)
 
 
 @_op_backward.register_fake
@@ -164,6 +207,8 @@ def _(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
@@ -178,7 +223,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     gradients = _op_backward(grad_out, *ctx.saved_tensors, *ctx.constants)
-    return *gradients, None, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

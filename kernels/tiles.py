@@ -18,12 +18,12 @@ from gadcore.kernels.ops import OPS
 def chosen_tiles() -> dict[str, Any]:
     """What was chosen so far in this process, or taken over by use_tiles(), to be written as JSON.
 
-    {"capability": of the GPU, as 90; "kernels": {"<op>.<kernel>": [{"key": what was called, "tile": what computes it},
-    ..]}}; {} where nothing was chosen.
+    {"capability": of the GPU, as 90; "kernels": {"<file>.<kernel>": [{"key": what was called, "tile": what computes
+    it}, ..]}}; {} where nothing was chosen.
     """
     kernels = {
         name: [{"key": list(key), "tile": config.all_kwargs()} for key, config in tuner.cache.items()]
-        for name, tuner in _tuners(imported_only=True)
+        for name, tuner in dict(_tuners(imported_only=True)).items()
         if tuner.cache
     }
     return {"capability": _capability(), "kernels": kernels} if kernels else {}
@@ -69,9 +69,10 @@ def _tuners(imported_only: bool) -> Iterator[tuple[str, Any]]:
     for op in (op for op, of in OPS.items() if of.triton):
         path = f"gadcore.kernels.triton.{op}"
         module = sys.modules.get(path) if imported_only else importlib.import_module(path)
-        for name, value in vars(module).items() if module else ():
-            if isinstance(value, Autotuner) and value.base_fn.__module__ == path:
-                yield f"{op}.{name}", value
+        for value in vars(module).values() if module else ():
+            # An op may compute by kernels of another one's file.
+            if isinstance(value, Autotuner):
+                yield f"{value.base_fn.__module__.rpartition('.')[2]}.{value.base_fn.__name__}", value
 
 
 def _capability() -> int:

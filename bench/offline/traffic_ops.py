@@ -247,7 +247,8 @@ def attention_ops(sizes: Sizes) -> list[Measured]:
         leaves: Any = [x.float().requires_grad_() for x in tensors]
         true_out = prefix_attention_reference(*leaves, layout, scale, 0)
         gradients = torch.autograd.grad(true_out, leaves, d_out.float())
-        given = (layout.offsets, layout.prompt_of, scale, 0, layout.longest)
+        counts = (len(layout.prompts), sum(layout.prompts))
+        given = (layout.offsets, layout.prompt_of, scale, 0, layout.longest, *counts)
         outputs: list[Tensor] = []
 
         def attend() -> tuple[Tensor]:

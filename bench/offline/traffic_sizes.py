@@ -17,6 +17,7 @@ RESIDENT = {
     "_attention_kernel": 1,
     "_d_query_kernel": 1,
     "_d_key_value_kernel": 1,
+    "_sum_parts_kernel": 7,
     "_selective_log_softmax_kernel": 25,
     "_grpo_loss_fwd_kernel": 25,
     "_grpo_loss_bwd_kernel": 4,

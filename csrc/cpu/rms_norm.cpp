@@ -1,4 +1,4 @@
-// cpu_rms_norm and its backward; kernels/cpu/rms_norm.py states the mathematics.
+// cpu_rms_norm and its backward; kernels/rms_norm.py states the mathematics.
 //
 // One pass over memory each way, where the separate operations of a model file make five or more, each through tensors
 // of the size of its input.

@@ -22,8 +22,8 @@ from gadcore.cpu.recompute import recomputable
 from gadcore.kernels import rotary
 from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
-from gadcore.kernels.cpu.rms_norm import rms_norm
 from gadcore.kernels.cpu.swiglu import swiglu
+from gadcore.kernels.rms_norm import rms_norm
 
 
 def norm(eps: float, shift: float, read_by_products: bool) -> Callable[[nn.Module, Tensor], Tensor]:

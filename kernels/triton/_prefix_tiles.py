@@ -16,45 +16,60 @@ def tile_config(BM: int, BN: int, num_warps: int, num_stages: int) -> triton.Con
 
 
 class Tiles(NamedTuple):
-    """Configurations of a kernel that do not spill: for 16 bits by the padded head size, and the one for fp32.
+    """Configurations of a kernel that do not spill.
 
-    Exact fp32 products run on the FMA units, with operands in registers: their tiles are small.
+    by_arch: for 16 bits, by generation (9: sm_90, 10: sm_100, OLDER: all others) and padded head size. single: for
+    fp32, by padded head size, on every target.
     """
 
-    by_width: dict[int, list[triton.Config]]
-    single: triton.Config
+    by_arch: dict[int, dict[int, list[triton.Config]]]
+    single: dict[int, triton.Config]
 
     def fitting(self, width: int, itemsize: int) -> list[triton.Config]:
         if itemsize == 4:
-            return [self.single]
-        # Only sm_90 and sm_100 multiply out of shared memory; elsewhere operands take registers.
-        few = self is D_QUERY and capability() // 10 not in (9, 10)
-        return [config for config in self.by_width[width] if not few or config.kwargs["BM"] <= 64]
+            return [self.single[width]]
+        return self.by_arch.get(capability() // 10, self.by_arch[OLDER])[width]
 
     def every(self) -> list[triton.Config]:
-        return [*(config for configs in self.by_width.values() for config in configs), self.single]
+        sixteen = [config for widths in self.by_arch.values() for configs in widths.values() for config in configs]
+        return list(dict.fromkeys([*sixteen, *self.single.values()]))
 
 
+OLDER = 0
 _SMALL = tile_config(64, 64, 4, 2)
-FORWARD = Tiles(
-    {64: [tile_config(128, 128, 8, 2), _SMALL], 128: [tile_config(128, 64, 8, 3), _SMALL]}, tile_config(32, 32, 8, 1)
+_FORWARD = {64: [tile_config(128, 128, 8, 2), _SMALL], 128: [tile_config(128, 64, 8, 3), _SMALL]}
+FORWARD = Tiles({OLDER: _FORWARD}, dict.fromkeys((64, 128), tile_config(32, 32, 8, 1)))
+# Only sm_90 and sm_100 multiply out of shared memory; elsewhere operands take registers.
+_D_QUERY = {width: [tile_config(128, 64, 8, 2), _SMALL] for width in (64, 128)}
+D_QUERY = Tiles(
+    {OLDER: {width: [_SMALL] for width in (64, 128)}, 9: _D_QUERY, 10: _D_QUERY},
+    # Exact fp32 products run on the FMA units, with operands in registers: their tiles are small.
+    {64: tile_config(32, 16, 8, 1), 128: tile_config(16, 16, 8, 1)},
 )
-D_QUERY = Tiles({width: [tile_config(128, 64, 8, 2), _SMALL] for width in (64, 128)}, tile_config(16, 16, 8, 1))
-D_KEY_VALUE = Tiles({64: [tile_config(32, 64, 4, 2)], 128: [tile_config(64, 64, 8, 2)]}, tile_config(32, 32, 4, 1))
+# sm_90: 128 keys, a half for each of two warpgroups, whose probabilities go from registers into the products with them;
+# rows are read half as often as by 64 keys. More rows spill where D is 128, and as many keys do on other targets.
+D_KEY_VALUE = Tiles(
+    {
+        OLDER: {64: [tile_config(32, 64, 4, 2)], 128: [tile_config(64, 64, 8, 2)]},
+        9: {64: [tile_config(64, 128, 8, 2)], 128: [tile_config(32, 128, 8, 2)]},
+    },
+    dict.fromkeys((64, 128), tile_config(32, 32, 8, 1)),
+)
 
 
 def autotune(tiles: Tiles) -> Callable[[Any], Any]:
     """Over the tiles that fit; not anew for another number of tokens, since every step has another one.
 
-    The interpreter, which cannot time anything, gets the first one alone.
+    The interpreter, which cannot time anything, gets the first one of sm_90 alone.
     """
+    hopper = tiles.by_arch.get(9, tiles.by_arch[OLDER])[128][:1]
 
     def prune(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
         args = {**args, **kwargs}
         return tiles.fitting(args["WIDTH"], args["query"].element_size())
 
     return triton.autotune(
-        configs=tiles.by_width[128][:1] if INTERPRETED else tiles.every(),
+        configs=hopper if INTERPRETED else tiles.every(),
         key=["HEADS", "GROUP", "D", "WINDOWED"],
         prune_configs_by=None if INTERPRETED else {"early_config_prune": prune},
     )

@@ -29,6 +29,34 @@ def place(offsets, segments, HEADS: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS:
 
 
 @triton.jit
+def place_among(offsets, prompt_of, segments, prompts, place, ROWS: tl.constexpr):
+    """(segment, first token in it, tokens of those before it) of a place, for tiles of ROWS tokens, among the prompts
+    alone, or where not `prompts` among the responses alone.
+
+    As in `place`, with the tokens and the number of those before in the places of offset and index.
+    """
+    tokens = tl.zeros((), tl.int64)
+    rank = tl.zeros((), tl.int32)
+    segment, start, before = -1, tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    for first in range(0, segments, SCAN):
+        k = first + tl.arange(0, SCAN)
+        inside = k < segments
+        counts = inside & ((tl.load(prompt_of + k, mask=inside, other=0) == k) == prompts)
+        lengths = tl.load(offsets + k + 1, mask=inside, other=0) - tl.load(offsets + k, mask=inside, other=0)
+        lengths = tl.where(counts, lengths, 0)
+        befores = tokens + tl.cumsum(lengths, 0) - lengths
+        starts = befores // ROWS + rank + tl.cumsum(counts.to(tl.int32), 0) - 1
+        # All three grow from one to the next: the last one that starts no later is the largest.
+        found = counts & (starts <= place)
+        segment = tl.maximum(segment, tl.max(tl.where(found, k, -1), 0))
+        start = tl.maximum(start, tl.max(tl.where(found, starts, 0), 0))
+        before = tl.maximum(before, tl.max(tl.where(found, befores, 0), 0))
+        tokens += tl.sum(lengths, 0)
+        rank += tl.sum(counts.to(tl.int32), 0)
+    return segment, ((place - start) * ROWS).to(tl.int32), before
+
+
+@triton.jit
 def span_of(offsets, segment):
     """(first token as int64, number of tokens as int32) of a segment."""
     begin = tl.load(offsets + segment)

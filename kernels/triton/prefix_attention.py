@@ -1,4 +1,4 @@
-"""The GPU side of prefix_attention in Triton: one launch forward, two backward.
+"""The GPU side of prefix_attention in Triton: one launch forward, two or three backward.
 
 A response is a causal sequence of P + R positions whose first P keys lie with its prompt, so a program walks positions
 and takes each key from where it lies: no copy of the prompt, and no seam between two passes that would have to be
@@ -8,7 +8,9 @@ heads is, a key is loaded once for all of them, and a short response still fills
     _attention_kernel     a tile of rows over the keys that they see: out, lse
     _d_query_kernel       the same walk: D, d query
     _d_key_value_kernel   a tile of keys over the rows that see it: d key, d value. The rows that see a prompt are those
-                          of the prompt and of all its responses, which follow it: one range without a gap.
+                          of the prompt and of all its responses, which follow it: one range without a gap, cut into
+                          parts where its tiles would keep the others waiting (_prefix_keys.py).
+    _sum_parts_kernel     the parts of the prompts' d key and d value, in their order
 
 Programs are numbered so that every segment has enough of them whatever its length: each finds its own segment by
 counting, and nothing about the layout has to be known on the host. Some programs find nothing to do. Every sum is
@@ -26,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gadcore.kernels.prefix_attention import HEAD_SIZES
-from gadcore.kernels.triton._prefix_tiles import D_KEY_VALUE, D_QUERY, FORWARD, autotune
+from gadcore.kernels.triton._prefix_keys import SUM_ROWS, _d_key_value_kernel, _sum_parts_kernel, parts_of
+from gadcore.kernels.triton._prefix_tiles import D_QUERY, FORWARD, autotune
 from gadcore.kernels.triton._prefix_walk import (
     key_tokens,
     load_rows,
-    members_of,
     place,
     prefix_of,
     row_start,
@@ -39,7 +41,7 @@ from gadcore.kernels.triton._prefix_walk import (
     store_rows,
     walk_bounds,
 )
-from gadcore.kernels.triton._shared import LN2, LOG2E, on_its_device
+from gadcore.kernels.triton._shared import LN2, LOG2E, num_sms, on_its_device
 
 # Below every logit, and still a number: rows that have seen no key yet need no care.
 LOWEST = tl.constexpr(-3.0e38)
@@ -178,84 +180,6 @@ def _d_query_kernel(
     store_rows(d_query, at * D, acc * scale, inside, D, WIDTH)
 
 
-@autotune(D_KEY_VALUE)
-@triton.jit(do_not_specialize=["segments", "window"])
-def _d_key_value_kernel(
-    grad_out,
-    query,
-    key,
-    value,
-    lse,
-    delta,
-    offsets,
-    prompt_of,
-    d_key,
-    d_value,
-    segments,
-    window,
-    scale,
-    scale2,
-    stride_grad,
-    stride_query,
-    stride_key,
-    stride_value,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    head, segment, first = place(offsets, segments, HEADS, 1, BN)
-    begin, length = span_of(offsets, segment)
-    if first >= length:
-        return
-    _, prefix = prefix_of(offsets, prompt_of, segment)
-    members = members_of(prompt_of, segments, segment)
-    key_position = prefix + first + tl.arange(0, BN)
-    key_token = begin + tl.minimum(first + tl.arange(0, BN), length - 1)
-    k = load_rows(key, row_start(stride_key, key_token, head), D, WIDTH)
-    v = load_rows(value, row_start(stride_value, key_token, head), D, WIDTH)
-
-    dk = tl.zeros((BN, WIDTH), tl.float32)
-    dv = tl.zeros((BN, WIDTH), tl.float32)
-    # Without a window the segments that see these keys are one range. With one, each is seen from a part of its own.
-    for member in range(segment, segment + (members if WINDOWED else 1)):
-        if WINDOWED:
-            row_begin, stop = span_of(offsets, member)
-            row_prefix = tl.where(member == segment, prefix, length)
-            start = tl.where(member == segment, first, 0)
-            stop = tl.minimum(stop, prefix + first + BN - 1 + window - row_prefix)
-        else:
-            row_begin, row_prefix, start = begin, prefix, first
-            stop = (tl.load(offsets + segment + members) - begin).to(tl.int32)
-        count = stop * GROUP
-        # Rows from here on see all of the tile.
-        bound = count if WINDOWED else tl.minimum(start * GROUP + tl.cdiv((BN - 1) * GROUP, BM) * BM, count)
-        for WHOLE in tl.static_range(0, 1 if WINDOWED else 2):
-            for m in range(bound if WHOLE else start * GROUP, count if WHOLE else bound, BM):
-                # Rows past the end are the last one once more, with a probability of 0.
-                row = tl.minimum(m + tl.arange(0, BM), count - 1)
-                token, query_head = row_begin + row // GROUP, head * GROUP + row % GROUP
-                at = token * (HEADS * GROUP) + query_head
-                lse2 = tl.load(lse + at, mask=m + tl.arange(0, BM) < count, other=float("inf")) * LOG2E
-                q = load_rows(query, row_start(stride_query, token, query_head), D, WIDTH)
-                p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse2[None, :])
-                if not WHOLE:
-                    position = row_prefix + row // GROUP
-                    p = tl.where(sees_keys(position[None, :], key_position[:, None], window, WINDOWED), p, 0.0)
-                d_out = load_rows(grad_out, row_start(stride_grad, token, query_head), D, WIDTH)
-                dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
-                dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
-                ds = p * (dp - tl.load(delta + at)[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    inside = first + tl.arange(0, BN) < length
-    at = (key_token * HEADS + head) * D
-    store_rows(d_key, at, dk * scale, inside, D, WIDTH)
-    store_rows(d_value, at, dv, inside, D, WIDTH)
-
-
 # ---- launches ---------------------------------------------------------------------------------------------------
 
 
@@ -296,12 +220,15 @@ def forward(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D] in the dtype of query, lse [T, Hq] float32), in one launch.
 
     query: [T, Hq, D]; key, value: [T, Hk, D]; all fp32, bf16 or fp16 with D of 64, 96 or 128, any strides, but those
     that `_readable` cannot read are copied. offsets: [K + 1] int64; prompt_of: [K] int64, as in PrefixLayout. scale:
-    above 0. window: 0 for none. longest: not needed. lse: natural log of the sum of exp(s). Raises ValueError.
+    above 0. window: 0 for none. lse: natural log of the sum of exp(s). longest, prompts, prompt_tokens: of the layout,
+    not needed. Raises ValueError.
     """
     constants = _constants(query, key, scale, window)
     query, key, value = _readable(query), _readable(key), _readable(value)
@@ -338,10 +265,13 @@ def backward(
     scale: float,
     window: int,
     longest: int,
+    prompts: int,
+    prompt_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d query, d key, d value) in the dtypes and shapes of what they belong to, contiguous, in two launches.
+    """(d query, d key, d value) in the dtypes and shapes of what they belong to, contiguous, in two or three launches.
 
-    grad_out: [T, Hq, D] of any strides; out, lse: forward's; the rest as in `forward`.
+    grad_out: [T, Hq, D] of any strides; out, lse: forward's; prompts, prompt_tokens: how many there are in the layout;
+    the rest as in `forward`.
     """
     constants = _constants(query, key, scale, window)
     grad_out, query, key, value = _readable(grad_out), _readable(query), _readable(key), _readable(value)
@@ -350,8 +280,9 @@ def backward(
     d_query, d_key, d_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     delta = torch.empty(T, Hq, dtype=torch.float32, device=query.device)
     strides = (x.stride()[:2] for x in (grad_out, query, key, value))
-    numbers = (segments, window, scale, scale * LOG2E.value, *strides)
-    _d_query_kernel[_grid(T, segments, constants["GROUP"], "BM", constants["HEADS"])](
+    numbers = (window, scale, scale * LOG2E.value, *strides)
+    heads, tokens = constants["HEADS"], T - prompt_tokens
+    _d_query_kernel[_grid(T, segments, constants["GROUP"], "BM", heads)](
         grad_out,
         query,
         key,
@@ -362,10 +293,19 @@ def backward(
         prompt_of,
         d_query,
         delta,
+        segments,
         *numbers,
         **constants,
     )
-    _d_key_value_kernel[_grid(T, segments, 1, "BN", constants["HEADS"])](
+    parts = parts_of(T, prompts, prompt_tokens, segments, heads, num_sms(query.device))
+    shape = (2, parts, prompt_tokens if parts > 1 else 0, heads, query.shape[2])
+    key_parts, value_parts = torch.empty(shape, dtype=torch.float32, device=query.device)
+
+    def grid(config: dict[str, int]) -> tuple[int]:
+        of_prompts = prompt_tokens // config["BN"] + prompts
+        return ((of_prompts * parts + tokens // config["BN"] + segments - prompts) * heads,)
+
+    _d_key_value_kernel[grid](
         grad_out,
         query,
         key,
@@ -376,7 +316,30 @@ def backward(
         prompt_of,
         d_key,
         d_value,
+        key_parts,
+        value_parts,
+        segments,
+        prompts,
+        prompt_tokens,
+        parts,
         *numbers,
         **constants,
     )
+    if parts > 1:
+        _sum_parts_kernel[((prompt_tokens // SUM_ROWS + prompts) * heads,)](
+            key_parts,
+            value_parts,
+            offsets,
+            prompt_of,
+            d_key,
+            d_value,
+            segments,
+            prompt_tokens,
+            parts,
+            scale,
+            HEADS=heads,
+            D=constants["D"],
+            WIDTH=constants["WIDTH"],
+            ROWS=SUM_ROWS,
+        )
     return d_query, d_key, d_value

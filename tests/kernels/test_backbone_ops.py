@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gadcore.kernels.cpu.rms_norm import rms_norm
 from gadcore.kernels.cpu.swiglu import swiglu
+from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.rotary import rotary
 
 SHAPES = [(1, 1), (5, 7), (64, 33), (130, 576), (2, 3, 40)]

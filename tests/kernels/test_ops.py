@@ -38,6 +38,7 @@ def test_the_module_of_an_op_has_its_function(op: str) -> None:
 def test_every_file_is_an_op_of_the_table() -> None:
     assert files_in(KERNELS) | files_in(KERNELS / "cpu") == set(OPS)
     assert files_in(KERNELS / "triton") == {op for op, of in OPS.items() if of.triton}
+    assert files_in(KERNELS / "flash") == {op for op, of in OPS.items() if of.flash}
     assert files_in(KERNELS / "cuda") == {op for op, of in OPS.items() if of.cuda}
 
 

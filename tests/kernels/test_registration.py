@@ -63,9 +63,8 @@ ARGUMENTS: dict[str, Callable[[], tuple]] = {
     "linear_few_rows": lambda: (leaf(3, H).detach(), leaf(V, H).detach(), None),
     "prefix_attention": lambda: (
         *(leaf(T, 4, H), leaf(T, 2, H), leaf(T, 2, H), PACKED.offsets, PACKED.prompt_of),
-        *(0.5, 2, PACKED.longest, "cpu"),
+        *(0.5, 2, PACKED.longest, 2, 3, "cpu"),
     ),
-    "rms_norm": lambda: (leaf(T, H), leaf(H), 1e-5, 1.0),
     "swiglu": lambda: (leaf(T, H), leaf(T, H)),
 }
 

@@ -73,7 +73,7 @@ def call() -> None:
         return torch.empty(*sizes, dtype=dtype, device="meta")
 
     layout = meta(3, dtype=torch.int64), meta(2, dtype=torch.int64)
-    prefix_attention.forward(meta(40, 4, 128), meta(40, 2, 128), meta(40, 2, 128), *layout, 0.1, 0, 40)
+    prefix_attention.forward(meta(40, 4, 128), meta(40, 2, 128), meta(40, 2, 128), *layout, 0.1, 0, 40, 1, 10)
     linear_logprob.forward(meta(2048, 64), meta(512, 64), None, meta(2048, dtype=torch.int64), 1.0, False)
 
 

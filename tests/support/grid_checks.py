@@ -13,6 +13,7 @@ from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_rat
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.kernels.ops import OPS
+from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.rotary import rotary
 from gadcore.kernels.take_rows import take_rows
 from tests.support.kernel_grid import (
@@ -247,6 +248,20 @@ def check_rotary(shape: tuple[int, int, int], impl: Any, dtype: torch.dtype, dev
     RECORD.check("rotary", impl, dtype, [], [(y, truth.detach()), *d_x])
 
 
+def check_rms_norm(shape: tuple[int, int], shift: float, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, weight = (
+        (3 * torch.randn(s, generator=generator, dtype=F64)).to(dtype).requires_grad_() for s in (shape, shape[1:])
+    )
+    wide, scale = leaves64(x, weight)
+    assert wide is not None and scale is not None
+    truth = wide / (wide.square().mean(-1, keepdim=True) + 1e-2).sqrt() * (scale + shift)
+    of = weighted(truth)
+    y = rms_norm(to(device, x), to(device, weight), eps=1e-2, shift=shift, impl=impl)
+    d = pairs(gradients(of(y.cpu()), x, weight), gradients(of(truth), wide, scale))
+    RECORD.check("rms_norm", impl, dtype, [], [(y, truth.detach()), *d])
+
+
 def check_take_rows(rows: int, taken: int, width: int, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
     generator = torch.Generator().manual_seed(rows + taken)
     x = torch.randn(rows, width, generator=generator, dtype=F64).to(dtype).requires_grad_()
@@ -273,6 +288,9 @@ GRIDS = {
     "linear_grpo_loss": Grid(GRPO_CASES, check_linear_grpo_loss),
     "grpo_ratio_loss": Grid([(n, ratio) for n in RATIO_TOKENS for ratio in RATIO_CASES], check_grpo_ratio_loss),
     "rotary": Grid([(s,) for s in ((1, 1, 2), (5, 3, 64), (33, 9, 96), (130, 2, 128))], check_rotary),
+    "rms_norm": Grid(
+        [(shape, shift) for shape in ((1, 1), (5, 7), (130, 576), (3, 4100)) for shift in (0.0, 1.0)], check_rms_norm
+    ),
     "take_rows": Grid([(1, 1, 1), (3, 70, 33), (40, 9, 1024), (64, 200, 1500)], check_take_rows),
     "bt_score": Grid([(case, width) for case in GROUP_CASES for width in WIDTHS], check_bt_score),
 }

@@ -49,3 +49,16 @@ if INTERPRETED:
     def shuffled_programs() -> Callable[[int], AbstractContextManager[None]]:
         """`with shuffled_programs(seed):` runs the programs of every launch in the block in a random order."""
         return interpreter.shuffled
+
+    @pytest.fixture
+    def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+        """`tiles(BM, BN)`: rows and keys of a tile, in all kernels of prefix_attention."""
+        from gadcore.kernels.triton import _prefix_tiles, prefix_attention
+        from tests.support.prefix_kernels import KERNELS
+
+        def choose(BM: int, BN: int) -> None:
+            for name in KERNELS:
+                config = _prefix_tiles.tile_config(BM, BN, 4, 1)
+                monkeypatch.setattr(getattr(prefix_attention, name), "configs", [config])
+
+        return choose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
@@ -13,82 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.offline.interpreter import Observer, observe
 from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
 from gadcore.kernels.triton import _prefix_tiles, _prefix_walk
 from gadcore.kernels.triton import prefix_attention as kernels
 from tests.support.kernel_grid import F64, relative_error
+from tests.support.prefix_kernels import BF16, DTYPES, KERNELS, RAGGED, check, inputs, run, truth
 
-BF16 = torch.bfloat16
-DTYPES = [torch.float32, BF16, torch.float16]
-# Outputs are rounded to the inputs' dtype, and so are the probabilities that a product takes.
-OUT = {torch.float32: 1e-5, BF16: 1e-2, torch.float16: 1e-3}
-GRADIENT = {torch.float32: 2e-5, BF16: 2e-2, torch.float16: 2e-3}
-KERNELS = ("_attention_kernel", "_d_query_kernel", "_d_key_value_kernel")
 TILES = (_prefix_tiles.FORWARD, _prefix_tiles.D_QUERY, _prefix_tiles.D_KEY_VALUE)
-
-# A prompt of one token, responses of one token, a prompt without responses, lengths on both sides of a tile.
-RAGGED = PrefixLayout.of([1, 19, 7], [[5], [17, 33, 1], []])
 Shuffled = Callable[[int], AbstractContextManager[None]]
-
-
-@pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """`tiles(BM, BN)`: rows and keys of a tile, in all three kernels."""
-
-    def choose(BM: int, BN: int) -> None:
-        for name in KERNELS:
-            config = _prefix_tiles.tile_config(BM, BN, 4, 1)
-            monkeypatch.setattr(getattr(kernels, name), "configs", [config])
-
-    return choose
-
-
-def inputs(layout: PrefixLayout, heads: tuple[int, int], D: int, dtype: torch.dtype) -> list[Tensor]:
-    """query, key, value, and a gradient of the output."""
-    generator = torch.Generator().manual_seed(layout.tokens + D)
-    counts = (heads[0], heads[1], heads[1], heads[0])
-    return [torch.randn(layout.tokens, n, D, generator=generator).to(dtype) for n in counts]
-
-
-def truth(q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """out and lse in float64, with one dense mask over all tokens that is written from the definition."""
-    lengths = layout.offsets.diff()
-    segment = torch.arange(len(lengths)).repeat_interleave(lengths)
-    at = layout.positions
-    sees = (segment == segment[:, None]) | (segment == layout.prompt_of[segment][:, None])
-    sees &= at <= at[:, None]
-    if window:
-        sees &= at > at[:, None] - window
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    s = torch.einsum("ihd,jhd->hij", q, k).mul(scale).masked_fill(~sees, -math.inf)
-    return torch.einsum("hij,jhd->ihd", s.softmax(-1), v), s.logsumexp(-1).T
-
-
-def run(tensors: Sequence[Tensor], layout: PrefixLayout, scale: float, window: int) -> tuple[Tensor, ...]:
-    """out, lse, d query, d key, d value."""
-    q, k, v, grad = tensors
-    rest = (layout.offsets, layout.prompt_of, scale, window, layout.longest)
-    out, lse = kernels.forward(q, k, v, *rest)
-    return out, lse, *kernels.backward(grad, q, k, v, out, lse, *rest)
-
-
-def check(tensors: Sequence[Tensor], layout: PrefixLayout, *, scale: float = 0.125, window: int = 0) -> None:
-    """Everything against float64."""
-    dtype = tensors[0].dtype
-    out, lse, *gradients = run(tensors, layout, scale, window)
-    leaves = [x.detach().to(F64).requires_grad_() for x in tensors[:3]]
-    true_out, true_lse = truth(*leaves, layout, scale, window)
-    true_gradients = torch.autograd.grad(true_out, leaves, tensors[3].to(F64))
-    assert out.dtype == dtype and lse.dtype == torch.float32
-    assert relative_error(out, true_out.detach(), 1.0) <= OUT[dtype]
-    assert relative_error(lse, true_lse.detach(), 1.0) <= 1e-5
-    for actual, expected in zip(gradients, true_gradients, strict=True):
-        assert actual.dtype == dtype and actual.shape == expected.shape
-        # 1 at least: where a token sees one key alone, gradients of query and key are 0.
-        assert relative_error(actual, expected, 1.0) <= GRADIENT[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,7 +62,7 @@ def test_windows(tiles: Callable[[int, int], None], heads: int, window: int) -> 
 def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = PrefixLayout.of([140, 3], [[70, 131], [1]])
     tensors = inputs(layout, (2, 1), 64, BF16)
-    every = [tiles.by_width[64] + tiles.by_width[128] for tiles in TILES]
+    every = [[config for config in tiles.every() if config not in tiles.single.values()] for tiles in TILES]
     for i in range(max(map(len, every))):
         for name, configs in zip(KERNELS, every, strict=True):
             monkeypatch.setattr(getattr(kernels, name), "configs", [configs[i % len(configs)]])
@@ -139,14 +72,18 @@ def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_every_target_has_tiles(monkeypatch: pytest.MonkeyPatch, arch: int) -> None:
     monkeypatch.setattr(_prefix_tiles, "capability", lambda: arch)
-    for tiles in TILES:
-        for width in (64, 128):
-            assert tiles.fitting(width, 4) == [tiles.single]
+    forward, d_query, d_key_value = TILES
+    for width in (64, 128):
+        for tiles in TILES:
+            assert tiles.fitting(width, 4) == [tiles.single[width]]
             found = tiles.fitting(width, 2)
-            assert found and all(config in tiles.every() for config in found)
-            # Out of registers a product of 128 rows in the backward pass spills.
-            rows = {config.kwargs["BM"] for config in found}
-            assert tiles is not _prefix_tiles.D_QUERY or (128 in rows) == (arch in (90, 100))
+            assert found and all(config in tiles.every() for config in (*found, tiles.single[width]))
+        # Out of registers a product of 128 rows in the backward pass spills, and 128 keys do on all but sm_90.
+        rows, keys = (
+            {config.kwargs[block] for config in tiles.fitting(width, 2)}
+            for tiles, block in ((d_query, "BM"), (d_key_value, "BN"))
+        )
+        assert (128 in rows) == (arch in (90, 100)) and (keys == {128}) == (arch == 90)
 
 
 def test_program_order_changes_no_bit(tiles: Callable[[int, int], None], shuffled_programs: Shuffled) -> None:
@@ -289,25 +226,6 @@ def test_every_tile_of_every_segment_has_one_program() -> None:
     assert work == expected and (found[:, 2] >= 0).all()
     assert found[:, 3].tolist() == [10 if k % 10 == 0 else 1 for k in found[:, 1].tolist()]
     assert programs - len(work) <= heads * K
-
-
-class Launches(Observer):
-    def __init__(self) -> None:
-        self.grids: list[tuple[str, tuple[int, int, int]]] = []
-
-    def launch(self, kernel: str, grid: tuple[int, int, int], tensors: list[Tensor]) -> None:
-        self.grids.append((kernel, grid))
-
-
-def test_one_launch_forward_and_two_backward(tiles: Callable[[int, int], None]) -> None:
-    """A program for every 16 rows of a key head's 4 query heads, or for every 32 keys, and one more per segment."""
-    tiles(16, 32)
-    seen = Launches()
-    with observe(seen):
-        run(inputs(RAGGED, (8, 2), 64, BF16), RAGGED, 0.125, 0)
-    T, K = RAGGED.tokens, len(RAGGED.prompt_of)
-    by_rows, by_keys = (2 * (T * 4 // 16 + K), 1, 1), (2 * (T // 32 + K), 1, 1)
-    assert seen.grids == list(zip(KERNELS, (by_rows, by_rows, by_keys), strict=True))
 
 
 def test_what_the_kernels_do_not_compute_is_refused() -> None:
