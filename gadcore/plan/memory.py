@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from gadcore.config.settings import Config, VLLMRollout
+from gadcore.config.rollout import VLLMRollout
+from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
@@ -55,7 +56,10 @@ class Case:
     def sequences_at_once(self) -> int:
         """Sequences that a sampler works on at a time, at most."""
         rollout = self.config.rollout
-        return rollout.max_num_seqs if isinstance(rollout, VLLMRollout) else self.work.samples
+        if not isinstance(rollout, VLLMRollout):
+            return self.work.samples
+        machine = self.machine
+        return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
 
     @property
     def shared(self) -> bool:
