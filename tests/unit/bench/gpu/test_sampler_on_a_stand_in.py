@@ -1,4 +1,4 @@
-"""The stages `eager` and `graphs` on stand-ins for a GPU and for vLLM: the order in which vLLM is asked, and the rows."""
+"""The stages `eager` and `graphs` on stand-ins for a GPU and for vLLM: in what order vLLM is asked, and the rows."""
 
 from __future__ import annotations
 
