@@ -40,10 +40,10 @@ class Problem:
     @classmethod
     def random(cls, prompt: int, response: int, samples: int, heads: tuple[int, int, int], place: Place) -> Problem:
         query, key, width = heads
-        source = torch.Generator(place.device).manual_seed(0)
+        source = torch.Generator().manual_seed(0)
         dtype = torch.bfloat16 if place.on_gpu else torch.float32
         sizes = [(prompt + samples * response, n, width) for n in (query, key, key, query)]
-        tensors = [torch.randn(size, generator=source, device=place.device).to(dtype) for size in sizes]
+        tensors = [torch.randn(size, generator=source).to(place.device, dtype) for size in sizes]
         return cls(prompt, response, samples, *tensors)
 
     @property

@@ -30,6 +30,7 @@ def of(rows: list[dict], stage: str) -> dict[str, dict]:
     return {row["case"]: row for row in rows if row["stage"] == stage and "case" in row}
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_the_rows_that_it_would_on_a_gpu(rehearsed: list[dict]) -> None:
     assert list(dict.fromkeys(row["stage"] for row in rehearsed)) == [n for n, s in STAGES.items() if not s.asked]
     assert all(row["suite"] == "gpu" and row["commit"] and row["machine"] for row in rehearsed)
@@ -43,6 +44,7 @@ def test_every_stage_leaves_the_rows_that_it_would_on_a_gpu(rehearsed: list[dict
         assert list(of(rehearsed, stage)) == ["engine", "sleep and wake", "4 sequences", "8 sequences"]
 
 
+@pytest.mark.slow
 def test_the_rows_have_the_figures_that_were_asked_for(rehearsed: list[dict]) -> None:
     for row in of(rehearsed, "gradients").values():
         assert row["error"] < 0.05 and row["worst_error"] < 0.3
@@ -64,12 +66,14 @@ def test_the_rows_have_the_figures_that_were_asked_for(rehearsed: list[dict]) ->
     assert {row["op"] for row in results} == {"linear_grpo_loss", "linear_logprob", "bt_score", "grpo_ratio_loss"}
 
 
+@pytest.mark.slow
 def test_the_tables_show_what_was_found(rehearsed: list[dict]) -> None:
     text = tables.document(lambda suite: rehearsed if suite == "gpu" else [])
     assert "### gradients: gradients of a small student" in text and "tokens per s" in text
     assert "### linear_grpo_loss" in text and "### Beside the limit" in text
 
 
+@pytest.mark.slow
 def test_a_missing_opponent_is_a_row_that_says_so(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "installed", lambda module: module not in ("trl", "cut_cross_entropy"))
     rows = list(kernels.head(CPU))
@@ -82,6 +86,7 @@ def test_a_missing_opponent_is_a_row_that_says_so(monkeypatch) -> None:
     assert {row["op"] for row in rows if "op" in row} >= {"bt_score", "linear_logprob"}
 
 
+@pytest.mark.slow
 def test_an_opponent_that_fails_costs_no_other(monkeypatch) -> None:
     def broken(problem):
         raise RuntimeError("no kernel image")
@@ -93,6 +98,7 @@ def test_an_opponent_that_fails_costs_no_other(monkeypatch) -> None:
     assert {"bt_score", "grpo_ratio_loss"} <= {row["op"] for row in rows if "op" in row}
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_fails_its_gate_by_the_parameter_that_is_off(monkeypatch) -> None:
     """As W1 was: the loss right, one projection off by 117 %."""
     right = gradients.gradients
@@ -118,6 +124,7 @@ def test_wrong_attention_fails_its_gate(monkeypatch) -> None:
     assert gates == {"ours": "fail", "SDPA": "pass", "FlashAttention": None}
 
 
+@pytest.mark.slow
 def test_a_result_that_is_not_a_number_is_a_row_that_can_be_written(monkeypatch, tmp_path: Path) -> None:
     right, loss = attention.prefix_attention, kernels.cases.linear_grpo_loss
     monkeypatch.setattr(attention, "prefix_attention", lambda *given: right(*given) * torch.nan)
@@ -131,6 +138,7 @@ def test_a_result_that_is_not_a_number_is_a_row_that_can_be_written(monkeypatch,
         assert failing and all("nan" in str(row["error"]) for row in failing)
 
 
+@pytest.mark.slow
 def test_a_stage_in_a_process_of_its_own() -> None:
     rows = list(child.in_child("attention", ["--rehearse"], 300.0))
     assert [row["status"] for row in rows] == ["ok", "ok", "not installed"]
