@@ -67,7 +67,7 @@ def restore_optimizer(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    restored: dict[Tensor, dict[str, Tensor]] = {}
+    saved: dict[Tensor, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
         if name not in managed:
@@ -76,28 +76,32 @@ def restore_optimizer(
                 "resume with the model that the checkpoint was made with"
             )
         parameter = managed[name]
-        if key == "step":
-            copy = tensor.to(parameter.device if at_device[parameter] else "cpu", copy=True)
-        elif tensor.shape == parameter.shape and tensor.dtype == parameter.dtype:
-            copy = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-        else:
+        if key != "step" and (tensor.shape != parameter.shape or tensor.dtype != parameter.dtype):
             raise UserError(
                 f"the checkpoint's optimizer state {full_name} is {tensor.dtype} {list(tensor.shape)}, the parameter "
                 f"is {parameter.dtype} {list(parameter.shape)}: resume with the model and dtype of the checkpoint"
             )
-        restored.setdefault(parameter, {})[key] = copy
-    keys = {frozenset(state) for state in restored.values()}
+        saved.setdefault(parameter, {})[key] = tensor
+    keys = {frozenset(state) for state in saved.values()}
     if len(keys) > 1 or any("step" not in each for each in keys):
         raise UserError("the checkpoint's optimizer state is incomplete for some parameters: resume from another one")
-    for parameter, state in restored.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # Into the memory that is there: others may look at it.
-            state[key] = value.copy_(state[key])
     for parameter in managed.values():
-        if parameter not in restored:
-            for value in optimizer.state.get(parameter, {}).values():
+        here = optimizer.state.get(parameter, {})
+        if parameter not in saved:
+            for value in here.values():
                 value.zero_()
-    optimizer.state.update(restored)
+            continue
+        # Into the memory that is there: others may look at it, and a second copy may not fit.
+        optimizer.state[parameter] = {
+            key: here[key].copy_(tensor) if key in here else _copy(key, tensor, parameter, at_device[parameter])
+            for key, tensor in saved[parameter].items()
+        }
+
+
+def _copy(key: str, tensor: Tensor, parameter: Tensor, at_device: bool) -> Tensor:
+    if key == "step":
+        return tensor.to(parameter.device if at_device else "cpu", copy=True)
+    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
 
 
 class RngState(NamedTuple):

@@ -59,7 +59,7 @@ class Engine(ABC):
     @classmethod
     def dtype(cls, config: Config) -> str:
         """The dtype that it computes in: "float32" or "bfloat16"."""
-        return config.student.dtype
+        return config.student.weights_dtype
 
     @abstractmethod
     def generate(
