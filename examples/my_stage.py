@@ -4,7 +4,7 @@ The GAD stage with a patient discriminator: where D tells the batch's pairs apar
 can catch up. Settings, checkpoints, --resume, metrics and report are those of every run.
 """
 
-from gadcore.algorithm import STAGES, Run, score_and_update
+from gadcore.algorithm import STAGES, Run, reference_logprobs, score_and_update
 from gadcore.run import program
 from gadcore.train.step import StepResult
 
@@ -21,11 +21,13 @@ def patient_gad(run: Run) -> None:
         run.sample(groups, "gad", step)
         with phase("discriminator"):
             result.scores = discriminator.score(groups, backward=False)
-            if result.scores.accuracy < SURE:
-                result.scores, result.discriminator_norm = score_and_update(run, groups, step)
-            result.rewards = run.rewards(groups, result.scores)
+        if result.scores.accuracy < SURE:
+            result.scores, result.discriminator_norm = score_and_update(run, groups, step)
+        result.rewards = run.rewards(groups, result.scores)
+        reference = reference_logprobs(run, groups)
         with phase("student"):
-            result.stats = student.grpo_backward(groups, result.for_grpo())
+            result.stats = student.grpo_backward(groups, result.for_grpo(), reference)
+        with phase("student_update"):
             result.student_norm = student.step(student.settings.lr)
         run.record(result)
 

@@ -11,9 +11,10 @@ sample is its score inside the BT loss), the teacher is scored once per group, a
 because a batch gets one optimizer step.
 
 Who holds the device: run.sample() brings the student's parameters and the engine's weights (phase "synchronise"), then
-the engine's key-value cache (phase "rollout"); phase "discriminator" brings D's parameters and optimizer, phase
-"student" the student's and the reference policy; what a phase does not need waits in the host's memory meanwhile, where
-memory.offload says so (gadcore/memory/holdings.py).
+the engine's key-value cache (phase "rollout"); phases "discriminator" and "student" bring that model's parameters,
+phases "discriminator_update" and "student_update" its optimizer beside them, phase "reference" the reference policy
+alone; what a phase does not need waits in the host's memory meanwhile, where memory.offload says so
+(gadcore/memory/holdings.py).
 
 Baselines and ablations are settings of the same stages (AlgorithmSettings); the defaults are the paper's.
 """
@@ -23,6 +24,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
@@ -54,7 +57,7 @@ class Run(Protocol):
         """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores; None: they are the rewards."""
+        """What algorithm.reward makes of D's scores, in the phase rewards; None: they are the rewards."""
 
     def record(self, result: StepResult) -> None:
         """Ends a step: figures, a checkpoint when due, a measurement of the convergence rule when due."""
@@ -85,11 +88,11 @@ def warmup(run: Run) -> None:
             result = StepResult("warmup", step, groups)
             if algorithm.discriminator_warmup:
                 run.sample(groups, "warmup", step)
-                with phase("discriminator"):
-                    result.scores, result.discriminator_norm = score_and_update(run, groups, step)
+                result.scores, result.discriminator_norm = score_and_update(run, groups, step)
             if algorithm.student_warmup and step > algorithm.critic_warmup:
                 with phase("student"):
                     result.stats = student.seqkd_backward(groups)
+                with phase("student_update"):
                     result.student_norm = student.step(student.settings.warmup_lr)
             run.record(result)
         if run.gate_opens():
@@ -109,11 +112,12 @@ def gad(run: Run) -> None:
     for step, groups in run.steps("gad"):
         result = StepResult("gad", step, groups)
         run.sample(groups, "gad", step)
-        with phase("discriminator"):
-            result.scores, result.discriminator_norm = score_and_update(run, groups, step, frozen=frozen)
-            result.rewards = run.rewards(groups, result.scores)
+        result.scores, result.discriminator_norm = score_and_update(run, groups, step, frozen=frozen)
+        result.rewards = run.rewards(groups, result.scores)
+        reference = reference_logprobs(run, groups)
         with phase("student"):
-            result.stats = student.grpo_backward(groups, result.for_grpo())
+            result.stats = student.grpo_backward(groups, result.for_grpo(), reference)
+        with phase("student_update"):
             result.student_norm = student.step(student.settings.lr)
         run.record(result)
     run.restore_best()
@@ -122,20 +126,34 @@ def gad(run: Run) -> None:
 def score_and_update(
     run: Run, groups: Sequence[Group], step: int, *, frozen: bool = False
 ) -> tuple[Scores, float | None]:
-    """(D's scores under the weights that it has before its updates, gradient norm of the first, None without one).
+    """(D's scores under the weights that it has before its updates, gradient norm of the first, None without one),
+    in the phases discriminator and discriminator_update.
 
     The update may come at once, since the student reads nothing but the rewards: so D's gradient takes no memory while
     the student's is made. Further updates see the same samples again, under the new weights.
     """
-    discriminator, algorithm = run.discriminator, run.config.algorithm
-    if frozen or step % algorithm.discriminator_every:
-        return discriminator.score(groups, backward=False), None
-    scores = discriminator.score(groups, backward=True)
-    norm = discriminator.step()
+    discriminator, algorithm, phase = run.discriminator, run.config.algorithm, run.phases
+    updates = not frozen and step % algorithm.discriminator_every == 0
+    with phase("discriminator"):
+        scores = discriminator.score(groups, backward=updates)
+    if not updates:
+        return scores, None
+    with phase("discriminator_update"):
+        norm = discriminator.step()
     for _ in range(algorithm.discriminator_steps - 1):
-        scores.tokens += discriminator.score(groups, backward=True).tokens
-        discriminator.step()
+        with phase("discriminator"):
+            scores.tokens += discriminator.score(groups, backward=True).tokens
+        with phase("discriminator_update"):
+            discriminator.step()
     return scores, norm
+
+
+def reference_logprobs(run: Run, groups: Sequence[Group]) -> Tensor | None:
+    """Log-probs of the samples under the reference policy, in the phase reference; None where there is none."""
+    if run.student.reference is None:
+        return None
+    with run.phases("reference"):
+        return run.student.reference_logprobs(groups)
 
 
 def seqkd(run: Run) -> None:
@@ -156,6 +174,7 @@ def _cross_entropy(run: Run, stage: str, lr: float) -> None:
         result = StepResult(stage, step, groups)
         with phase("student"):
             result.stats = student.seqkd_backward(groups)
+        with phase("student_update"):
             result.student_norm = student.step(lr)
         run.record(result)
 

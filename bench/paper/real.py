@@ -28,6 +28,7 @@ from gadcore.evaluate.responses import read_responses
 from gadcore.evaluate.settings import EvalConfig
 from gadcore.evaluate.table import NAME
 from gadcore.measure.intervals import difference
+from gadcore.memory.holdings import WORK_OF
 from gadcore.record.reading import read_json
 from gadcore.rollout.engine import engine_class
 
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 START = "start"
 SET = "held_out"
 # What training is, for the comparison at equal compute: no loading, no evaluation, no saving.
-PHASES = ("time/rollout", "time/discriminator", "time/student")
+PHASES = tuple(f"time/{phase}" for phase in ("rollout", *WORK_OF["discriminator"], *WORK_OF["student"]))
 WORK = Path("runs/real")
 # As fast as the discriminator that trains beside the student.
 FRESH = {"fresh.steps": 16, "fresh.batch_size": 8, "fresh.lr": 3e-5}

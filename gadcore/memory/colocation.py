@@ -164,6 +164,11 @@ class Colocation:
         self._visits[state] += 1
         self._prefetch(state)
 
+    def finish_work(self) -> None:
+        """Waits until the device has computed what it was given: its time is that of the phase that gave it."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
     def observe(self) -> None:
         """Notes what the present state held and used at most. UserError where that was above the limit."""
         if self.state is None:
@@ -271,7 +276,10 @@ class Colocation:
     def _prefetch(self, state: State) -> None:
         if not self.settings.prefetch or state not in FOLLOWS:
             return
-        for holding in sorted(needs(FOLLOWS[state], shared=self.shared)):
+        following = FOLLOWS[state]
+        if following == "reference" and "reference.parameters" not in self._arenas:
+            following = FOLLOWS[following]
+        for holding in sorted(needs(following, shared=self.shared)):
             arena = self._arenas.get(holding)
             if arena is None or arena.resident:
                 continue

@@ -1,12 +1,16 @@
 """What a run holds in memory, and which of it each state of a step needs.
 
-    synchronise     the student's new weights reach the engine
-    rollout         the engine samples
-    discriminator   D scores the samples and is updated
-    student         G is updated, beside the reference policy
-    rest            nothing is computed on the device: checkpoints, a fresh discriminator, the end of a run
+    synchronise             the student's new weights reach the engine
+    rollout                 the engine samples
+    discriminator           D scores the samples, and its gradient is made
+    discriminator_update    its optimizer step
+    reference               the reference policy's log-probs of the whole batch
+    student                 G's gradient is made
+    student_update          its optimizer step
+    rest                    nothing is computed on the device: checkpoints, a fresh discriminator, the end of a run
 
-Gradients live only inside their own state: the optimizer step clears them. Imports no torch: the planner reads it too.
+Moments are there for the step alone, not beside activations; the reference policy not beside G. Gradients live only
+inside their model's two states: the optimizer step clears them. Imports no torch: the planner reads it too.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-State = Literal["synchronise", "rollout", "discriminator", "student", "rest"]
+State = Literal[
+    "synchronise", "rollout", "discriminator", "discriminator_update", "reference", "student", "student_update", "rest"
+]
 # A name of HOLDINGS.
 Holding = str
 # What an engine wakes by itself.
@@ -34,8 +40,13 @@ HOLDINGS: tuple[Holding, ...] = (
 NEEDS: Mapping[State, frozenset[Holding]] = {
     "synchronise": frozenset({"student.parameters", "engine.weights"}),
     "rollout": frozenset({"engine.weights", "engine.kv_cache"}),
-    "discriminator": frozenset({"discriminator.parameters", "discriminator.gradients", "discriminator.optimizer"}),
-    "student": frozenset({"student.parameters", "student.gradients", "student.optimizer", "reference.parameters"}),
+    "discriminator": frozenset({"discriminator.parameters", "discriminator.gradients"}),
+    "discriminator_update": frozenset(
+        {"discriminator.parameters", "discriminator.gradients", "discriminator.optimizer"}
+    ),
+    "reference": frozenset({"reference.parameters"}),
+    "student": frozenset({"student.parameters", "student.gradients"}),
+    "student_update": frozenset({"student.parameters", "student.gradients", "student.optimizer"}),
     "rest": frozenset(),
 }
 
@@ -43,19 +54,30 @@ NEEDS: Mapping[State, frozenset[Holding]] = {
 CHANGES: Mapping[State, frozenset[Holding]] = {
     "synchronise": frozenset(),
     "rollout": frozenset(),
-    "discriminator": frozenset({"discriminator.parameters", "discriminator.optimizer"}),
-    "student": frozenset({"student.parameters", "student.optimizer"}),
+    "discriminator": frozenset(),
+    "discriminator_update": frozenset({"discriminator.parameters", "discriminator.optimizer"}),
+    "reference": frozenset(),
+    "student": frozenset(),
+    "student_update": frozenset({"student.parameters", "student.optimizer"}),
     "rest": frozenset(),
 }
 
-# What follows in a step of the GAD stage.
+# What follows in a step of the GAD stage; where there is no reference policy, its state is left out.
 FOLLOWS: Mapping[State, State] = {
     "synchronise": "rollout",
     "rollout": "discriminator",
-    "discriminator": "student",
-    "student": "synchronise",
+    "discriminator": "discriminator_update",
+    "discriminator_update": "reference",
+    "reference": "student",
+    "student": "student_update",
+    "student_update": "synchronise",
 }
 
+# Where a model's work of a step is done: its time is theirs together.
+WORK_OF: Mapping[str, tuple[State, ...]] = {
+    "student": ("reference", "student", "student_update"),
+    "discriminator": ("discriminator", "discriminator_update"),
+}
 
 # The engine's holdings, and what it calls them.
 ENGINE_PARTS: Mapping[Holding, EnginePart] = {"engine.weights": "weights", "engine.kv_cache": "kv_cache"}

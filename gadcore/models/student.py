@@ -138,25 +138,45 @@ class Student(Learner):
             ce += loss.detach()
         return self.later(SeqKDStats({"ce": ce}, tokens=sum(group.tokens for group in tokens)))
 
-    def grpo_backward(self, groups: Sequence[Group], rewards: Rewards) -> PolicyStats:
+    @torch.no_grad()
+    def reference_logprobs(self, groups: Sequence[Group]) -> Tensor | None:
+        """Log-probs [R] of all sampled tokens of the batch under the reference policy, on the device, in fp32 (fp64 of
+        an fp64 model), in the order in which grpo_backward() packs them; None where there is no reference policy.
+        """
+        if self.reference is None:
+            return None
+        micros = self.packed(_sampled(groups), teacher=False)
+        return torch.cat([self.logprobs(self.reference, micro.tokens, self.temperature) for micro in micros])
+
+    def grpo_backward(
+        self, groups: Sequence[Group], rewards: Rewards, ref_logprob: Tensor | None = None
+    ) -> PolicyStats:
         """Adds the gradient of the GRPO loss on the samples of the batch.
 
         The batch gets exactly one optimizer step, so the old policy is the policy itself and no pass for old
         log-probs is needed (kernels/grpo_ratio_loss.py).
+        ref_logprob: reference_logprobs(groups), for whoever wants the reference policy away by now; default made here.
         """
-        tokens = [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]
+        if ref_logprob is None:
+            ref_logprob = self.reference_logprobs(groups)
+        tokens = _sampled(groups)
         device = self.model.device
         # Known for the whole batch, so that a cut may separate the samples of a group.
         advantages = self.advantages(rewards, [len(group.samples) for group in groups]).to(device)
         samples = [sample for group in groups for sample in group.samples]
         response_tokens = sum(len(sample.token_ids) for sample in samples)
+        if ref_logprob is not None and len(ref_logprob) != response_tokens:
+            raise ValueError(f"the batch has {response_tokens} sampled tokens, ref_logprob {len(ref_logprob)}")
+        done = 0
         sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logprob_diff_mean"), torch.zeros(()).double())
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), torch.zeros(()).double())
         sums, most = ({name: value.to(device) for name, value in each.items()} for each in (sums, most))
         for micro in self.packed(tokens, teacher=False):
             sampled = torch.tensor([p for i in micro.index for p in samples[i].logprobs], device=device)
+            reference = None if ref_logprob is None else ref_logprob[done : done + len(sampled)]
+            done += len(sampled)
             result = self._policy_loss(
-                micro, advantages[torch.tensor(micro.index, device=device)], sampled, response_tokens
+                micro, advantages[torch.tensor(micro.index, device=device)], sampled, reference, response_tokens
             )
             result.loss.backward()
             metrics = result.metrics
@@ -174,13 +194,11 @@ class Student(Learner):
                 most[name] = torch.maximum(most[name], value.double())
         return self.later(PolicyStats({**sums, **most}, tokens=sum(group.tokens for group in tokens)))
 
-    def _policy_loss(self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, denominator: int) -> GRPOLoss:
+    def _policy_loss(
+        self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, ref_logprob: Tensor | None, denominator: int
+    ) -> GRPOLoss:
         """The loss of a micro-batch under algorithm.loss, default the clipped ratio with k3 KL in one fused op."""
         algorithm, batch = self.algorithm, micro.tokens
-        ref_logprob = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logprob = self.logprobs(self.reference, batch, self.temperature)
         if self._loss is not None:
             logprob = self.logprobs(self.model, batch, self.temperature)
             inputs = LossInputs(logprob, advantages, ref_logprob, sampled, micro.sequences, denominator, algorithm)
@@ -219,3 +237,8 @@ class Student(Learner):
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
+
+
+def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:
+    """[x | y_s^1 | ..] of every group."""
+    return [GroupTokens(group.prompt.token_ids, tuple(s.token_ids for s in group.samples)) for group in groups]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from gadcore.errors import UserError
+from gadcore.memory.holdings import WORK_OF
 from gadcore.plan.memory import Case
 from gadcore.plan.planning import Plan, as_given
 from gadcore.plan.workload import Workload, at_lengths
@@ -66,7 +67,8 @@ def _work_of(row: Row, work: Workload) -> Workload:
 def _times(stage: str, steps: Sequence[Row], plans: Sequence[Plan]) -> list[Comparison]:
     found = []
     for phase in _PHASES:
-        measured = [row[f"time/{phase}"] for row in steps if f"time/{phase}" in row]
+        parts = [f"time/{part}" for part in WORK_OF.get(phase, (phase,))]
+        measured = [sum(row.get(part, 0.0) for part in parts) for row in steps if f"time/{phase}" in row]
         predicted = [plan.time.steps[stage].get(phase, 0.0) for plan in plans]
         if phase == "rollout" and not any("time/synchronise" in row for row in steps):
             predicted = [

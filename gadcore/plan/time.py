@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from gadcore.memory.holdings import State, needs
+from gadcore.memory.holdings import FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, holdings
 
@@ -175,7 +175,7 @@ def synchronise_seconds(case: Case) -> float:
 def offload_seconds(case: Case, choice: Choice) -> float:
     """Copies between accelerator and host, or files, over one GAD step; the reference is only ever read back."""
     sizes, seconds = holdings(case, choice), 0.0
-    states: tuple[State, ...] = ("synchronise", "rollout", "discriminator", "student")
+    states = tuple(FOLLOWS)
     figures = case.machine.figures
     if case.offload == "file":
         out, back = (figures[name] / case.machine.per_node for name in ("file_write", "file_read"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gadcore.memory.holdings import NEEDS
 from gadcore.record.tracking import Row
 from gadcore.report.charts import Chart, Series
 from gadcore.report.svg import Point
@@ -177,6 +178,12 @@ MACHINERY = (
          ("time/checkpoint", "checkpoint"), ("time/evaluation", "evaluation")], stacked=True, unit="s",
     ),
     Spec(
+        "Seconds per step, the shorter phases",
+        "The optimizer steps of both models, and the pass of the reference policy.",
+        [("time/discriminator_update", "discriminator's update"), ("time/student_update", "student's update"),
+         ("time/reference", "reference")], stacked=True, unit="s",
+    ),
+    Spec(
         "Tokens per second",
         "In each phase. Steady is healthy; a slow fall hints at growing responses or memory pressure.",
         [("perf/rollout_tokens_per_s", "rollout"), ("perf/discriminator_tokens_per_s", "discriminator"),
@@ -189,7 +196,7 @@ MACHINERY = (
         zero=True,
     ),
 )  # fmt: skip
-STATES = ("synchronise", "rollout", "discriminator", "student", "rest")
+STATES = tuple(NEEDS)
 HARDWARE = (
     Spec(
         "Memory held",

@@ -24,10 +24,14 @@ from gadcore.checkpoint.store import Checkpoint
 from gadcore.data.batches import Loader
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
+from gadcore.memory.holdings import State
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.train.progress import Progress, other_stages
+
+# The states in which a model and its optimizer are on the device.
+_UPDATE: Mapping[str, State] = {"student": "student_update", "discriminator": "discriminator_update"}
 
 
 class Checkpoints:
@@ -97,7 +101,7 @@ class Checkpoints:
     def restore_models(self, saved: Checkpoint) -> None:
         """The parameters and optimizers alone."""
         for name, model in self._models.items():
-            self._memory.enter(name)
+            self._memory.enter(_UPDATE[name])
             parameters = dict(model.model.named_parameters())
             restore_parameters(parameters, saved.tensors[name], name)
             moments = saved.tensors[f"{name}-optimizer"]

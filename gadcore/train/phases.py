@@ -9,7 +9,14 @@ from contextlib import contextmanager, nullcontext
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import NEEDS
 
-PHASES = ("setup", "synchronise", "rollout", "discriminator", "student", "evaluation", "checkpoint")
+PHASES = (
+    "setup",
+    *(state for state in NEEDS if state != "rest"),
+    # A function of one's own, algorithm.reward.
+    "rewards",
+    "evaluation",
+    "checkpoint",
+)
 
 
 class Phases:
@@ -59,6 +66,8 @@ class Phases:
             if self.memory is not None and name in NEEDS:
                 self.memory.enter(name)  # type: ignore[arg-type]
             yield
+            if self.memory is not None and name in NEEDS:
+                self.memory.finish_work()
 
     def take_step(self) -> dict[str, float]:
         """Seconds per phase since the last call, for the phases that took any."""

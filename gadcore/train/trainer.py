@@ -18,6 +18,7 @@ from gadcore.data.groups import Group
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
+from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
@@ -155,7 +156,10 @@ class Trainer:
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.reward makes of D's scores; None: they are the rewards."""
         name = self.config.algorithm.reward
-        return None if self._reward is None or name is None else rewards_by(self._reward, name, groups, scores)
+        if self._reward is None or name is None:
+            return None
+        with self.phases("rewards"):
+            return rewards_by(self._reward, name, groups, scores)
 
     # What a step leaves
 
@@ -189,9 +193,11 @@ class Trainer:
         costs = self.memory.take_step()
         costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
         costs["time/total"] = sum(taken.values())
-        for phase, tokens in (("rollout", "sampled"), ("student", "student"), ("discriminator", "discriminator")):
-            if phase in taken and f"tokens/{tokens}" in values:
-                costs[f"perf/{phase}_tokens_per_s"] = values[f"tokens/{tokens}"] / taken[phase]
+        work = {"rollout": "sampled", **{model: model for model in WORK_OF}}
+        for name, tokens in work.items():
+            seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
+            if seconds and f"tokens/{tokens}" in values:
+                costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
         return costs
 
     def _triplet(self, result: StepResult) -> dict[str, Any]:

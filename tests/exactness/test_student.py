@@ -108,6 +108,24 @@ def test_ratio_loss_clipped_and_unclipped(kl, spread) -> None:
     assert int(result.metrics.clipped_sum) == outside and (outside > 0) == (spread == 1.0)
 
 
+@pytest.mark.parametrize("budget", [1, 60, 10**6])
+def test_log_probs_of_the_reference_can_be_made_before_it_leaves(budget) -> None:
+    batch, rewards = groups(3, 3, ragged=True), [[0.3 * i**2 for i in range(3)]] * 3
+    together, apart = (student(micro_batch_tokens=budget) for _ in range(2))
+    for each in (together, apart):
+        assert each.reference_logprobs(batch) is None
+        each.reference = perturbed(each.model)
+    made = apart.reference_logprobs(batch)
+    assert made is not None and not made.requires_grad
+    assert len(made) == sum(len(sample.token_ids) for group in batch for sample in group.samples)
+    apart.reference = None
+    assert apart.grpo_backward(batch, rewards, made) == together.grpo_backward(batch, rewards)
+    mine, theirs = gradients(apart.model), gradients(together.model)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(ValueError, match="sampled tokens, ref_logprob"):
+        apart.grpo_backward(batch, rewards, made[1:])
+
+
 def test_ratio_is_one_when_a_batch_gets_one_step() -> None:
     ours = student(kl_coef=0.0)
     stats = ours.grpo_backward(groups(2, 3), [[1.0, 2.0, 4.0]] * 2)

@@ -9,6 +9,7 @@ import pytest
 from gadcore import run
 from gadcore.config import loading
 from gadcore.errors import UserError
+from gadcore.memory.holdings import NEEDS
 from gadcore.plan import calibrate, calibration
 from gadcore.plan.assumptions import Assumption, Assumptions
 from gadcore.plan.command import ledger_lines, main, memory_warning
@@ -40,7 +41,7 @@ def test_the_papers_case_end_to_end(tmp_path, capsys) -> None:
     assert plan["fits"] and plan["problems"] == [] and content["machine"]["ranks"] == 16
     assert f"{plan['seconds']['total'] / 3600:.3g} hours" in text
     states = plan["memory_bytes"]
-    assert set(states) == {"synchronise", "rollout", "discriminator", "student", "rest"}
+    assert set(states) == set(NEEDS)
     for state in states.values():
         parts = sum(state["held"].values()) + sum(state["working"].values())
         assert state["total"] == pytest.approx(parts) and state["total"] <= plan["usable_bytes"] * (1 + 1e-9)
@@ -189,14 +190,15 @@ def test_a_run_is_set_beside_its_prediction(tmp_path, capsys) -> None:
     (tmp_path / "config.toml").write_text(loading.dump(given))
     rows = [_row("warmup"), _row("gad"), _row("gad", **{"time/rollout": 4.0}), _row("gad", **{"time/rollout": 6.0})]
     for row in rows[1:]:
-        row |= {"time/student": 3.0, "memory/student_held": 5e9, "memory/student_peak": 8e9, "memory/moving_s": 0.5}
+        row |= {"time/reference": 0.5, "time/student": 3.0, "time/student_update": 0.25}
+        row |= {"memory/student_held": 5e9, "memory/student_peak": 8e9, "memory/moving_s": 0.5}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "against.json"
     assert run.main(["plan", "--plan.against", str(tmp_path), "--plan.out", str(out)]) == 0
     items = [item for item in json.loads(out.read_text()) if item["what"] == "time"]
     found = {(item["stage"], item["name"]): item for item in items}
     assert found["gad", "rollout"]["measured"] == 4.0 and found["warmup", "rollout"]["measured"] == 2.0
-    assert found["gad", "student"]["measured"] == 3.0
+    assert found["gad", "student"]["measured"] == 3.0 + 0.5 + 0.25, "the reference and the update are the student's"
     assert found["gad", "offload"]["measured"] == 0.5 and found["gad", "offload"]["predicted"] > 0
     peaks = [item for item in json.loads(out.read_text()) if item["what"] == "memory"]
     assert [(item["name"], item["measured"]) for item in peaks] == [("student", 8e9)]

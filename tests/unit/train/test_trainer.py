@@ -167,6 +167,26 @@ def test_a_reward_of_ones_own_is_what_the_student_learns_from(tmp_path, monkeypa
         assert (6 * row["reward/mean"]) == pytest.approx(round(6 * row["reward/mean"]))
 
 
+def test_a_pass_and_its_update_are_phases_of_their_own(tmp_path) -> None:
+    run = trainer(tmp_path, discriminator_steps=2)
+    entered: list[str] = []
+    enter = run.memory.enter
+    run.memory.enter = lambda state: (entered.append(state), enter(state))[1]  # type: ignore[method-assign]
+    run.phases.memory = run.memory
+    STAGES["warmup"](run)
+    twice = ["discriminator", "discriminator_update"] * 2
+    assert entered == [*twice, "student", "student_update"], "the sampler of this run has no states"
+    entered.clear()
+    STAGES["gad"](run)
+    step = [*twice, "reference", "student", "student_update"]
+    assert entered[-2 * len(step) :] == step * 2
+    row = run.records.rows[-1]
+    times = {name: row[f"time/{name}"] for name in ("reference", "student", "student_update")}
+    assert all(seconds > 0 for seconds in times.values()) and row["time/total"] >= sum(times.values())
+    rate = row["tokens/student"] / sum(times.values())
+    assert row["perf/student_tokens_per_s"] == pytest.approx(rate), "the reference's pass is the student's work"
+
+
 def test_the_stages_of_a_command() -> None:
     for schedule in ({}, {"sft_epochs": 2, "sft_steps": 0}, {"sft_steps": 5}):
         assert stages_of(Config(schedule=ScheduleSettings(**schedule)), "train") == ("warmup", "gad")
