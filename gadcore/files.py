@@ -31,6 +31,12 @@ _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY)}(.*)-[0-9a-f]{{32}}", re.DOTALL
 _KEPT = 40
 
 
+def cache_dir() -> Path:
+    """Where models and encoded rows are kept: $GADCORE_CACHE, else gadcore/ in $XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("GADCORE_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gadcore").expanduser()
+
+
 def temporary(path: Path) -> Path:
     """A name beside `path` that nothing has."""
     return path.with_name(f"{TEMPORARY}{path.name[:_KEPT]}-{uuid.uuid4().hex}")

@@ -89,6 +89,12 @@ COMMANDS = {
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
     ),
+    "doctor": Command(
+        "[--json]",
+        "what is here for a run, what is missing, and what mends it",
+        "gadcore.doctor.command:main",
+        own_help=False,
+    ),
     "chat": Command("[RUN_FOLDER]", "talk to the student in this terminal", "gadcore.evaluate.chat_command:main"),
 }
 EXAMPLES = """\
@@ -192,6 +198,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     check_functions(config.algorithm)
     check_tracker(config.tracking.tracker)
     from gadcore.algorithm import train
+    from gadcore.doctor.command import at_start
     from gadcore.plan import disk
     from gadcore.plan.command import ledger_lines, memory_warning
     from gadcore.report.page import write_report
@@ -211,6 +218,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
         )
         return 0
+    at_start(config)
     # Before there is a folder: bad data leaves nothing behind.
     inputs = read_inputs(config, stages)
     if inputs.warnings:

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gadcore.config.driver import find_driver, hidden_on_purpose, why_unseen
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
@@ -19,10 +20,19 @@ if TYPE_CHECKING:
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU where there is one, else the CPU.
+
+    Raises UserError where the driver has a GPU that torch does not see: days on a CPU are nothing to be begun unasked.
+    """
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    driver = None if hidden_on_purpose() else find_driver()
+    if driver is not None and driver.gpus:
+        reason = why_unseen(driver, torch.__version__, torch.version.cuda)
+        raise UserError(f"{reason}; or leave the GPU out: set run.device = cpu, or an empty CUDA_VISIBLE_DEVICES")
+    return torch.device("cpu")
 
 
 def device_of(config: Config) -> torch.device:

