@@ -14,6 +14,7 @@ small learning rate adds to them, and take gradients away before they can be cli
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
-from gadcore.memory.tiers import page_locked
+from gadcore.memory.page_locked import page_locked, unlock
 from gadcore.models.optim import Optimizer
 
 # Numbers of a slice, of weights and of each moment.
@@ -58,7 +59,7 @@ class HostMaster(Optimizer):
         self._slice = slice_numbers
         self._begin = list(accumulate((-(-p.numel() // _ALIGN) * _ALIGN for p in trained), initial=0))
         # Weights and both moments, each in one piece: a slice is three copies.
-        self._host = [self._locked(f"{owner}'s {name}") for name in ("master weights", "first moments", "second moments")]
+        self._host = [self._locked(f"the {owner}'s {name}") for name in ("weights", "first moments", "second moments")]
         masters, *moments = ([self._of(host, i, p.shape) for i, p in enumerate(trained)] for host in self._host)
         with torch.no_grad():
             for master, p in zip(masters, trained, strict=True):
@@ -73,7 +74,13 @@ class HostMaster(Optimizer):
             self.adamw.state[master] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def _locked(self, what: str) -> Tensor:
-        return page_locked(4 * self._begin[-1], self.device, what).view(torch.float32).zero_()
+        size = 4 * self._begin[-1]
+        if self.device.type != "cuda":
+            return torch.zeros(size // 4)
+        host = page_locked(what, size)
+        # It is unlocked before it goes: the process may get its addresses again for something else.
+        weakref.finalize(self, unlock, host)
+        return host.view(torch.float32)
 
     def _of(self, host: Tensor, index: int, shape: torch.Size) -> Tensor:
         return host[self._begin[index] :][: shape.numel()].view(shape)
@@ -86,7 +93,7 @@ class HostMaster(Optimizer):
         return []
 
     def weights(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        return {name: self._masters[p] for name, p in parameters.items()}
+        return {name: self._masters.get(p, p) for name, p in parameters.items()}
 
     @torch.no_grad()
     def weights_changed(self) -> None:
@@ -142,9 +149,7 @@ class HostMaster(Optimizer):
         torch._foreach_copy_(targets, parts[0])
 
 
-def _on_cuda(
-    host: Sequence[Tensor], numbers: int, device: torch.device
-) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def _on_cuda(host: Sequence[Tensor], numbers: int, device: torch.device) -> Iterator[tuple[int, Sequence[Tensor]]]:
     """(first number, slices on the device) of tensors in host memory, which get what is made of the slices.
 
     Copies run on streams of their own, two slices are on the device at a time. At the end everything is back.

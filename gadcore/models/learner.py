@@ -77,7 +77,8 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-        The weights are those that the optimizer updates, in their dtype. UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
+        The weights are those that the optimizer updates, in their dtype.
+        UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
