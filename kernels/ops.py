@@ -68,12 +68,17 @@ OPS = {
         cpu=SINGLE,
     ),
     "last_token_attention": Op("the same for the last token of every response alone"),
+    "rotary": Op(
+        "rotary position embedding of queries or keys",
+        passes=("forward",),
+        triton=KERNEL_DTYPES,
+        cpu=SINGLE,
+    ),
     "cast_copy": Op("many copies with casts between floating dtypes, in one launch", cuda=True),
     "linear": Op("a linear layer of many rows with its gradients, as in training", cpu=SINGLE),
     "linear_few_rows": Op("a linear layer of at most 64 rows, as in decoding", passes=("forward",), cpu=SINGLE),
     "gated_mlp": Op("a gated MLP with its three products and their gradients", cpu=SINGLE),
     "rms_norm": Op("RMS norm over the last dimension", passes=BOTH, cpu=SINGLE),
-    "rotary": Op("rotary position embedding of queries or keys", passes=("forward",), cpu=SINGLE),
     "swiglu": Op("the gated activation of an MLP", passes=BOTH, cpu=SINGLE),
 }
 

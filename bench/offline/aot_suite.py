@@ -138,6 +138,7 @@ def _cases(quick: bool) -> Iterator[tuple[AotCase, Shape | Heads]]:
         yield from ((case, shape) for case in unusual for shape in production[:1])
         yield from ((case, few) for case in plain if case.op.startswith("linear_logprob"))
     yield from _attention(quick)
+    yield from _rotary(quick)
     for case in liger:
         yield from ((case, shape) for shape in (production[:1] if quick else production))
 
@@ -318,6 +319,27 @@ def _attention_backward(window: int) -> Callable[[Heads, Any], None]:
         out = _meta(heads.T, heads.query_heads, heads.D, dtype=dtype)
         lse = _meta(heads.T, heads.query_heads, dtype=torch.float32)
         prefix_attention.backward(out, *tensors, out, lse, *layout, heads.D**-0.5, window, heads.P + heads.R)
+
+    return call
+
+
+def _rotary(quick: bool) -> Iterator[tuple[AotCase, Heads]]:
+    """Queries and keys of Llama-3 and of SmolLM2-135M, with cosines in float32, as under autocast."""
+    for heads in [Heads(32, 8, 128)] if quick else [Heads(32, 8, 128), Heads(9, 3, 64), Heads(32, 32, 96)]:
+        name = f"D={heads.D}, {heads.query_heads} and {heads.key_heads} heads"
+        for dtype, back in itertools.product(("bfloat16", "float32"), (False, True)):
+            yield AotCase("rotary", "triton", _rotate(back), f"{name}, backward" if back else name, dtype), heads
+
+
+def _rotate(back: bool) -> Callable[[Heads, Any], None]:
+    def call(heads: Heads, dtype: Any) -> None:
+        import torch
+
+        from gadcore.kernels.triton import rotary
+
+        cos = _meta(heads.T, heads.D, dtype=torch.float32)
+        for count in (heads.query_heads, heads.key_heads):
+            rotary.forward(_meta(heads.T, count, heads.D, dtype=dtype), cos, cos, back)
 
     return call
 

@@ -1,4 +1,4 @@
-// cpu_rotary, forward and backward; kernels/cpu/rotary.py states the mathematics.
+// cpu_rotary, forward and backward; kernels/rotary.py states the mathematics.
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

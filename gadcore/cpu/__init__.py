@@ -1,7 +1,7 @@
 """What only makes a CPU faster, behind doors: without it everything computes the same, slower.
 
     install(), release()         the pool of CPU tensors
-    fuse(model)                  a trainer's backbone; embed_in_place(), gradient_in_place(), recomputing() beside it
+    parts()                      a trainer's backbone; embed_in_place(), gradient_in_place(), recomputing() beside
     adapt_vllm(llm)              vLLM in this process; decoding_linear() before its model is loaded
 
 GADCORE_NO_NATIVE=1 closes all of them, and the native ops of kernels/cpu with them.
@@ -10,6 +10,7 @@ GADCORE_NO_NATIVE=1 closes all of them, and the native ops of kernels/cpu with t
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ from transformers import PreTrainedModel
 from gadcore.cpu.recompute import Recomputables, recomputing
 
 __all__ = [
-    "Recomputables", "adapt_vllm", "decoding_linear", "embed_in_place", "enabled", "fuse", "gradient_in_place",
-    "install", "recomputing", "release",
+    "Recomputables", "adapt_vllm", "decoding_linear", "embed_in_place", "enabled", "gradient_in_place", "install",
+    "parts", "recomputing", "release",
 ]  # fmt: skip
 
 
@@ -43,11 +44,11 @@ def release() -> None:
     pool.release()
 
 
-def fuse(model: PreTrainedModel) -> int:
-    """Faster forward passes for norms, MLPs and linear layers of a model on the CPU; returns for how many."""
+def parts() -> ModuleType | None:
+    """Faster forward passes of a backbone's modules (backbone.py), None where the doors are closed."""
     from gadcore.cpu import backbone
 
-    return backbone.fuse(model) if enabled() else 0
+    return backbone if enabled() else None
 
 
 def embed_in_place(model: PreTrainedModel) -> bool:

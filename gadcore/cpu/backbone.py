@@ -1,64 +1,39 @@
-"""Faster norms, gated activations, products, rotations and embeddings for a backbone on a CPU, by the modules' own
-classes, not the model's name.
+"""Faster norms, gated MLPs, products, rotations and embeddings for the modules that gadcore.models.fused finds in a
+backbone.
 
 They are those of kernels/cpu, and the backward pass can make results of norms and activations again (recompute.py,
-kernels/cpu/gated_mlp.py). A module that is built in another way than the ones known here keeps its own code.
+kernels/cpu/gated_mlp.py). In one process gradients of the products' weights are added in place to those of earlier
+passes; see embed_in_place().
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import MethodType, ModuleType
+from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import SiLUActivation
 
 from gadcore.cpu.recompute import recomputable
-from gadcore.kernels.cpu import gated_mlp, native, rotary
+from gadcore.kernels import rotary
+from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
 from gadcore.kernels.cpu.rms_norm import rms_norm
 from gadcore.kernels.cpu.swiglu import swiglu
 
 
-def fuse(model: PreTrainedModel) -> int:
-    """Replaces forward passes of norms, MLPs and linear layers by faster ones with the same mathematics; returns how
-    many norms and MLPs.
-
-    In one process gradients of the products' weights are added in place to those of earlier passes; see
-    embed_in_place(). Parameters stay where they are.
-    """
-    fused = 0
-    for file in {type(module).__module__ for module in model.modules()}:
-        _fuse_rotation(sys.modules[file])
-    for module in model.modules():
-        forward = _fused_norm(module) or _fused_mlp(module)
-        if forward is not None:
-            module.forward = MethodType(forward, module)
-            fused += 1
-        elif type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster():
-            module.forward = MethodType(partial(_linear, in_place=alone()), module)  # type: ignore[method-assign]
-    return fused
+def norm(eps: float, shift: float, read_by_products: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The forward pass of an RMS norm. read_by_products: nothing else reads its result, which matters on CUDA alone."""
+    return partial(_rms_norm, eps=eps, shift=shift)
 
 
-def _fused_norm(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or eps is None:
-        return None
-    probe = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)[None]
-    with torch.no_grad():
-        expected = module(probe)
-        # Some families store weights around 1, some around 0: whichever gives the module's own result.
-        for shift in (0.0, 1.0):
-            if torch.allclose(rms_norm(probe, weight, eps=eps, shift=shift), expected, rtol=1e-2, atol=1e-5):
-                return partial(_rms_norm, eps=eps, shift=shift)
-    return None
+def norm_of(x: Tensor, weight: Tensor, *, eps: float, shift: float) -> Tensor:
+    """What such a norm computes."""
+    return rms_norm(x, weight, eps=eps, shift=shift)
 
 
 def _rms_norm(self: nn.Module, hidden_states: Tensor, *, eps: float, shift: float) -> Tensor:
@@ -67,12 +42,9 @@ def _rms_norm(self: nn.Module, hidden_states: Tensor, *, eps: float, shift: floa
     return recomputable(rms_norm(hidden_states, weight, eps=eps, shift=shift), recompute)
 
 
-def _fused_mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
-    known = type(module).__name__.endswith("MLP") and silu and all(isinstance(part, nn.Linear) for part in parts)
-    if not known:
-        return None
+def mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The forward pass of a gated MLP of three linear layers."""
+    parts = [module.gate_proj, module.up_proj, module.down_proj]
     plain = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in parts)
     return partial(_whole_mlp, in_place=alone()) if plain and gated_mlp.available() else _gated_mlp
 
@@ -89,31 +61,22 @@ def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(recomputable(swiglu(gate, up), partial(swiglu, gate.detach(), up.detach())))  # type: ignore[operator]
 
 
+def product(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    """The forward pass of a linear layer; None where torch's own is as fast."""
+    fits = type(module) is nn.Linear and module.weight.dtype == torch.float32 and onednn_is_faster()
+    return partial(_linear, in_place=alone()) if fits else None
+
+
 def _linear(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
     return linear(x, self.weight, self.bias, in_place=in_place)  # type: ignore[arg-type]
 
 
-def _fuse_rotation(file: ModuleType) -> None:
-    """Rotates queries and keys by kernels/cpu/rotary.py, where a model's file has the usual function for it.
-
-    The function is the file's: other models of the family in this process rotate by it as well.
-    """
-    own = getattr(file, "apply_rotary_pos_emb", None)
-    if own is None or isinstance(own, partial) or not native.available("cpu_rotary"):
-        return
-    q, k = torch.linspace(-1, 2, 48).view(1, 2, 3, 8), torch.linspace(-3, 1, 24).view(1, 1, 3, 8)
-    cos, sin = torch.linspace(-1, 1, 24).view(1, 3, 8), torch.linspace(2, 0, 24).view(1, 3, 8)
-    try:
-        expected = own(q, k, cos, sin)
-    except (TypeError, RuntimeError):
-        # It takes something else.
-        return
-    usual = isinstance(expected, tuple) and len(expected) == 2
-    if usual and all(map(partial(torch.allclose, atol=1e-5), expected, _rotate(own, q, k, cos, sin))):
-        file.apply_rotary_pos_emb = partial(_rotate, own)  # type: ignore[attr-defined]
+def rotates() -> bool:
+    """Whether rotate() has a faster way."""
+    return native.available("cpu_rotary")
 
 
-def _rotate(
+def rotate(
     own: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     """transformers' apply_rotary_pos_emb(): q [1, Hq, T, D] and k [1, Hk, T, D] by cos and sin [1, T, D]."""

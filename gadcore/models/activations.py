@@ -21,57 +21,68 @@ from transformers import PreTrainedModel
 from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
+from gadcore.models.precision import autocast as products_in
 from gadcore.models.shallow import decoder_layers, shallow
 
 Mode = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("off", "selective", "full")
 
-# Of what is free when a model has been loaded: the rest is for gradients, the optimizer, the head and the sampler.
-SHARE = 0.4
+# Of what will be free for activations on a CPU, whose memory holds everything else as well, and on a GPU, where what
+# other states hold is away: the rest is for the head, gradients on their way and what an allocator cannot use.
+SHARE = {"cpu": 0.4, "cuda": 0.8}
 _PROBE_TOKENS = 64
 
 
-def choose_mode(model: PreTrainedModel, tokens: int, available: int | None = None) -> Mode:
+def choose_mode(model: PreTrainedModel, tokens: int, autocast: str = "none", available: int | None = None) -> Mode:
     """The mode that computes the least again while activations of `tokens` packed tokens fit into the memory.
 
-    available: bytes; default what is free on the model's device.
+    autocast: that the model trains under. available: bytes; default what is free on the model's device, less the
+    gradients where that is a GPU.
     """
-    budget = SHARE * (free_bytes(model.device) if available is None else available)
-    needed = bytes_per_token(model)
+    device = model.device
+    if available is None:
+        available = free_bytes(device)
+        if device.type == "cuda":
+            available -= sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    budget = SHARE.get(device.type, SHARE["cpu"]) * available
+    needed = bytes_per_token(model, autocast)
     return next((mode for mode in MODES if needed[mode] * tokens <= budget), "full")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, in bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Free memory of a device, in bytes; on a GPU with what this process's allocator keeps for later."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def bytes_per_token(model: PreTrainedModel) -> dict[Mode, int]:
+def bytes_per_token(model: PreTrainedModel, autocast: str = "none") -> dict[Mode, int]:
     """Bytes that each mode keeps per packed token: "off" is measured, the others follow from the layers' sizes."""
     layers = decoder_layers(model)
     config = model.config.get_text_config()
-    size = next(model.parameters()).element_size()
+    stream = next(model.parameters()).element_size()
+    size = min(stream, 2) if autocast == "bfloat16" else stream
     products = sum(m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = len(layers) * config.num_attention_heads * head_dim
     inputs = len(layers) * config.hidden_size
     return {
-        "off": _measured(model),
-        "selective": size * (products + attention + inputs),
-        "full": size * inputs,
+        "off": _measured(model, autocast),
+        "selective": size * (products + attention) + stream * inputs,
+        "full": stream * inputs,
     }
 
 
-def _measured(model: PreTrainedModel) -> int:
+def _measured(model: PreTrainedModel, autocast: str) -> int:
     """Bytes of mode "off", from runs of the first and of the first two layers: of the others each is one more."""
     layers = len(decoder_layers(model))
     if layers < 2:
-        return _kept(model, layers) // _PROBE_TOKENS
-    one, two = _kept(model, 1), _kept(model, 2)
+        return _kept(model, layers, autocast) // _PROBE_TOKENS
+    one, two = _kept(model, 1, autocast), _kept(model, 2, autocast)
     return (one + (layers - 1) * (two - one)) // _PROBE_TOKENS
 
 
-def _kept(model: PreTrainedModel, layers: int) -> int:
+def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     """Bytes that the first so many layers keep of the probe's tokens, with what lies around them."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -88,13 +99,13 @@ def _kept(model: PreTrainedModel, layers: int) -> int:
     ids = tuple(1 + i % 7 for i in range(_PROBE_TOKENS // 2))
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
-    with torch.enable_grad(), shallow(model, layers), again.collected(), hooks:
+    with torch.enable_grad(), shallow(model, layers), again.collected(), hooks, products_in(autocast, model.device):
         out = hidden_states(model, batch)
     assert out.grad_fn is not None, "the model has no parameter that is trained"
     return sum(kept.values())
 
 
-def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) -> Mode:
+def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, autocast: str = "none") -> Mode:
     """Lets every layer keep what `mode` says, and returns it; "auto": what choose_mode() chooses for `tokens`.
 
     Takes the place of a mode that was set before.
@@ -104,7 +115,7 @@ def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int) 
         if isinstance(before, partial) and before.func is _forward:
             # What lies behind it is the forward() of the layer's class.
             del layer.forward
-    chosen = choose_mode(model, tokens) if mode == "auto" else mode
+    chosen = choose_mode(model, tokens, autocast) if mode == "auto" else mode
     for layer in decoder_layers(model):
         layer.forward = partial(_forward, chosen, layer.forward)
     return chosen

@@ -60,7 +60,8 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     key, value = (few.key, few.value) if few else (key, value)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Under autocast the value is a product's result, while a norm or a rotation by float32 cosines widened the others.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     if few is None:
         out = prefix_attention(q, k, v, prefix_layout, scale=scaling, window=sliding_window)
     elif few.last:

@@ -23,7 +23,7 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_discriminator
-from gadcore.models.optim import autocast
+from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
 from gadcore.models.spec import ModelSpec
 

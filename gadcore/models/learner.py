@@ -52,7 +52,7 @@ class Learner:
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
         self._unread: list[Readout] = []
 
     def packed(self, groups: Sequence[GroupTokens], *, teacher: bool) -> Iterator[MicroBatch]:

@@ -1,10 +1,9 @@
-"""AdamW with clipping, and autocast, as both models use them."""
+"""AdamW with clipping, as both models use it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -85,8 +84,3 @@ class Optimizer:
         """Updates by the gradient that is there, and clears it."""
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Products in `dtype` inside the block; "none" leaves everything as it is."""
-    return nullcontext() if dtype == "none" else torch.autocast(device.type, dtype=getattr(torch, dtype))

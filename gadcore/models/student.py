@@ -23,8 +23,8 @@ from gadcore.models.backbone import predicting_states
 from gadcore.models.fused import gradient_in_place
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_causal_lm
-from gadcore.models.optim import autocast
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
+from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
 from gadcore.models.spec import ModelSpec
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gadcore.kernels.cpu.rms_norm import rms_norm
-from gadcore.kernels.cpu.rotary import rotary
 from gadcore.kernels.cpu.swiglu import swiglu
+from gadcore.kernels.rotary import rotary
 
 SHAPES = [(1, 1), (5, 7), (64, 33), (130, 576), (2, 3, 40)]
 
@@ -104,8 +104,21 @@ def test_rotary(impl, dtype, tokens, heads, width, by_head) -> None:
 
 @pytest.mark.parametrize("shape", [(6, 2, 7), (6, 8), (5, 2, 8)])
 def test_rotary_refuses_what_does_not_fit(shape) -> None:
-    with pytest.raises(ValueError, match=r"x must be .T, H, D. with an even D, cos and sin .T, D. of its dtype, got"):
+    with pytest.raises(ValueError, match=r"x must be .T, H, D. with an even D, cos and sin .T, D. of one floating dt"):
         rotary(torch.ones(shape), torch.ones(6, 8), torch.ones(6, 8))
+
+
+def test_rotary_computes_16_bits_in_float32_and_rounds_once() -> None:
+    """As under autocast: 16-bit queries by cosines in float32; the dtype of the queries is kept, both ways."""
+    x, cos, sin = leaf(5, 3, 8, dtype=torch.float32, seed=0), *torch.randn(2, 5, 8)
+    narrow = x.detach().bfloat16().requires_grad_()
+    y = rotary(narrow, cos, sin)
+    wide = rotary(narrow.detach().float().requires_grad_(), cos, sin, impl="reference")
+    assert y.dtype == torch.bfloat16 and torch.equal(y, wide.bfloat16())
+    (grad,) = torch.autograd.grad(y.float().sum(), narrow)
+    assert grad.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="of one floating dtype"):
+        rotary(narrow, cos, sin.double())
 
 
 @pytest.mark.native

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gadcore.models.student as student_module
-from gadcore.cpu.backbone import _rotate
+from gadcore.cpu.backbone import rotate
 from gadcore.kernels.dispatch import Impl
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
@@ -69,7 +69,7 @@ def test_the_same_rotation(kind) -> None:
     fuse_backbone(tiny_model(kind))
     fused = rotation_of(model)
     own = fused.args[0]
-    assert fused.func is _rotate and not isinstance(own, partial)
+    assert fused.func is rotate and not isinstance(own, partial)
     shapes = [(1, 4, 9, 16), (1, 2, 9, 16), (1, 9, 16), (1, 9, 16)]
     for dtype, batch in ((torch.float32, 1), (torch.float64, 1), (torch.float32, 2)):
         q, k, cos, sin = (torch.randn(batch, *s[1:], dtype=dtype) for s in shapes)

@@ -1,0 +1,18 @@
+"""In which precision the products of both models compute."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Products in `dtype` inside the block; "none" leaves everything as it is.
+
+    Casts of the weights are not kept: every matrix is read once in a pass, a cache would hold a second copy of all of
+    them until the block ends, and what checkpointing computes again, outside of the block, would not find it.
+    """
+    if dtype == "none":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False)
