@@ -101,7 +101,7 @@ COMMANDS = {
 EXAMPLES = """\
   gadcore                                           the default job, preset smollm2-cpu; on a GPU smollm2-gpu
   gadcore data answers.jsonl                        look at rows of your own
-  gadcore --preset qwen2.5-7b --data.train answers.jsonl
+  gadcore --preset qwen2.5-3b --data.train answers.jsonl
   gadcore --config mine.toml --dry-run              print the resolved plan and stop
   gadcore --resume auto                             go on with the newest run
   gadcore COMMAND --help                            every setting of a command: gadcore train --help"""

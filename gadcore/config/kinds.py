@@ -71,6 +71,7 @@ class Trained(Section):
 
     if TYPE_CHECKING:
         dtype: Dtype
+        autocast: Literal["none", "bfloat16"]
         master: Master
 
     @property

@@ -96,6 +96,7 @@ def build_case(
 
 
 def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
+    from gadcore.plan.assumptions import RULES
     from gadcore.plan.planning import advise, as_given, make_plan
     from gadcore.plan.show import show
 
@@ -118,6 +119,7 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
             "advice": [asdict(item) for item in advice],
             "checks": checks,
             "assumptions": [asdict(item) for item in assumptions],
+            "rules": RULES,
             "settings": config.model_dump(),
         }
         write_whole(Path(plan.out), json.dumps(content, indent=2) + "\n")
@@ -126,12 +128,15 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
 
 
 def _as_dict(plan: Plan) -> dict[str, Any]:
+    from gadcore.plan.memory import host_bytes
+
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
         "choice": asdict(plan.choice),
         "offload": plan.case.offload,
         "room_bytes": plan.room,
+        "host_bytes": host_bytes(plan.case, plan.choice),
         "usable_bytes": plan.case.machine.usable_bytes,
         "memory_bytes": {
             state: {"held": memory.held, "working": memory.working, "total": memory.total}

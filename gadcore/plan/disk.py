@@ -62,7 +62,7 @@ def disk_of(config: Config, student: Dimensions, discriminator: Dimensions | Non
     made = len({*range(every, total + 1, every), *ends}) if every else 0
     kept = min(config.checkpoint.keep, made)
     if discriminator is not None and config.algorithm.kl_coef > 0:
-        models += round(reference_bytes(student, Precision.of(config.student, config.student.autocast)))
+        models += round(reference_bytes(student, Precision.of(config.student)))
     # The new checkpoint is whole before the oldest goes.
     return Disk(checkpoint, kept, models, checkpoint * min(kept + 1, made) + models)
 

@@ -13,6 +13,8 @@ from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption, Assumptions
 
 H100 = re.compile(r"(?:(?P<nodes>[1-9]\d?)x(?P<per_node>[1-8])-)?h100-80gb(?:-x(?P<count>[1-8]))?")
+_LOGITS = "what the output head's kernels hold at a time (kernels/triton/linear_grpo_loss.py)"
+_PASSES = "over parameters: AdamW reads four and writes three, clipping reads two and writes one"
 # Rows of a decoding step that a CPU's rate is measured at: it depends on them.
 DECODE_ROWS = (1, 8, 16, 32, 64)
 
@@ -68,6 +70,7 @@ def h100(nodes: int, per_node: int, name: str) -> Machine:
         Assumption("reserve_share", 0.05, "share", f"{guess}: left free for fragmentation"),
         Assumption("process_bytes", 1.5e9, "bytes", f"{guess}: CUDA context and communication buffers"),
         Assumption("engine_bytes", 3e9, "bytes", f"{guess}: what vLLM takes beside weights and KV cache"),
+        Assumption("logits_bytes", 2 << 30, "bytes", _LOGITS),
         Assumption("engine_graph_bytes", 1e9, "bytes", f"{guess}: vLLM's CUDA graphs"),
         Assumption("host_memory_bytes", 2e12, "bytes", "per node, as in a DGX H100"),
         Assumption("product_flops_bfloat16", 989e12, "FLOP/s", f"{vendor}, dense"),
@@ -77,6 +80,7 @@ def h100(nodes: int, per_node: int, name: str) -> Machine:
         Assumption("attention_share", 0.35, "share", f"{guess}: of the peak, packed attention"),
         Assumption("elementwise_share", 0.25, "share", f"{guess}: of the layers' time, norms, activations, casts"),
         Assumption("memory_bandwidth", 3.35e12, "bytes/s", vendor),
+        Assumption("optimizer_passes", 10, "passes", _PASSES),
         Assumption("memory_share", 0.8, "share", f"{guess}: of the bandwidth, optimizer and decoding"),
         Assumption("decode_flops_share", 0.5, "share", f"{guess}: of the peak, products of a decoding step"),
         Assumption("engine_step_seconds", 3e-3, "s", f"{guess}: vLLM's scheduling and sampling, per decoding step"),
@@ -111,6 +115,7 @@ def cpu(name: str, memory_bytes: float) -> Machine:
         Assumption("elementwise_share", 0.12, "share", guess),
         Assumption("memory_bandwidth", 17e9, "bytes/s", guess),
         Assumption("memory_share", 1.0, "share", "the bandwidth is a measured one"),
+        Assumption("optimizer_passes", 10, "passes", _PASSES),
         Assumption("decode_bandwidth", 13e9, "bytes/s", guess),
         *(
             Assumption(f"decode_flops_{rows}", rate, "FLOP/s", guess)

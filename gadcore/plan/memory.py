@@ -7,6 +7,7 @@ count for the host alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
@@ -25,9 +26,6 @@ from gadcore.rollout.engine import Engine, engine_class
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
-# Logits that the head's kernels hold at a time on CUDA (kernels/triton/linear_grpo_loss.py); the CPU's hold blocks in
-# the cache.
-_LOGITS_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,9 @@ class Precision:
     host: bool
 
     @classmethod
-    def of(cls, settings: Trained, autocast: str) -> Precision:
+    def of(cls, settings: Trained) -> Precision:
         weights = ITEM[settings.weights_dtype]
-        narrower = autocast != "none" and weights > 2
+        narrower = settings.autocast != "none" and weights > 2
         return cls(weights, ITEM[settings.dtype], 2 if narrower else weights, narrower, settings.master == "host")
 
 
@@ -87,12 +85,23 @@ class Case:
         return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.enforce_eager
 
     @property
+    def context_tokens(self) -> int:
+        """Tokens of the longest sequence that a sampler must be able to hold."""
+        return self.config.rollout.context_tokens or self.work.longest_prompt + self.work.limit
+
+    @property
+    def sampler_bytes(self) -> float:
+        """What a sampler takes beside weights and KV cache while it is awake."""
+        figures = self.machine.figures
+        return figures["engine_bytes"] + (figures["engine_graph_bytes"] if self.graphs else 0.0)
+
+    @property
     def student_precision(self) -> Precision:
-        return Precision.of(self.config.student, self.config.student.autocast)
+        return Precision.of(self.config.student)
 
     @property
     def discriminator_precision(self) -> Precision:
-        return Precision.of(self.config.discriminator, self.config.discriminator.autocast)
+        return Precision.of(self.config.discriminator)
 
     @property
     def has_discriminator(self) -> bool:
@@ -209,9 +218,7 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
         # There the host's memory is the device's.
         working["masters and moments"] = masters
     if state == "rollout" and case.engine.holds_memory:
-        working["sampler's buffers"] = case.machine.figures["engine_bytes"]
-        if case.graphs:
-            working["sampler's CUDA graphs"] = case.machine.figures["engine_graph_bytes"]
+        working["sampler's buffers"] = case.sampler_bytes
     elif state == "synchronise" and not case.shared:
         # One tensor at a time: gathered, and cast.
         largest = max(case.student.head, case.student.matrices / 3)
@@ -238,7 +245,7 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
     responses = _responses(work, tokens)
     head = responses * d.hidden * precision.products
     if case.machine.kind == "cuda":
-        head += min(responses * d.vocabulary * 4, _LOGITS_BYTES)
+        head += min(responses * d.vocabulary * 4, case.machine.figures["logits_bytes"])
     working = {"a pass without gradients": passing + head}
     if precision.autocast and d.tied:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
@@ -269,9 +276,11 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     if is_student:
         responses = _responses(work, tokens)
         logits = responses * d.vocabulary * 4
-        # Its states and their gradient, the gradient of the matrix, and scratch for logits on CUDA.
-        head = 2 * responses * d.hidden * compute + d.head * (4 if autocast and logits > _LOGITS_BYTES else compute)
-        head += min(logits, _LOGITS_BYTES) if case.machine.kind == "cuda" else 0.0
+        # Its states and their gradient, the gradient of the matrix, which several chunks of logits sum in float32 under
+        # autocast, and on CUDA logits of a chunk; the CPU's hold blocks in the cache.
+        chunk = case.machine.figures.get("logits_bytes", math.inf)
+        head = 2 * responses * d.hidden * compute + d.head * (4 if autocast and logits > chunk else compute)
+        head += min(logits, chunk) if case.machine.kind == "cuda" else 0.0
     # Gradients of the widest tensors of a layer, while its backward pass is at work.
     passing = tokens * (3 * d.mlp + 2 * d.hidden) * compute
     # A gradient of [vocabulary, hidden] is made whole before it is added to what is there: of the embedding, but not on
@@ -330,7 +339,7 @@ def needed_kv(case: Case, tensor_parallel: int) -> float:
     samplers = case.machine.ranks / tensor_parallel
     sequences = min(work.prompts * work.samples / samplers, case.sequences_at_once)
     tokens = sequences * (work.longest_prompt / work.samples + work.limit)
-    tokens = max(tokens, work.longest_prompt + work.limit)
+    tokens = max(tokens, case.context_tokens)
     return tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel
 
 

@@ -73,11 +73,12 @@ def plan_with(case: Case, choice: Choice) -> Plan:
         problems.append(f"the state {fullest} needs {-left / 1e9:.1f} GB more than a rank has")
     if host < 0:
         problems.append(f"what is moved off needs {-host / 1e9:.0f} GB more than a node's host has")
-    least = least_kv(case, choice.tensor_parallel)
+    # Of a group whose samples do not all fit, some wait; an engine that cannot hold one does not start.
+    least = case.context_tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / choice.tensor_parallel
     if case.engine.holds_memory and choice.kv_bytes < least:
         problems.append(
-            f"the KV cache of {choice.kv_bytes / 1e9:.1f} GB is less than the {least / 1e9:.1f} GB that one group at "
-            "full length takes"
+            f"the KV cache of {choice.kv_bytes / 1e9:.2f} GB is less than the {least / 1e9:.2f} GB that one sequence "
+            "of full length takes"
         )
     return Plan(case, choice, memory, run_time(case, choice), left, host, tuple(problems))
 
@@ -104,7 +105,7 @@ def as_given(case: Case) -> Plan:
     elif case.engine.holds_memory:
         weights = case.student.parameters * ITEM[case.sampling_dtype] / degree
         share = config.vllm.gpu_memory_utilization * machine.figures["memory_bytes"]
-        kv = max(0.0, share - weights - machine.figures["engine_bytes"])
+        kv = max(0.0, share - weights - case.sampler_bytes)
     plans = [plan_with(case, Choice(mode, config.schedule.micro_batch_tokens, kv, degree)) for mode in _modes(config)]
     return next((plan for plan in plans if plan.fits), plans[-1])
 
@@ -132,7 +133,7 @@ def utilisation(plan: Plan) -> float:
     """rollout.gpu_memory_utilization for the plan's KV cache."""
     rollout, figures = plan.memory["rollout"], plan.case.machine.figures
     weights = rollout.held.get("engine.weights", 0.0)
-    return (weights + plan.choice.kv_bytes + figures["engine_bytes"]) / figures["memory_bytes"]
+    return (weights + plan.choice.kv_bytes + plan.case.sampler_bytes) / figures["memory_bytes"]
 
 
 def _modes(config: Config) -> tuple[Mode, ...]:

@@ -6,9 +6,9 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
 head        three products in the policy's pass, one in the reference's, four in the warmup's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
-optimizer   ten passes over parameters: AdamW reads four and writes three, clipping reads two and writes one; masters in
-            host memory come and leave with their moments meanwhile, both ways at a time
-moves       what a state needs and the one before it did not, and back where it was changed; none hidden by prefetching
+optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
+            at a time
+moves       what a state needs and the one before it did not, and back where it was changed
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
-
-_OPTIMIZER_PASSES = 10
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def collective_bandwidth(case: Case) -> float:
 def optimizer_seconds(case: Case, parameters: int, precision: Precision) -> float:
     """Clipping and AdamW on every rank's shard."""
     figures = case.machine.figures
-    moved = _OPTIMIZER_PASSES * parameters * precision.gradients / case.machine.ranks
+    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.machine.ranks
     seconds = moved / (figures["memory_bandwidth"] * figures["memory_share"])
     if not precision.host or case.machine.kind == "cpu":
         return seconds

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.support.runs import ROOT, assert_same_run, run, tiny_arguments
 
@@ -63,6 +65,28 @@ def test_a_checkpoint_can_be_resumed_with_another_offload(plain, tmp_path) -> No
     done = run(["--resume", "auto", "--run.dir", str(tmp_path / "run"), "--memory.offload", "none"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", plain)
+
+
+def test_masters_in_host_memory_are_resumed_to_the_bit_and_saved(plain, tmp_path) -> None:
+    masters = ["--student.master", "host", "--discriminator.master", "host"]
+    whole = made(plain.parent, "masters", *masters)
+    killer = [sys.executable, str(ROOT / "tests/support/killed_run.py"), "update", "6", "--"]
+    arguments = [*tiny_arguments(plain.parent), *masters, *OFFLOAD, "--run.dir", str(tmp_path / "run")]
+    assert run(arguments, tmp_path, command=killer).returncode == -signal.SIGKILL
+    done = run(["--resume", "auto", "--run.dir", str(tmp_path / "run")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", whole)
+    for model in ("student", "discriminator"):
+        saved = load_file(whole / model / "model.safetensors")
+        newest = load_file(sorted((whole / "checkpoints").iterdir())[-1] / f"{model}.safetensors")
+        assert all(value.dtype == torch.float32 for value in saved.values())
+        assert all(torch.equal(value, newest[name]) for name, value in saved.items())
+    memory = json.loads((whole / "summary.json").read_text())["memory"]["states"]
+    assert not any(name.endswith(".optimizer") for holders in memory.values() for name in holders)
+    wide = json.loads((plain / "summary.json").read_text())["memory"]["states"]
+    for state, name in (("student", "student"), ("discriminator", "discriminator")):
+        assert memory[state][f"{name}.gradients"] == wide[state][f"{name}.gradients"]
+        assert memory[state][f"{name}.parameters"] < 0.51 * wide[state][f"{name}.parameters"]
 
 
 @pytest.mark.slow
