@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from gadcore.config.kinds import Section
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
 from gadcore.errors import UserError
@@ -15,6 +16,8 @@ from gadcore.plan.memory import Case
 from gadcore.plan.planning import Plan, advise, as_given, ledger, make_plan, nearest_that_fits, utilisation
 from gadcore.plan.settings import PlanSettings
 from gadcore.plan.workload import Counted
+
+S = TypeVar("S", bound=Section)
 
 
 class Fitted(NamedTuple):
@@ -45,6 +48,12 @@ def fit(config: Config, student_path: str, groups: Sequence[Group], stages: Sequ
     if plan is None:
         raise UserError(_refusal(given))
     config, notes = _with(config, given, plan)
+    needed, machine = plan.memory[plan.fullest].total, case.machine
+    if machine.kind == "cpu" and needed > machine.figures["memory_bytes"] * (1 - machine.figures["reserve_share"]):
+        notes.append(
+            f"the state {plan.fullest} is predicted to need {needed / GIB:.2f} GiB of this machine's "
+            f"{machine.figures['memory_bytes'] / GIB:.2f} GiB: others may have to give way"
+        )
     verdict = f"memory, predicted, {plan.fullest} is the fullest state: {plan.room / 1e9:.2f} GB left"
     return Fitted(config, notes, [*ledger(plan), verdict])
 
@@ -70,6 +79,7 @@ def _with(config: Config, given: Plan, plan: Plan) -> tuple[Config, list[str]]:
     """(the settings of a plan, what was changed)."""
     schedule, notes = config.schedule, []
     values: dict[str, object] = {}
+    update: dict[str, object] = {}
     if plan.choice.micro_batch_tokens != schedule.micro_batch_tokens:
         values["micro_batch_tokens"] = plan.choice.micro_batch_tokens
         notes.append(
@@ -79,7 +89,8 @@ def _with(config: Config, given: Plan, plan: Plan) -> tuple[Config, list[str]]:
     on_cuda = plan.case.machine.kind == "cuda"
     if on_cuda and schedule.activation_checkpointing == "auto":
         values["activation_checkpointing"] = plan.choice.mode
-    update: dict[str, object] = {"schedule": _updated(schedule, values)}
+    if values:
+        update["schedule"] = _updated(schedule, values)
     if on_cuda and plan.case.engine.holds_memory and plan.choice.kv_bytes != given.choice.kv_bytes:
         # Rounded towards what fits.
         share = int(utilisation(plan) * 100) / 100
@@ -91,7 +102,7 @@ def _with(config: Config, given: Plan, plan: Plan) -> tuple[Config, list[str]]:
     return config.model_copy(update=update), notes
 
 
-def _updated(section, values):  # type: ignore[no-untyped-def]
+def _updated(section: S, values: Mapping[str, object]) -> S:
     """A section with other values, which nobody has chosen."""
     chosen = set(section.model_fields_set)
     changed = section.model_copy(update=values)

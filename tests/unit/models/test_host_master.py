@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import gc
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from bench.offline.cuda_standin import gpu
 from gadcore.checkpoint.state import optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.config.loading import load
 from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, StudentSettings
 from gadcore.errors import UserError
-from gadcore.models import host_master
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.host_master import HostMaster
 from gadcore.models.optim import Optimizer
@@ -41,8 +41,8 @@ def give_gradients(ours: HostMaster, plain: Optimizer, seed: int) -> None:
         # Odd numbers of zeros: a parameter's gradient may be missing.
         if p.dim() == 1 and seed % 2:
             continue
-        p.grad = torch.randn(p.shape)
-        wide.grad = p.grad.clone()
+        wide.grad = torch.randn(p.shape)
+        p.grad = wide.grad.to(p.device, copy=True)
 
 
 def masters(ours: Optimizer) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def masters(ours: Optimizer) -> list[torch.Tensor]:
 def assert_same(ours: HostMaster, plain: Optimizer) -> None:
     for p, master, wide in zip(ours.parameters, masters(ours), plain.parameters, strict=True):
         assert master.dtype == torch.float32 and torch.equal(master, wide)
-        assert torch.equal(p, wide.to(p.dtype))
+        assert torch.equal(p.detach().cpu(), wide.to(p.dtype))
         states = (optimizer.adamw.state.get(key, {}) for optimizer, key in ((ours, master), (plain, wide)))
         here, there = ({name: value.clone() for name, value in state.items()} for state in states)
         for name, value in there.items():
@@ -73,40 +73,26 @@ def test_masters_are_adamw_in_float32_to_the_bit(tied) -> None:
     assert 5 in {int(state["step"]) for state in ours.adamw.state.values()}
 
 
-class _Stream:
-    """A stream that does at once what it is given."""
-
-    def __init__(self, device: torch.device) -> None: ...
-    def wait_stream(self, other: object) -> None: ...
-    def wait_event(self, event: object) -> None:
-        assert event is not None
-
-    def record_event(self) -> object:
-        return object()
-
-    def synchronize(self) -> None: ...
-
-
-def test_slices_go_through_a_device(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    ours, plain = pair(tiny_model())
-    seen = []
-
-    def through(self):
-        for first, slices in host_master._on_cuda(self._host, self._slice, self.device):
-            assert not any(part.data_ptr() == host.data_ptr() for part, host in zip(slices, self._host, strict=True))
-            seen.append((first, len(slices[0])))
-            yield first, slices
-
-    monkeypatch.setattr(HostMaster, "_there", through)
-    for step in range(3):
-        give_gradients(ours, plain, step)
-        assert ours.step() == plain.step()
-        assert_same(ours, plain)
-    total = len(ours._host[0])
-    assert seen[: len(seen) // 3] == [(first, min(SLICE, total - first)) for first in range(0, total, SLICE)]
+def test_slices_go_through_a_gpu_and_nothing_reads_what_is_not_there_yet() -> None:
+    settings, plain = SETTINGS, Optimizer(tiny_model(), SETTINGS, lr=1e-3, owner="student")
+    with gpu(total=64 << 20) as device:
+        ours = HostMaster(tiny_model().to("cuda"), settings, lr=1e-3, owner="student", slice_numbers=SLICE)
+        assert all(p.is_cuda for p in ours.parameters) and not any(m.is_cuda for m in masters(ours))
+        assert device.pinned_bytes == 3 * 4 * len(ours._host[0])
+        for step in range(3):
+            give_gradients(ours, plain, step)
+            assert ours.step() == plain.step()
+            assert_same(ours, plain)
+        before = device.allocator.allocated
+        give_gradients(ours, plain, 4)
+        device.allocator.reset_peak()
+        ours.step()
+        gradients = sum(4 * p.numel() for p in ours.parameters)
+        # Two slices of weights and both moments, and some numbers for the norm.
+        assert device.allocator.most_allocated - before - gradients < 2 * 3 * 4 * SLICE + (64 << 10)
+        del ours
+        gc.collect()
+        assert device.pinned_bytes == 0
 
 
 def student(path: str, **settings) -> Student:
