@@ -59,7 +59,7 @@ def threads_of(config: Config, folder: Path | None = None) -> int:
         machine = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("machine", {})
         if machine.get("threads"):
             return int(machine["threads"])
-    return config.run.threads or torch.get_numthreads_of()
+    return config.run.threads or torch.get_num_threads()
 
 
 def build_case(
@@ -177,7 +177,7 @@ def _calibrate(config: Config, console: Console) -> None:
     from gadcore.plan.dimensions import read_config, read_dimensions
 
     threads = threads_of(config)
-    torch.set_numthreads_of(threads)
+    torch.set_num_threads(threads)
     d, (_, settings_of_model) = read_dimensions(config.student.model), read_config(config.student.model)
     figures = measure(d, settings_of_model, lambda part: console.print(f"measuring {part}"))
     console.print(f"{keep(figures, threads)}: {len(figures)} figures, {threads} threads, sizes of {d.name}")

@@ -16,7 +16,6 @@ from gadcore.plan.check import Fitted, fit
 from gadcore.plan.machine import h100
 from tests.support.builders import groups
 from tests.support.runs import tiny_arguments
-from tests.support.tiny import save_tiny
 
 STAGES = ("warmup", "gad")
 GB24 = {"memory_bytes": 24e9, "host_memory_bytes": 128e9, "memory_bandwidth": 1e12, "host_link": 25e9}
@@ -69,29 +68,31 @@ def test_every_preset_fits_or_is_refused_with_advice(monkeypatch, name, figures)
 
 def test_advice_that_is_followed_makes_a_7b_fit(monkeypatch) -> None:
     on_gpu(monkeypatch)
-    done = fitted("--preset", "qwen2.5-7b", "--student.master", "host", "--discriminator.master", "host")
+    done = fitted(*SEVEN_B)
     assert done.config.student.master == "host" and done.lines
+
+
+SEVEN_B = ["--preset", "qwen2.5-7b", "--student.master", "host", "--discriminator.master", "host"]
 
 
 def test_a_presets_own_value_is_lowered_and_told(monkeypatch) -> None:
     on_gpu(monkeypatch, memory_bytes=62e9)
-    done = fitted("--preset", "qwen2.5-3b")
+    done = fitted(*SEVEN_B)
     assert done.config.schedule.micro_batch_tokens in (4096, 8192)
     (note,) = [note for note in done.notes if "micro_batch_tokens" in note]
     assert f"= {done.config.schedule.micro_batch_tokens}, not 16384" in note and "the state student" in note
     # Nobody has chosen it: a run that is resumed elsewhere may change it again.
-    assert done.config.schedule.model_fields_set == load(["--preset", "qwen2.5-3b"]).schedule.model_fields_set
-    assert loading.load(["--preset", "qwen2.5-3b"]).schedule.micro_batch_tokens == 16384
+    assert done.config.schedule.model_fields_set == load(SEVEN_B).schedule.model_fields_set
 
 
 def test_what_a_user_has_set_is_never_changed(monkeypatch, tmp_path) -> None:
     on_gpu(monkeypatch, memory_bytes=62e9)
     mine = tmp_path / "mine.toml"
-    mine.write_text('base = "qwen2.5-3b"\n[schedule]\nmicro_batch_tokens = 16384\n')
-    for arguments in (["--config", str(mine)], ["--preset", "qwen2.5-3b", "--schedule.micro_batch_tokens", "16384"]):
-        with pytest.raises(UserError, match="set schedule.micro_batch_tokens = (4096|8192)"):
+    mine.write_text('base = "qwen2.5-7b"\n[schedule]\nmicro_batch_tokens = 16384\n')
+    for arguments in ([*SEVEN_B, "--schedule.micro_batch_tokens", "16384"], ["--config", str(mine), *SEVEN_B[2:]]):
+        with pytest.raises(UserError, match=r"the state student .*\n.*set schedule.micro_batch_tokens = (4096|8192)"):
             fitted(*arguments)
-    kept = ["--preset", "qwen2.5-3b", "--schedule.activation_checkpointing", "full"]
+    kept = [*SEVEN_B, "--schedule.activation_checkpointing", "full"]
     assert fitted(*kept).config.schedule.activation_checkpointing == "full"
 
 
@@ -130,11 +131,10 @@ def test_a_model_that_cannot_be_read_is_told_and_not_guessed(tmp_path) -> None:
 def test_a_host_that_cannot_hold_the_masters_is_told(monkeypatch) -> None:
     on_gpu(monkeypatch, host_memory_bytes=120e9)
     with pytest.raises(UserError, match="what is moved off needs .* more than a node's host has"):
-        fitted("--preset", "qwen2.5-7b", "--student.master", "host", "--discriminator.master", "host")
+        fitted(*SEVEN_B)
 
 
 def test_nothing_is_loaded_for_a_run_that_does_not_fit(tmp_path, monkeypatch, capsys) -> None:
-    save_tiny(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
 
     def load_nothing(*args: object, **kwargs: object) -> None:
