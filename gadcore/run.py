@@ -176,7 +176,7 @@ def _other(name: str, arguments: list[str]) -> int:
 
 
 def _prepare(config: Any) -> None:
-    set_environment(config.run.threads)
+    set_environment(config.run.threads, config.run.device)
 
 
 def report_main(arguments: list[str]) -> int:
@@ -202,7 +202,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             f"{loading.DEFAULT_PRESET}",
             sys.stderr,
         )
-    set_environment(config.run.threads)
+    set_environment(config.run.threads, config.run.device)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     check_functions(config.algorithm)
     check_tracker(config.tracking.tracker)

@@ -21,8 +21,9 @@ from statistics import median
 from typing import Any
 
 from bench import record
+from gadcore.memory.holdings import NEEDS
 
-STATES = ("synchronise", "rollout", "discriminator", "student")
+STATES = tuple(state for state in NEEDS if state != "rest")
 WAYS = tuple((offload, shared) for offload in ("none", "file") for shared in (True, False))
 STEPS = {"schedule.warmup_steps": 1, "schedule.gad_steps": 2, "data.eval": "none", "checkpoint.every": 0}
 CGROUPS = Path("/sys/fs/cgroup")
@@ -64,6 +65,7 @@ def measured(path: Path, offload: str, shared: bool) -> dict[str, Any]:
             what: int(median(row[f"memory/{state}_{what}"] for row in steps)) for what in ("held", "resident", "peak")
         }
         for state in STATES
+        if all(f"memory/{state}_peak" in row for row in steps)
     }
     weights = hashlib.sha256()
     for model in ("student", "discriminator"):

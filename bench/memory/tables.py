@@ -40,17 +40,19 @@ def _head(rows: list[Row]) -> list[str]:
 
 
 def _states(rows: list[Row]) -> list[str]:
+    runs = [row for row in rows if row["op"] == "run"]
+    # Of rows that are older than a state nothing is known of it.
+    states_of = [state for state in STATES if all(state in row["states"] for row in runs)]
     lines = [
         "| waiting holdings | weights | "
-        + " | ".join(f"{state}: held / resident / peak" for state in STATES)
+        + " | ".join(f"{state}: held / resident / peak" for state in states_of)
         + " | highest peak | ledger off by | s a step | of it moving | weights to the bit |",
-        "| --- | --- |" + " --- |" * (len(STATES) + 5),
+        "| --- | --- |" + " --- |" * (len(states_of) + 5),
     ]
-    runs = [row for row in rows if row["op"] == "run"]
     for row in runs:
         states = [
             " / ".join(f"{row['states'][state][what] / GIB:.2f}" for what in ("held", "resident", "peak"))
-            for state in STATES
+            for state in states_of
         ]
         cells = [
             {"none": "stay", "file": "in files"}[row["offload"]],

@@ -67,7 +67,7 @@ def restore_optimizer(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    saved: dict[Tensor, dict[str, Tensor]] = {}
+    restored: dict[Tensor, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
         if name not in managed:
@@ -81,27 +81,24 @@ def restore_optimizer(
                 f"the checkpoint's optimizer state {full_name} is {tensor.dtype} {list(tensor.shape)}, the parameter "
                 f"is {parameter.dtype} {list(parameter.shape)}: resume with the model and dtype of the checkpoint"
             )
-        saved.setdefault(parameter, {})[key] = tensor
-    keys = {frozenset(state) for state in saved.values()}
+        restored.setdefault(parameter, {})[key] = tensor
+    keys = {frozenset(state) for state in restored.values()}
     if len(keys) > 1 or any("step" not in each for each in keys):
         raise UserError("the checkpoint's optimizer state is incomplete for some parameters: resume from another one")
     for parameter in managed.values():
-        here = optimizer.state.get(parameter, {})
-        if parameter not in saved:
-            for value in here.values():
+        if parameter not in restored:
+            for value in optimizer.state.get(parameter, {}).values():
                 value.zero_()
-            continue
-        # Into the memory that is there: others may look at it, and a second copy may not fit.
-        optimizer.state[parameter] = {
-            key: here[key].copy_(tensor) if key in here else _copy(key, tensor, parameter, at_device[parameter])
-            for key, tensor in saved[parameter].items()
-        }
-
-
-def _copy(key: str, tensor: Tensor, parameter: Tensor, at_device: bool) -> Tensor:
-    if key == "step":
-        return tensor.to(parameter.device if at_device else "cpu", copy=True)
-    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+    for parameter, state in restored.items():
+        own = optimizer.state.setdefault(parameter, {})
+        for key, value in state.items():
+            if key in own:
+                # Into the memory that is there: others may look at it, and there may be no room for as much again.
+                own[key].copy_(value)
+            elif key == "step":
+                own[key] = value.to(parameter.device if at_device[parameter] else "cpu", copy=True)
+            else:
+                own[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 class RngState(NamedTuple):

@@ -11,10 +11,14 @@ from typing import Any, TextIO
 
 # SIGHUP arrives where a terminal or an ssh connection goes away.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# By any of these torch's allocator on a GPU is configured.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
-def set_environment(threads: int) -> None:
-    """What must be set before torch is imported. threads: run.threads; 0 leaves what the environment says."""
+def set_environment(threads: int, device: str) -> None:
+    """What must be set before torch is imported. threads: run.threads; 0 leaves what the environment says. device:
+    run.device.
+    """
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     # Spinning threads slow each other down on a machine that does anything else; a short spin bridges the gaps between
@@ -26,6 +30,10 @@ def set_environment(threads: int) -> None:
     # oneDNN keeps a compiled product for each of many shapes. Those of ragged batches seldom come back, so on real text
     # a process would grow step by step. The layers of a pass share theirs, so a few are enough.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    if device != "cpu" and not any(os.environ.get(name) for name in ALLOCATOR):
+        # On a GPU: memory that states and ragged batches free is joined again instead of lying about in pieces. vLLM
+        # takes its own, which sleeps, without (CuMemAllocator.use_memory_pool).
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

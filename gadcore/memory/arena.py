@@ -24,6 +24,22 @@ class _Place:
     dtype: torch.dtype
 
 
+@dataclass
+class _Memory:
+    """The part of a storage that tensors look at: addresses from start to end, the buffer's bytes from offset on."""
+
+    start: int
+    end: int
+    tensors: list[Tensor]
+    offset: int = 0
+
+    def content(self) -> Tensor:
+        """Its bytes, without a copy."""
+        storage = self.tensors[0].untyped_storage()
+        view = torch.empty(0, dtype=torch.uint8, device=self.tensors[0].device)
+        return view.set_(storage, self.start - storage.data_ptr(), (self.end - self.start,), (1,))
+
+
 class Arena:
     """Tensors that live in one buffer on the device, or wait in a tier.
 
@@ -33,26 +49,30 @@ class Arena:
     def __init__(
         self, name: str, tensors: Iterable[Tensor], make_tier: Callable[[int], Tier], *, frozen: bool = False
     ) -> None:
-        """Moves the tensors into the buffer; each keeps its identity and its values.
+        """Moves the tensors into the tier, where they wait at first; each keeps its identity and its values.
 
+        They go one by one, and the device's memory of each is free when the next one goes: a copy of the whole beside
+        them is what a large model leaves no room for.
         tensors: of one device. Several may look at the same memory (trainer and engine at the same weights): they do
           so afterwards. Anything that looks at that memory and is not among them keeps the old memory.
         make_tier: given the buffer's bytes.
         frozen: the values never change, and are stored once.
+        Raises UserError where the tier fails: what has been moved by then is lost.
         """
         self.name = name
         self.frozen = frozen
         self._tensors = list(tensors)
-        self._places, self.bytes = _layout(self._tensors)
+        self._places, memories, self.bytes = _layout(self._tensors)
         self.device = self._tensors[0].device
         self.tier = make_tier(self.bytes)
+        for memory in memories:
+            if memory.end > memory.start:
+                self.tier.store(memory.content(), memory.offset)
+            self._empty(memory.tensors)
         # What the tier holds is not what the buffer holds.
-        self._changed = True
+        self._changed = False
         self._coming: Tensor | None = None
-        self._buffer: Tensor | None = self._allocate()
-        for tensor, view in zip(self._tensors, self._views(self._buffer), strict=True):
-            view.copy_(tensor.detach())
-            tensor.data = view
+        self._buffer: Tensor | None = None
 
     @property
     def resident(self) -> bool:
@@ -74,17 +94,23 @@ class Arena:
         if self._buffer is None:
             return
         if self._changed:
-            self.tier.store(self._buffer)
+            self.tier.store(self._buffer, 0)
             self._changed = False
-        for tensor in self._tensors:
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
+        self._empty(self._tensors)
         self._buffer = None
 
     def come_soon(self) -> None:
         """Starts loading while something else computes, as far as the tier can."""
         if self._buffer is None and self._coming is None:
-            self._coming = self._allocate() if self.tier.loads_ahead else None
-            self.tier.start_load(self._coming)
+            coming = self._allocate() if self.tier.loads_ahead else None
+            self.tier.start_load(coming)
+            self._coming = coming
+
+    def not_yet(self) -> None:
+        """Gives back what come_soon() took, where come() has not followed."""
+        if self._coming is not None:
+            self.tier.stop_load()
+            self._coming = None
 
     def come(self) -> None:
         """Brings the tensors back. Where the tier fails, UserError, and its copy is as it was."""
@@ -103,10 +129,15 @@ class Arena:
         return list(zip(self._tensors, self._views(buffer), strict=True))
 
     def close(self) -> None:
+        self.not_yet()
         self.tier.close()
 
     def _allocate(self) -> Tensor:
         return torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+
+    def _empty(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         return [
@@ -115,24 +146,26 @@ class Arena:
         ]
 
 
-def _layout(tensors: Sequence[Tensor]) -> tuple[list[_Place], int]:
-    """Every tensor's place, and the bytes of the whole: memory that several tensors look at is there once."""
+def _layout(tensors: Sequence[Tensor]) -> tuple[list[_Place], list[_Memory], int]:
+    """Every tensor's place, what they look at, and the bytes of the whole: memory of several tensors is there once."""
     if not tensors or len({tensor.device for tensor in tensors}) > 1:
         raise ValueError("an arena needs tensors, all of one device")
-    # Per storage the range of addresses that the tensors cover.
-    ranges: dict[int, list[int]] = {}
+    memories: dict[int, _Memory] = {}
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)
-        covered = ranges.setdefault(tensor.untyped_storage().data_ptr(), [start, end])
-        covered[0], covered[1] = min(covered[0], start), max(covered[1], end)
-    offsets, size = {}, 0
-    for storage, (start, end) in ranges.items():
-        offsets[storage] = size - start
-        size += -(-(end - start) // _ALIGN) * _ALIGN
-    places = [
-        _Place(offsets[t.untyped_storage().data_ptr()] + t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors
-    ]
-    return places, size
+        memory = memories.setdefault(tensor.untyped_storage().data_ptr(), _Memory(start, end, []))
+        memory.start, memory.end = min(memory.start, start), max(memory.end, end)
+        memory.tensors.append(tensor)
+    size = 0
+    for memory in memories.values():
+        memory.offset = size
+        size += -(-(memory.end - memory.start) // _ALIGN) * _ALIGN
+    places = []
+    for tensor in tensors:
+        memory = memories[tensor.untyped_storage().data_ptr()]
+        offset = memory.offset + tensor.data_ptr() - memory.start
+        places.append(_Place(offset, tensor.shape, tensor.stride(), tensor.dtype))
+    return places, list(memories.values()), size
 
 
 def _extent(tensor: Tensor) -> int:

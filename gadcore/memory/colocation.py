@@ -3,7 +3,7 @@
 Entering a state (gadcore/memory/holdings.py) does, in this order:
 
     the engine sleeps, unless the state samples or synchronises
-    what the state does not need leaves the device, in whole buffers
+    what the state does not need leaves the device, in whole buffers, what was coming for another state included
     freed memory is given back, so that the engine's own allocator can have it
     the ledger is asked whether the rest fits; the run ends here if not
     what the state needs comes in
@@ -46,6 +46,8 @@ from gadcore.memory.tiers import make_tier
 
 # By then a step holds what every later one does.
 _CLOSE_VISITS = 3
+# Of the limit, what a load ahead leaves free: no batch is like the last one, and none may fail for what comes next.
+_SPARE = 0.1
 
 
 class Sleeper(Protocol):
@@ -56,15 +58,27 @@ class Sleeper(Protocol):
     def held(self) -> Mapping[Holding, int]: ...
 
 
+class _NoSleeper:
+    """Stands for an engine until there is one."""
+
+    def sleep(self) -> None: ...
+    def wake(self, part: EnginePart) -> None: ...
+    def held(self) -> dict[Holding, int]:
+        return {}
+
+
 class Colocation:
-    """Which holdings are on the device, and the ledger of them."""
+    """Which holdings are on the device, and the ledger of them.
+
+    engine: may be set later, where an engine is to be made while holdings are away; before begin().
+    """
 
     def __init__(
         self,
         device: torch.device,
         settings: MemorySettings,
         folder: Path,
-        engine: Sleeper,
+        engine: Sleeper | None = None,
         *,
         shared: bool,
         meter: Meter | None = None,
@@ -75,7 +89,8 @@ class Colocation:
 
         Raises UserError where the device has no tier of that name.
         """
-        self.device, self.settings, self.folder, self.engine = device, settings, folder, engine
+        self.device, self.settings, self.folder = device, settings, folder
+        self.engine: Sleeper = _NoSleeper() if engine is None else engine
         self.shared = shared
         self._on_copy = on_copy
         self.tier = tier_name(settings.offload, device.type)
@@ -101,7 +116,7 @@ class Colocation:
         *,
         frozen: bool = False,
     ) -> None:
-        """Takes over tensors of the device, which hold their values now.
+        """Takes over tensors of the device, which hold their values now; where holdings move, they wait from here on.
 
         aliases: other tensors that look at the same memory, and must go on doing so.
         frozen: the values never change.
@@ -110,14 +125,30 @@ class Colocation:
             raise ValueError(f"unknown holding {holding}: use one of {', '.join(HOLDINGS)}")
         if self.tier == "none":
             self._staying[holding] = tensors
-        else:
+        elif held := [*tensors(), *aliases]:
+            # Else it lies elsewhere, as an optimizer whose masters are the host's.
             place = lambda size: make_tier(self.tier, self.device, self.folder, holding, size)  # noqa: E731
-            self._arenas[holding] = Arena(holding, [*tensors(), *aliases], place, frozen=frozen)
+            self._arenas[holding] = Arena(holding, held, place, frozen=frozen)
+            # Whoever comes next looks at what is free.
+            self.meter.give_back()
         self._account()
 
     def add_gradients(self, holding: Holding, parameters: Iterable[Tensor]) -> None:
         """Parameters whose gradients must be gone when their state ends."""
         self._gradients[holding] = list(parameters)
+
+    @contextmanager
+    def there(self, holding: Holding) -> Iterator[None]:
+        """Has a holding on the device inside the block, where it moves: for what is set up before the first state."""
+        arena = self._arenas.get(holding)
+        if arena is not None:
+            with self._copying(f"{holding} in", arena.bytes):
+                arena.come()
+        yield
+        if arena is not None:
+            with self._copying(f"{holding} out", arena.bytes):
+                arena.leave()
+            self.meter.give_back()
 
     def begin(self) -> None:
         """Everything that is there from the beginning has been added: what else is in use is the process's own."""
@@ -141,7 +172,10 @@ class Colocation:
         if not engine_parts(state):
             self.engine.sleep()
         for holding, arena in self._arenas.items():
-            if holding not in needed and arena.resident:
+            if holding in needed:
+                continue
+            arena.not_yet()
+            if arena.resident:
                 with self._copying(f"{holding} out", arena.bytes):
                     arena.leave()
         if self._arenas:
@@ -185,7 +219,8 @@ class Colocation:
             peak = max(peak, held, int(self._seen.get(f"memory/{self.state}_peak", 0)))
             found[f"memory/{self.state}_peak"] = peak
         self._seen |= found
-        self._states[self.state] = dict(self.ledger.held)
+        # What the allocator keeps is of the work.
+        self._states[self.state] = {name: size for name, size in self.ledger.held.items() if name != ALLOCATOR}
         if peak is not None:
             self.ledger.seen(self.state, peak)
 
@@ -219,7 +254,9 @@ class Colocation:
         states = {}
         for state, held in self._states.items():
             gradients = {
-                name: sum(p.nbytes for p in self._gradients[name]) for name in NEEDS[state] if name in self._gradients
+                name: sum(map(_gradient_bytes, self._gradients[name]))
+                for name in NEEDS[state]
+                if name in self._gradients
             }
             work = max(0, self.ledger.work.get(state, 0) - sum(gradients.values()))
             states[state] = held | gradients | ({"work": work} if work else {})
@@ -257,7 +294,8 @@ class Colocation:
             arena.close()
 
     def _out_of_memory(self) -> UserError:
-        return UserError(f"out of memory in state {self.state}, which {self.ledger.over()}")
+        where = "while the run is set up" if self.state is None else f"in state {self.state}"
+        return UserError(f"out of memory {where}, which {self.ledger.over()}")
 
     def _no_gradients(self, needed: frozenset[Holding]) -> None:
         for holding, parameters in self._gradients.items():
@@ -286,10 +324,16 @@ class Colocation:
             if arena.tier.loads_ahead:
                 # What the state works with is unknown until it has been seen once.
                 work = self.ledger.work.get(state)
-                if work is None or self.ledger.total + work + arena.bytes > self.ledger.limit:
+                room = self.ledger.limit * (1 - _SPARE)
+                if work is None or self.ledger.needed(work) + arena.bytes > room:
                     continue
             arena.come_soon()
             self._account()
+
+
+def _gradient_bytes(parameter: Tensor) -> int:
+    dtype = parameter.grad_dtype or parameter.dtype
+    return parameter.numel() * dtype.itemsize
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -31,6 +31,11 @@ class Ledger:
     def total(self) -> int:
         return sum(self.held.values())
 
+    def needed(self, work: int = 0) -> int:
+        """Bytes in use where a state computes with `work`: it takes what the allocator keeps before anything new."""
+        kept = self.held.get(ALLOCATOR, 0)
+        return self.total - kept + max(work, kept)
+
     def update(self, held: Mapping[str, int]) -> None:
         """Takes over what the holders hold now; what is not named is as it was, 0 bytes take a holder out."""
         self.held = {name: size for name, size in (self.held | dict(held)).items() if size}
@@ -38,16 +43,19 @@ class Ledger:
     def check(self, state: str) -> None:
         """UserError where the state, with what it needed to compute the last time, goes above the limit."""
         work = self.work.get(state, 0)
-        if self.total + work <= self.limit:
+        if self.needed(work) <= self.limit:
             return
         raise UserError(f"state {state} {self.over(work)}")
 
     def over(self, work: int = 0) -> str:
         """What is held beside the limit, who holds it, and what to do about it."""
-        holders = self.held | ({WORK: work} if work else {})
+        holders = dict(self.held)
+        if work and work >= holders.get(ALLOCATOR, 0):
+            holders.pop(ALLOCATOR, None)
+            holders[WORK] = work
         told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sorted(holders.items(), key=lambda i: -i[1]))
         return (
-            f"needs {(self.total + work) / GIB:.2f} GiB of {self.limit / GIB:.2f} GiB allowed (GiB: {told}): "
+            f"needs {self.needed(work) / GIB:.2f} GiB of {self.limit / GIB:.2f} GiB allowed (GiB: {told}): "
             "set memory.offload, lower "
             "schedule.micro_batch_tokens, or use schedule.activation_checkpointing = full; memory.limit_gib is the "
             "limit"
@@ -55,5 +63,7 @@ class Ledger:
 
     def seen(self, state: str, peak: int) -> None:
         """Notes the most bytes that were in use in a state, with what is held now. UserError above the limit."""
-        self.work[state] = max(self.work.get(state, 0), peak - self.total)
+        # What the allocator keeps now is what the state has computed with.
+        work = peak - (self.total - self.held.get(ALLOCATOR, 0))
+        self.work[state] = max(self.work.get(state, 0), work)
         self.check(state)

@@ -15,8 +15,11 @@ from torch import Tensor
 from gadcore.errors import UserError, cause
 
 
-def page_locked(what: str, size: int) -> Tensor:
-    """Bytes [size], zero at first. UserError, which names `what` they are for, where the host has not that many."""
+def page_locked(what: str, size: int, otherwise: str) -> Tensor:
+    """Bytes [size], zero at first. UserError where the host has not that many.
+
+    what: they are for, and otherwise: a setting that does without them, for the message.
+    """
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # A fork would copy what is locked.
@@ -29,7 +32,7 @@ def page_locked(what: str, size: int) -> Tensor:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot lock {size / 2**20:.0f} MiB of host memory for {what}: {cause(error)}; give the job more host "
-            "memory, or raise its limit of locked memory (ulimit -l)"
+            f"memory, raise its limit of locked memory (ulimit -l), or {otherwise}"
         ) from error
     return host
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gadcore.errors import UserError
+from gadcore.memory.page_locked import page_locked, unlock
 
 _CHUNK = 1 << 26
 
@@ -28,11 +29,14 @@ class Tier(Protocol):
     # Whether start_load() fills device memory while something else computes.
     loads_ahead: bool
 
-    def store(self, buffer: Tensor) -> None:
-        """Keeps a copy of the buffer."""
+    def store(self, part: Tensor, offset: int) -> None:
+        """Keeps a copy of a part of the buffer, its bytes from `offset` on. The part may be freed afterwards."""
 
     def start_load(self, buffer: Tensor | None) -> None:
         """Announces load(): into this buffer, where loads_ahead."""
+
+    def stop_load(self) -> None:
+        """Takes start_load() back. Its buffer may be freed afterwards."""
 
     def load(self, buffer: Tensor) -> None:
         """Fills the buffer with what store() kept."""
@@ -72,16 +76,20 @@ class FileTier:
             "free some space, choose another memory.dir, or set memory.offload to none"
         )
 
-    def store(self, buffer: Tensor) -> None:
-        view, position = buffer.numpy().data, 0
+    def store(self, part: Tensor, offset: int) -> None:
+        view, position = part.numpy().data, 0
         try:
-            while position < self.size:
-                position += os.pwrite(self._file, view[position : position + _CHUNK], position)
+            while position < len(view):
+                position += os.pwrite(self._file, view[position : position + _CHUNK], offset + position)
         except OSError as error:
             raise self._failed("write", error, "it is still in memory") from error
 
     def start_load(self, buffer: Tensor | None) -> None:
         os.posix_fadvise(self._file, 0, self.size, os.POSIX_FADV_WILLNEED)
+
+    def stop_load(self) -> None:
+        # What was read ahead is the kernel's.
+        pass
 
     def load(self, buffer: Tensor) -> None:
         view, position = buffer.numpy().data, 0
@@ -111,31 +119,33 @@ class PinnedTier:
     def __init__(self, device: torch.device, holding: str, size: int) -> None:
         """Raises UserError where the host has no `size` bytes to lock. They are locked once: that takes long."""
         self.device = device
-        try:
-            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise UserError(
-                f"cannot lock {size / 2**20:.0f} MiB of host memory for {holding}: set memory.offload to file or none"
-            ) from error
+        self._host = page_locked(holding, size, "set memory.offload to none")
         self._stream = torch.cuda.Stream(device)
         self._loading: torch.cuda.Event | None = None
 
-    def store(self, buffer: Tensor) -> None:
+    def store(self, part: Tensor, offset: int) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            self._host.copy_(buffer, non_blocking=True)
-        # The caller frees the buffer: its memory must not be given away before the copy has read it.
+            self._host[offset : offset + len(part)].copy_(part, non_blocking=True)
+        # The caller frees the part: its memory must not be given away before the copy has read it.
         self._stream.synchronize()
 
     def start_load(self, buffer: Tensor | None) -> None:
         if buffer is None:
             raise ValueError("device memory is needed to load ahead")
+        # The buffer's memory may have been another tensor's, which what is queued there still reads.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             buffer.copy_(self._host, non_blocking=True)
             self._loading = torch.cuda.Event()
             self._loading.record(self._stream)
+        # Wherever the buffer is freed while the copy writes, its memory is nobody's until the copy is done.
         buffer.record_stream(self._stream)
+
+    def stop_load(self) -> None:
+        if self._loading is not None:
+            self._loading.synchronize()
+            self._loading = None
 
     def load(self, buffer: Tensor) -> None:
         if self._loading is None:
@@ -148,6 +158,9 @@ class PinnedTier:
         return self._host
 
     def close(self) -> None:
+        # No copy may find its memory unlocked: load() lets the device wait, not the host.
+        self._stream.synchronize()
+        unlock(self._host)
         del self._host
 
 

@@ -54,6 +54,7 @@ class HostMaster(Optimizer):
 
         Raises UserError where the host has not enough memory to lock.
         """
+        self.owner = owner
         trained = [p for p in model.parameters() if p.requires_grad]
         self.device = trained[0].device
         self._slice = slice_numbers
@@ -77,7 +78,7 @@ class HostMaster(Optimizer):
         size = 4 * self._begin[-1]
         if self.device.type != "cuda":
             return torch.zeros(size // 4)
-        host = page_locked(what, size)
+        host = page_locked(what, size, f"set {self.owner}.master = device")
         # It is unlocked before it goes: the process may get its addresses again for something else.
         weakref.finalize(self, unlock, host)
         return host.view(torch.float32)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
@@ -110,10 +110,21 @@ class Student(Learner):
             tokenizer=spec.tokenizer,
         )
 
-    def freeze_reference(self) -> None:
-        """Makes the student as it is now the reference policy; none is kept where no KL is asked for."""
-        if self.algorithm.kl_coef > 0:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+    def freeze_reference(self, values: Mapping[str, Tensor] | None = None) -> None:
+        """Makes the student as it is now the reference policy; none is kept where no KL is asked for.
+
+        What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
+        values: of the student's parameters by their names, where they wait elsewhere; default those of the model.
+        """
+        if self.algorithm.kl_coef <= 0:
+            return
+        rounded = set() if self.settings.autocast == "none" else _of_products_alone(self.model)
+        copies: dict[int, object] = {}
+        for name, p in self.model.named_parameters():
+            value = p.detach() if values is None else values[name]
+            dtype = getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
+            copies[id(p)] = nn.Parameter(value.to(p.device, dtype, copy=True), requires_grad=False)
+        self.reference = copy.deepcopy(self.model, copies)
 
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch."""
@@ -237,6 +248,17 @@ class Student(Learner):
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
+
+
+def _of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Parameters that nothing but linear layers have: autocast casts these, no norm and no table of embeddings.
+
+    An output head that is the embedding as well is none of them.
+    """
+    owned: dict[bool, set[nn.Parameter]] = {True: set(), False: set()}
+    for module in model.modules():
+        owned[type(module) is nn.Linear].update(module.parameters(recurse=False))
+    return owned[True] - owned[False]
 
 
 def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,7 @@ class SampleRequest:
 
 
 Done = Callable[[int, list[Response]], None]
+There = Callable[[], AbstractContextManager[None]]
 
 
 class Engine(ABC):
@@ -50,6 +52,16 @@ class Engine(ABC):
     spans_ranks: ClassVar[bool] = False
 
     shared: bool = True
+
+    @classmethod
+    def make(
+        cls, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate, there: There
+    ) -> Engine:
+        """An engine for a model whose weights are on its device inside the blocks of there(), and may be away outside:
+        one that needs much memory can take it before they come.
+        """
+        with there():
+            return cls(config, model_path, model, template)  # type: ignore[call-arg]
 
     @classmethod
     def shares_weights(cls, config: Config, device: str) -> bool:
@@ -105,6 +117,11 @@ def engine_class(config: Config) -> type[Engine]:
     return found
 
 
-def make_engine(config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> Engine:
-    """The engine that rollout.engine names, for `model`, which was loaded from `model_path`. It sleeps at first."""
-    return engine_class(config)(config, model_path, model, template)  # type: ignore[call-arg]
+def make_engine(
+    config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate, there: There = nullcontext
+) -> Engine:
+    """The engine that rollout.engine names, for `model`, which was loaded from `model_path`. It sleeps at first.
+
+    there: see Engine.make().
+    """
+    return engine_class(config).make(config, model_path, model, template, there)

@@ -25,7 +25,7 @@ from gadcore.errors import UserError, foreign
 from gadcore.kernels.cast_copy import cast_copy
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
-from gadcore.rollout.engine import Done, Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest, There
 from gadcore.rollout.vllm_classes import TrainersClasses
 from gadcore.rollout.weights import PlainWeights, WeightSource, checksums
 
@@ -74,6 +74,13 @@ class VLLMEngine(Engine):
     spans_ranks = True
 
     @classmethod
+    def make(
+        cls, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate, there: There
+    ) -> Engine:
+        # It looks at the free memory of a GPU when it starts.
+        return cls(config, model_path, model, template, there)
+
+    @classmethod
     def shares_weights(cls, config: Config, device: str) -> bool:
         # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own.
         same = config.vllm.dtype == config.student.weights_dtype
@@ -83,7 +90,15 @@ class VLLMEngine(Engine):
     def dtype(cls, config: Config) -> str:
         return config.vllm.dtype
 
-    def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model_path: str,
+        model: PreTrainedModel,
+        template: ChatTemplate,
+        there: There = nullcontext,
+    ) -> None:
+        """there: see make(); default the weights are there."""
         self.template = template
         self.on_cpu = model.device.type == "cpu"
         self.vllm = _import_vllm(self.on_cpu, config.vllm.kv_cache_gib)
@@ -94,7 +109,8 @@ class VLLMEngine(Engine):
                 self.llm = self._start(config, model_path)
                 engine_models = self.llm.apply_model(lambda m: m)
                 (self.engine_model,) = engine_models
-                self.slices = map_weights(model, self.engine_model)
+                with there():
+                    self.slices = map_weights(model, self.engine_model)
         finally:
             classes.restore(engine_models)
         if self.on_cpu and config.vllm.enforce_eager:
@@ -105,8 +121,9 @@ class VLLMEngine(Engine):
             self._share(model)
         self._awake: set[EnginePart] = {"weights", "kv_cache"}
         self._current = False
-        self.update_weights(PlainWeights(model))
-        self._check_distribution(model, config, model_path)
+        with there():
+            self.update_weights(PlainWeights(model))
+            self._check_distribution(model, config, model_path)
         self.sleep()
 
     def _start(self, config: Config, model_path: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from gadcore import cpu
 from gadcore.checkpoint import store
@@ -27,7 +28,7 @@ from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
 from gadcore.record.tracking import Tracker, make_tracker
 from gadcore.record.view import View, make_view
-from gadcore.rollout.engine import Engine, make_engine
+from gadcore.rollout.engine import Engine, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights
 from gadcore.train import resuming
@@ -72,20 +73,34 @@ def build(
             view.start(_plan(config, stages, folder, device, loader))
             for note in (*inputs.notes, *notes):
                 view.message(note)
-            view.status("loading the student")
-            student = _student(config, inputs, device)
-            discriminator = None
-            if inputs.discriminator is not None:
-                view.status("loading the discriminator")
-                discriminator = _discriminator(config, inputs, device)
-            view.status(f"starting the sampler ({config.rollout.engine})")
-            engine = make_engine(config, inputs.student.path, student.model, inputs.student.template)
-            stack.callback(engine.close)
+            sampling = engine_class(config)
+            shared = sampling.shares_weights(config, device.type)
             place = Path(config.memory.dir or folder.path / "offload")
             on_copy = trace.copy if trace else None
-            memory = Colocation(device, config.memory, place, engine, shared=engine.shared, on_copy=on_copy)
+            memory = Colocation(device, config.memory, place, shared=shared, on_copy=on_copy)
             stack.callback(memory.close)
-            _hand_over(memory, student, discriminator, engine)
+            # Each leaves the device, where holdings move, before the next one needs it: together they may not fit.
+            view.status("loading the student")
+            with memory.explained():
+                student = _student(config, inputs, device)
+                parameters = student.model.num_parameters()
+                # An engine with memory of its own takes shared weights there first.
+                waits = not (shared and sampling.holds_memory)
+                if waits:
+                    _hand_over(memory, student)
+                discriminator = None
+                if inputs.discriminator is not None:
+                    view.status("loading the discriminator")
+                    discriminator = _discriminator(config, inputs, device)
+                    _hand_over(memory, discriminator)
+                view.status(f"starting the sampler ({config.rollout.engine})")
+                there = partial(memory.there, "student.parameters")
+                engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there)
+                stack.callback(engine.close)
+                memory.engine = engine
+                if not waits:
+                    _hand_over(memory, student, engine.aliases())
+                memory.begin()
             phases.memory = memory
             tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
             stack.callback(tracker.close)
@@ -103,7 +118,7 @@ def build(
                 memory=memory,
                 stop_requested=stop_requested,
                 make_discriminator=partial(_fresh_discriminator, config, inputs, device),
-                facts=_facts(config, inputs, student, discriminator, device),
+                facts=_facts(config, inputs, student, discriminator, device, parameters),
                 data=data,
             )
             if config.run.resume:
@@ -125,17 +140,14 @@ def _plan(config: Config, stages: Sequence[str], folder: RunFolder, device: torc
     )
 
 
-def _hand_over(memory: Colocation, student: Student, discriminator: Discriminator | None, engine: Engine) -> None:
-    """Everything that is there before the first step becomes a holding; the reference policy follows when made."""
-    learners: list[Learner] = [student] if discriminator is None else [student, discriminator]
-    for model in learners:
-        name = model.owner
-        memory.add(f"{name}.parameters", model.model.parameters, engine.aliases() if model is student else ())
-        # Moments that are not there yet could not be moved, and would come between the first step's activations.
-        model.optimizer.allocate()
-        memory.add(f"{name}.optimizer", model.optimizer.moments)
-        memory.add_gradients(f"{name}.gradients", model.model.parameters())
-    memory.begin()
+def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = ()) -> None:
+    """A model and its optimizer become holdings. aliases: see Colocation.add()."""
+    # Moments that are not there yet could not be moved, and would come between the first step's activations. They are
+    # made after the parameters, which an optimizer step has beside them as well.
+    model.optimizer.allocate()
+    memory.add(f"{model.owner}.optimizer", model.optimizer.moments)
+    memory.add(f"{model.owner}.parameters", model.model.parameters, aliases)
+    memory.add_gradients(f"{model.owner}.gradients", model.model.parameters())
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
@@ -199,15 +211,20 @@ def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device) -
 
 
 def _facts(
-    config: Config, inputs: Inputs, student: Student, discriminator: Discriminator | None, device: torch.device
+    config: Config,
+    inputs: Inputs,
+    student: Student,
+    discriminator: Discriminator | None,
+    device: torch.device,
+    parameters: int,
 ) -> dict[str, Any]:
-    """What summary.json says of models, machine and data."""
+    """What summary.json says of models, machine and data. parameters: of the student."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "models": {
             "student": config.student.model,
             "discriminator": config.discriminator_model if discriminator else None,
-            "parameters": student.model.num_parameters(),
+            "parameters": parameters,
             "activation_checkpointing": {
                 "student": student.keeps,
                 "discriminator": discriminator and discriminator.keeps,

@@ -311,8 +311,9 @@ class Trainer:
 
         It is saved beside the first checkpoint of the stage, once.
         """
-        self.memory.enter("student")
-        self.student.freeze_reference()
+        # The reference alone: it is made of the student's values wherever they wait.
+        self.memory.enter("rest")
+        self.student.freeze_reference(self.memory.readable(dict(self.student.model.named_parameters())))
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.

@@ -33,6 +33,7 @@ def test_page_locked_copies_keep_every_bit_while_the_device_computes() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     held = [torch.randn(n, generator=generator, device="cuda") for n in (1, 1000, 64 * MIB // 4)]
     arena = Arena("student.parameters", held, pinned)
+    arena.come()
     busy = torch.randn(2048, 2048, device="cuda")
     for round_ in range(3):
         # Written on the current stream, without waiting: the copy must.
@@ -54,6 +55,7 @@ def test_leaving_frees_the_devices_memory() -> None:
     meter = CudaMeter(torch.device("cuda"))
     held = [torch.ones(512 * MIB // 4, device="cuda")]
     arena = Arena("student.optimizer", held, pinned)
+    arena.come()
     meter.give_back()
     before = meter.in_use()
     arena.leave()
@@ -119,3 +121,41 @@ def test_a_run_with_pinned_holdings_is_the_run_without(tmp_path) -> None:
     assert_same_run(tmp_path / "pinned", tmp_path / "none")
     memory = json.loads((tmp_path / "pinned/summary.json").read_text())["memory"]
     assert "discriminator.optimizer" not in memory["states"]["student"]
+    for model in ("student", "discriminator"):
+        assert f"{model}.optimizer" not in memory["states"][model], "beside activations there are no moments"
+
+
+def test_host_memory_that_is_registered_is_exact_and_page_locked() -> None:
+    tier = pinned(33 * MIB)
+    assert tier.readable().is_pinned() and tier.readable().nbytes == 33 * MIB
+    buffer = torch.randint(0, 256, (33 * MIB,), dtype=torch.uint8, device="cuda")
+    tier.store(buffer, 0)
+    back = torch.empty_like(buffer)
+    tier.start_load(back)
+    tier.stop_load()
+    assert torch.equal(back, buffer) and torch.equal(tier.readable(), buffer.cpu())
+    tier.close()
+
+
+def test_a_load_that_is_not_followed_is_given_back() -> None:
+    meter = CudaMeter(torch.device("cuda"))
+    held = [torch.ones(512 * MIB // 4, device="cuda")]
+    arena = Arena("student.optimizer", held, pinned)
+    meter.give_back()
+    before = meter.in_use()
+    arena.come_soon()
+    assert meter.in_use() >= before + 500 * MIB
+    arena.not_yet()
+    meter.give_back()
+    assert meter.in_use() <= before + 16 * MIB
+    arena.come()
+    assert (held[0] == 1).all()
+
+
+def test_a_hand_over_takes_no_second_copy() -> None:
+    held = [torch.ones(64 * MIB // 4, device="cuda") for _ in range(16)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    Arena("student.optimizer", held, pinned)
+    assert torch.cuda.max_memory_allocated() <= before + MIB
+    assert torch.cuda.memory_allocated() <= before - 1000 * MIB

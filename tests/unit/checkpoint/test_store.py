@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gadcore.checkpoint import store
 from gadcore.checkpoint.state import RngState, optimizer_tensors, restore_optimizer, restore_rng, rng_state
 from gadcore.errors import UserError
+from tests.support.device_bytes import DeviceBytes
 
 
 def _save(root: Path, step: int, keep: int = 2, value: float = 1.0) -> Path:
@@ -202,6 +203,22 @@ def test_restored_state_is_a_copy_and_hyperparameters_stay(tmp_path: Path) -> No
     _step(model, fresh, 1)
     assert fresh.param_groups[0]["lr"] == 0.25
     assert all(torch.equal(before[name], tensors[name]) for name in tensors)
+
+
+def test_moments_are_restored_into_the_memory_that_is_there() -> None:
+    """A second copy of them, 24.7 GB of a 3B, would have to fit beside them."""
+    model = _model()
+    names = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    _step(model, optimizer, 0)
+    saved = {name: value.clone() for name, value in optimizer_tensors(optimizer, names).items()}
+    _step(model, optimizer, 1)
+    places = {name: value.data_ptr() for name, value in optimizer_tensors(optimizer, names).items()}
+    with DeviceBytes() as device:
+        restore_optimizer(optimizer, saved, names)
+    assert device.peak_live == 0
+    for name, value in optimizer_tensors(optimizer, names).items():
+        assert torch.equal(value, saved[name]) and value.data_ptr() == places[name]
 
 
 def test_optimizer_without_a_step(tmp_path: Path) -> None:

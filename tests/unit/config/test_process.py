@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gadcore.config.process import SIGNALS, Lasting, StopSignals
+from gadcore.config.process import ALLOCATOR, SIGNALS, Lasting, StopSignals, set_environment
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +101,19 @@ def test_a_pipe_that_speaks_ascii_gets_the_numbers_of_other_characters() -> None
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "Z\\xfcrich\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("auto", {}, "expandable_segments:True"),
+        ("cuda", {"PYTORCH_ALLOC_CONF": ""}, "expandable_segments:True"),
+        ("cpu", {}, None),
+        ("cuda", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("cuda", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, None),
+    ],
+)
+def test_a_gpus_memory_is_joined_unless_the_user_says_something_else(monkeypatch, device, given, expected) -> None:
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in ALLOCATOR} | given)
+    set_environment(0, device)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 
-from gadcore.config.settings import DiscriminatorSettings
+from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, StudentSettings
+from gadcore.models import backbone
 from gadcore.models.backbone import is_pruned
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.shallow import decoder_layers, shallow
@@ -15,7 +17,7 @@ from gadcore.models.spec import ModelSpec
 from gadcore.models.student import Student
 from tests.support.builders import TEMPLATE, discriminator, groups, student
 from tests.support.reads import CountingTokenizer, device_reads
-from tests.support.tiny import save_tiny, tiny_model
+from tests.support.tiny import FAMILIES, save_tiny, tiny_model
 
 # Small enough that the batch of these tests is cut into many micro-batches.
 BUDGET = 60
@@ -102,6 +104,37 @@ def test_one_spec_serves_both_roles(tmp_path) -> None:
         json.loads((path / "tokenizer_config.json").read_text())["pad_token"] for path in (tmp_path, tmp_path / "d")
     ]
     assert pads[1] != pads[0] == spec.tokenizer.pad_token
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", list(FAMILIES))
+def test_a_reference_in_autocasts_dtype_gives_the_same_bits(monkeypatch, kind, tied) -> None:
+    attend = backbone.prefix_attention
+
+    def of_one_dtype(query, key, value, *args, **kwargs):
+        # Rotated queries and keys may come in fp32 beside values that autocast made.
+        return attend(query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
+
+    monkeypatch.setattr(backbone, "prefix_attention", of_one_dtype)
+    model = tiny_model(kind, tied=tied)
+    settings = StudentSettings(autocast="bfloat16")
+    pupil = Student(model, settings, AlgorithmSettings(), temperature=0.8, micro_batch_tokens=100)
+    pupil.freeze_reference()
+    short = pupil.reference
+    assert short is not None and not any(p.requires_grad for p in short.parameters())
+    kept = {name: p.dtype for name, p in short.named_parameters()}
+    layers = [dtype for name, dtype in kept.items() if "_proj." in name]
+    assert set(layers) == {torch.bfloat16} and len(layers) >= 2 * 7
+    assert all(dtype == torch.float32 for name, dtype in kept.items() if "norm" in name or "embed" in name)
+    assert kept.get("lm_head.weight", torch.bfloat16) == torch.bfloat16 and ("lm_head.weight" in kept) == (not tied)
+    batch = groups(3, 3, ragged=True)
+    found = pupil.reference_logprobs(batch)
+    # As it was: a copy in fp32, which autocast rounds in every pass.
+    pupil.reference = copy.deepcopy(model).requires_grad_(False)
+    assert {p.dtype for p in pupil.reference.parameters()} == {torch.float32}
+    expected = pupil.reference_logprobs(batch)
+    assert found is not None and expected is not None and found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_a_student_without_a_tokenizer_cannot_be_saved(tmp_path) -> None:

@@ -7,14 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gadcore.checkpoint import store
-from gadcore.config.settings import AlgorithmSettings, Config, RunSettings
+from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RunSettings, StudentSettings
 from gadcore.data.groups import Group, Response
 from gadcore.errors import UserError
+from gadcore.memory.colocation import Colocation
+from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder, run_folder
+from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.resuming import check, chosen, fingerprint, finished
 from tests.support.builders import groups
+from tests.support.tiny import tiny_model
 
 DATA = {"train": "one", "eval": "two"}
 
@@ -162,3 +167,25 @@ def test_a_fingerprint_knows_every_row_and_its_place() -> None:
         [],
     ]
     assert len({mine, *map(fingerprint, changed)}) == len(changed) + 1
+
+
+def test_a_reference_in_autocasts_dtype_is_restored_to_the_bit(tmp_path) -> None:
+    """Also from what an older gadcore saved: fp32, which autocast would round in every pass."""
+    settings = StudentSettings(autocast="bfloat16")
+    pupil = Student(tiny_model(tied=False), settings, AlgorithmSettings(), temperature=1.0, micro_batch_tokens=64)
+    memory = Colocation(torch.device("cpu"), MemorySettings(offload="none"), tmp_path, shared=True)
+    folder = RunFolder(tmp_path)
+    checkpoints = Checkpoints(folder, memory, None, ["gad"], pupil, None, dict)  # type: ignore[arg-type]
+    pupil.freeze_reference()
+    assert pupil.reference is not None
+    expected = {name: p.clone() for name, p in pupil.reference.named_parameters()}
+    assert {p.dtype for p in expected.values()} == {torch.float32, torch.bfloat16}
+    checkpoints._save_reference(3)
+    in_fp32 = {name: p.detach() for name, p in pupil.model.named_parameters()}
+    for _ in range(2):
+        for p in pupil.reference.parameters():
+            p.zero_()
+        checkpoints.restore_reference(pupil.reference)
+        for name, p in pupil.reference.named_parameters():
+            assert p.dtype == expected[name].dtype and torch.equal(p, expected[name])
+        store.save(folder.reference, 4, {"reference": in_fp32}, {}, keep=1)
