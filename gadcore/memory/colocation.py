@@ -253,11 +253,8 @@ class Colocation:
         """What summary.json says."""
         states = {}
         for state, held in self._states.items():
-            gradients = {
-                name: sum(map(_gradient_bytes, self._gradients[name]))
-                for name in NEEDS[state]
-                if name in self._gradients
-            }
+            there = [name for name in NEEDS[state] if name in self._gradients]
+            gradients = {name: sum(map(_gradient_bytes, self._gradients[name])) for name in there}
             work = max(0, self.ledger.work.get(state, 0) - sum(gradients.values()))
             states[state] = held | gradients | ({"work": work} if work else {})
         return {

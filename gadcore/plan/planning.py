@@ -236,7 +236,8 @@ def _changes(case: Case) -> list[_Change]:
 
 
 def _together(case: Case, changes: list[_Change]) -> list[Advice]:
-    """As few of the changes as fit together, the costly ones left out first."""
+    """As few of the changes as fit together, the costly ones left out first. Of masters in host memory and narrower
+    ones only either can be."""
 
     def planned(some: list[_Change]) -> Plan:
         changed = case
@@ -244,14 +245,16 @@ def _together(case: Case, changes: list[_Change]) -> list[Advice]:
             changed = change(changed)
         return make_plan(changed)
 
-    if not planned(changes).fits:
-        return []
-    kept = changes
-    for change in reversed(changes):
-        fewer = [other for other in kept if other is not change]
-        if planned(fewer).fits:
-            kept = fewer
-    return [Advice(" and ".join(change.name for change in kept), "all of these", planned(kept).room, True)]
+    for other in (".dtype", ".master"):
+        kept = [change for change in changes if not any(key.endswith(other) for key in change.values)]
+        if not planned(kept).fits:
+            continue
+        for change in reversed(kept):
+            fewer = [one for one in kept if one is not change]
+            if planned(fewer).fits:
+                kept = fewer
+        return [Advice(" and ".join(change.name for change in kept), "all of these", planned(kept).room, True)]
+    return []
 
 
 def _more_ranks(case: Case) -> list[Advice]:

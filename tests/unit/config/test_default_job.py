@@ -52,7 +52,7 @@ def test_a_gpu_that_is_hidden_is_none(on_gpu, monkeypatch) -> None:
 def test_a_run_says_which_it_takes_and_plans_the_same(on_gpu, monkeypatch, capsys) -> None:
     given = []
 
-    def stop(threads: int) -> None:
+    def stop(threads: int, device: str) -> None:
         raise SystemExit(9)
 
     monkeypatch.setattr(run, "set_environment", stop)

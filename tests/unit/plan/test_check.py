@@ -10,10 +10,12 @@ import pytest
 from gadcore import run
 from gadcore.config import loading
 from gadcore.config.loading import load, presets
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan import calibration, machine
 from gadcore.plan.check import Fitted, fit
 from gadcore.plan.machine import h100
+from gadcore.plan.workload import Counted
 from tests.support.builders import groups
 from tests.support.runs import tiny_arguments
 
@@ -27,10 +29,15 @@ def _no_calibration(tmp_path, monkeypatch):
 
 
 def on_gpu(monkeypatch, **figures: float) -> None:
-    """Runs start on a machine with one H100, or with other figures in place of its."""
+    """Runs start on a machine with one H100, or with other figures in place of its, on as many rows as the paper's."""
+    monkeypatch.setattr(Counted, "of", classmethod(lambda cls, rows, config: cls(192_014, *_means(config), "test")))
     gpu = h100(1, 1, "a GPU")
     gpu = replace(gpu, figures=gpu.figures.replaced(figures, "test"))
     monkeypatch.setattr(machine, "find", lambda *args, **kwargs: gpu)
+
+
+def _means(config: Config) -> tuple[float, float]:
+    return min(110.0, config.data.max_prompt_tokens / 2), min(320.0, config.data.max_response_tokens / 2)
 
 
 def fitted(*arguments: str, stages=STAGES) -> Fitted:
