@@ -5,6 +5,10 @@ PY ?= $(shell command -v python3.11 || command -v python3.12 || command -v pytho
 PYTHON := $(VENV)/bin/python
 # A machine with an NVIDIA GPU gets the CUDA stack; GADCORE_STACK=cpu or cuda decides by hand.
 GADCORE_STACK ?= $(if $(shell command -v nvidia-smi && nvidia-smi -L 2>/dev/null | grep GPU),cuda,cpu)
+# Who asks for the CPU stack by name means the CPU, whatever the machine has besides.
+ifeq ($(GADCORE_STACK)-$(filter-out file,$(origin GADCORE_STACK)),cpu-$(origin GADCORE_STACK))
+export CUDA_VISIBLE_DEVICES :=
+endif
 # Files of tests beside each other: most tests keep one core busy. PARALLEL= runs them one after the other.
 PARALLEL ?= -n 2 --dist loadfile
 PACKAGES := $(VENV)/.packages-$(GADCORE_STACK)
@@ -55,7 +59,7 @@ doctor: $(READY)
 gpu-test: $(READY)
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-# About eight minutes on a GPU; --rehearse walks through the same stages without one.
+# About nine minutes on a GPU; --rehearse walks through the same stages without one.
 gpu-bench: $(READY)
 	$(PYTHON) -m bench gpu $(ARGS)
 

@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite = SUITES[given.suite]
     module = importlib.import_module(suite.module)
     wanted = _options(given.suite, suite, module, given.rest)
-    quick, out = wanted["quick"], wanted.pop("out")
+    small, out = wanted["quick"] or wanted.get("rehearse", False), wanted.pop("out")
     try:
-        return _measure(given.suite, module, wanted, out or (None if quick else record.path_of(given.suite)))
+        return _measure(given.suite, module, wanted, out or (None if small else record.path_of(given.suite)))
     except UserError as error:
         print(f"bench: {given.suite}: {error}", file=sys.stderr)
         return 2
@@ -79,7 +79,7 @@ def _measure(name: str, module: Any, wanted: dict[str, Any], out: Path | None) -
     if not rows:
         return 0
     if out is None:
-        print(f"{len(rows)} results of --quick, not written: name a file with --out")
+        print(f"{len(rows)} results of small shapes, not written: name a file with --out")
     else:
         if not key:
             record.write(out, rows)

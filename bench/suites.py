@@ -41,7 +41,7 @@ SUITES = {
         "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
         threads=True,
     ),
-    "gpu": Suite("bench.kernels.gpu", "the kernels on a CUDA device; skipped where there is none"),
+    "gpu": Suite("bench.gpu.suite", "what a first run on a GPU must answer, in stages; skipped where there is none"),
     "traffic": Suite(
         "bench.offline.traffic_suite", "bytes, launches and FLOPs of the Triton kernels under the interpreter"
     ),

@@ -73,6 +73,13 @@ OPS = {
         passes=("forward",),
         triton=KERNEL_DTYPES,
         cpu=SINGLE,
+        grid=True,
+    ),
+    "take_rows": Op(
+        "rows by index, with gradients of repeated ones added up in a fixed order",
+        passes=("backward",),
+        triton=KERNEL_DTYPES,
+        grid=True,
     ),
     "cast_copy": Op("many copies with casts between floating dtypes, in one launch", cuda=True),
     "linear": Op("a linear layer of many rows with its gradients, as in training", cpu=SINGLE),

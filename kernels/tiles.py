@@ -30,7 +30,7 @@ def chosen_tiles() -> dict[str, Any]:
 
 
 def use_tiles(tiles: dict[str, Any]) -> list[str]:
-    """Lets the kernels of this process, which has a GPU, compute with the tiles of chosen_tiles(), read from JSON.
+    """Lets the kernels of this process, on a GPU, compute with the tiles of chosen_tiles(), read from JSON again.
 
     What has been chosen here already is replaced. Returns a sentence for each that cannot be used (another GPU, a
     kernel or tile that is no more): those are chosen anew. Raises ValueError where `tiles` is nothing of the kind.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import record
+from bench.gpu import tables as gpu_stages
 from bench.kernels.tables_text import (
     CUDA,
     FEW_ROWS,
@@ -31,7 +32,8 @@ def files() -> dict[Path, str]:
 def document(read: Read = rows_of) -> str:
     """The whole file."""
     cpu = [Result.from_json(row) for row in read("kernels")]
-    gpu = [Result.from_json(row) for row in read("gpu")]
+    staged = read("gpu")
+    gpu = [Result.from_json({k: v for k, v in row.items() if k != "stage"}) for row in staged if "op" in row]
     sections = [
         ("The ops", [OPS]),
         ("CPU timings", _timings(cpu, "kernels")),
@@ -41,6 +43,7 @@ def document(read: Read = rows_of) -> str:
         ("The test grid", _grid(read("kernel_grid"))),
         *offline.sections(read),
         ("CUDA sources", as_they_are(read("cuda"), "cuda", CUDA)),
+        ("A first run on a GPU", gpu_stages.blocks(staged)),
         ("GPU timings", _timings(gpu, "gpu")),
         ("What has not been measured", not_measured(cpu, gpu)),
     ]

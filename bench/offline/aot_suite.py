@@ -139,6 +139,7 @@ def _cases(quick: bool) -> Iterator[tuple[AotCase, Shape | Heads]]:
         yield from ((case, few) for case in plain if case.op.startswith("linear_logprob"))
     yield from _attention(quick)
     yield from _rotary(quick)
+    yield from _rows_by_index(quick)
     for case in liger:
         yield from ((case, shape) for shape in (production[:1] if quick else production))
 
@@ -342,6 +343,20 @@ def _rotate(back: bool) -> Callable[[Heads, Any], None]:
             rotary.forward(_meta(heads.T, count, heads.D, dtype=dtype), cos, cos, back)
 
     return call
+
+
+def _rows_by_index(quick: bool) -> Iterator[tuple[AotCase, Shape]]:
+    """The hidden states that predict response tokens."""
+    for dtype in ("bfloat16",) if quick else ("bfloat16", "float32"):
+        yield AotCase("take_rows", "triton", _take_rows, dtype=dtype), Shape(TOKENS[0], WIDTHS[0], VOCABULARIES[0])
+
+
+def _take_rows(shape: Shape, dtype: Any) -> None:
+    import torch
+
+    from gadcore.kernels.triton import take_rows
+
+    take_rows.backward(_meta(shape.T, shape.H, dtype=dtype), _meta(shape.T, dtype=torch.int64), shape.T)
 
 
 # --- Liger-Kernel's --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ What the interpreter of Triton 3.7 computes differently from a GPU, and is mende
   float32 was cut off rather than rounded. Here it is widened to float32, computed, and rounded to the nearest even.
 - `tl.dot` on float32 was exact. Where the kernel asks for TF32 (the default), the operands are rounded to TF32 here.
 - `tl.maximum` and `tl.minimum` handed NaN on. Unless asked to, a GPU returns the operand that is a number.
+- A float argument stayed Python's. A GPU's kernel gets a number of float32, with methods and a dtype.
 - libdevice functions were missing. The common ones are numpy's here.
 - Programs ran with the last grid axis fastest. A GPU launches them with the first axis fastest: so does this, and any
   other order can be set by `program_order`.
@@ -402,6 +403,12 @@ def _patch_lang(fn: Any) -> Any:
     return _original["_patch_lang"](fn)
 
 
+def _implicit_cvt(arg: Any) -> Any:
+    if isinstance(arg, float):
+        return tl.tensor(TensorHandle(np.array([arg], np.float32), tl.float32), tl.float32)
+    return _original["_implicit_cvt"](arg)
+
+
 _original: dict[str, Any] = {}
 
 
@@ -420,7 +427,8 @@ def _install() -> None:
         _init_args_hst=_init_args_hst, _restore_args_dev=_restore_args_dev, __call__=_call
     ).items():
         _replace(GridExecutor, name, method)
-    _replace(triton_interpreter, "_patch_lang", _patch_lang)
+    for name, function in dict(_patch_lang=_patch_lang, _implicit_cvt=_implicit_cvt).items():
+        _replace(triton_interpreter, name, function)
     for operation in (triton_interpreter.ReduceOps, triton_interpreter.ScanOps):
         operation.apply_impl = _honest_apply(operation.apply_impl)
     for name, function in LIBDEVICE.items():

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the table, or with --json an object; returns 0, or 2 where something is wrong."""
     if unknown := [argument for argument in arguments if argument != "--json"]:
         raise UserError(f"doctor takes --json and nothing else, not {' '.join(unknown)}")
-    set_environment(0)
+    set_environment(0, "auto")
     stack, checks = examine()
     wrong = [check for check in checks if check.status == "wrong"]
     if "--json" in arguments:

@@ -20,6 +20,7 @@ from gadcore.data.groups import Cost, GroupedBatch
 from gadcore.kernels.last_token_attention import last_token_attention
 from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
+from gadcore.kernels.take_rows import take_rows
 from gadcore.models.shallow import close, decoder_layers, probe_batch, shallow
 
 ATTENTION = "gadcore"
@@ -102,8 +103,9 @@ def last_hidden_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
 def predicting_states(model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
     """Hidden states [R, H] after the final norm of the tokens that predict the response tokens; pruned as above."""
     if is_pruned(model):
-        return _forward(model, batch, only=(batch.predicting, False)).index_select(0, batch.predicted_by)
-    return _forward(model, batch).index_select(0, batch.predicting[batch.predicted_by])
+        return take_rows(_forward(model, batch, only=(batch.predicting, False)), batch.predicted_by)
+    # A prompt's last token predicts the first one of each of its samples: its row is read more than once.
+    return take_rows(_forward(model, batch), batch.predicting[batch.predicted_by])
 
 
 def _forward(model: PreTrainedModel, batch: GroupedBatch, **kwargs: Any) -> Tensor:

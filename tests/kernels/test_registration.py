@@ -66,7 +66,6 @@ ARGUMENTS: dict[str, Callable[[], tuple]] = {
         *(0.5, 2, PACKED.longest, "cpu"),
     ),
     "rms_norm": lambda: (leaf(T, H), leaf(H), 1e-5, 1.0),
-    "rotary": lambda: (leaf(T, 2, H), leaf(T, H).detach(), leaf(T, H).detach(), False, "cpu"),
     "swiglu": lambda: (leaf(T, H), leaf(T, H)),
 }
 

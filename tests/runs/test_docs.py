@@ -40,6 +40,10 @@ LOOKED_UP = {
     "make test": "these tests are part of it",
     "make lint": ".ci/run runs it",
     "make test-without-native": ".ci/run runs it",
+    "make doctor": "`python -m gadcore.run doctor`, which is run",
+    "make gpu-test": "needs a GPU",
+    "make gpu-bench": "needs a GPU; tests/unit/bench/gpu rehearses it",
+    "python -m bench gpu": "tests/unit/bench/gpu runs it",
     "python -m bench paper": "trains for minutes an arm: tests/runs/test_paper_gates.py runs its parts",
 }
 # Documents whose Python is run by another test: pieces of sources, no programs.
@@ -239,7 +243,9 @@ def small_command(code: Code, folder: Path, server: str) -> list[str]:
     if command == "tally":
         rate(folder / "sheet")
         return [command, *(path for word in argv[1:] for path in sorted(glob.glob(word, root_dir=folder)))]
-    assert command in ("export", "report", "sheet"), f"{code.where}: give the command {command} a rule in this test"
+    assert command in ("doctor", "export", "report", "sheet"), (
+        f"{code.where}: give the command {command} a rule in this test"
+    )
     return argv
 
 

@@ -13,6 +13,8 @@ from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_rat
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.kernels.ops import OPS
+from gadcore.kernels.rotary import rotary
+from gadcore.kernels.take_rows import take_rows
 from tests.support.kernel_grid import (
     F64,
     GROUP_CASES,
@@ -228,6 +230,36 @@ def check_tied_weights(impl: Any, dtype: torch.dtype, device: str = "cpu") -> No
     RECORD.check("tied weights", impl, dtype, [], [(actual, expected)])
 
 
+def check_rotary(shape: tuple[int, int, int], impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    T, _, D = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=generator, dtype=F64).to(dtype).requires_grad_()
+    # Of the two halves of an angle nothing is taken to be equal.
+    cos, sin = torch.randn(2, T, D, generator=generator, dtype=F64).to(dtype)
+    (leaf,) = leaves64(x)
+    assert leaf is not None
+    low, high = leaf.chunk(2, -1)
+    truth = leaf * cos.to(F64)[:, None] + torch.cat((-high, low), -1) * sin.to(F64)[:, None]
+    of = weighted(truth)
+    y = rotary(to(device, x), to(device, cos), to(device, sin), impl=impl)
+    # The result has the inputs' dtype, and so the tolerance of gradients.
+    d_x = pairs(gradients(of(y.cpu()), x), gradients(of(truth), leaf))
+    RECORD.check("rotary", impl, dtype, [], [(y, truth.detach()), *d_x])
+
+
+def check_take_rows(rows: int, taken: int, width: int, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+    generator = torch.Generator().manual_seed(rows + taken)
+    x = torch.randn(rows, width, generator=generator, dtype=F64).to(dtype).requires_grad_()
+    index = torch.randint(rows, (taken,), generator=generator)
+    (leaf,) = leaves64(x)
+    assert leaf is not None
+    truth = leaf[index]
+    of = weighted(truth)
+    y = take_rows(to(device, x), index.to(device), impl=impl)
+    d_x = pairs(gradients(of(y.cpu()), x), gradients(of(truth), leaf))
+    RECORD.check("take_rows", impl, dtype, [(y, truth.detach())], d_x)
+
+
 class Grid(NamedTuple):
     """check(*case, impl, dtype, device) for every case."""
 
@@ -240,6 +272,8 @@ GRIDS = {
     "linear_logprob": Grid([(case,) for case in HEAD_CASES], check_linear_logprob),
     "linear_grpo_loss": Grid(GRPO_CASES, check_linear_grpo_loss),
     "grpo_ratio_loss": Grid([(n, ratio) for n in RATIO_TOKENS for ratio in RATIO_CASES], check_grpo_ratio_loss),
+    "rotary": Grid([(s,) for s in ((1, 1, 2), (5, 3, 64), (33, 9, 96), (130, 2, 128))], check_rotary),
+    "take_rows": Grid([(1, 1, 1), (3, 70, 33), (40, 9, 1024), (64, 200, 1500)], check_take_rows),
     "bt_score": Grid([(case, width) for case in GROUP_CASES for width in WIDTHS], check_bt_score),
 }
 

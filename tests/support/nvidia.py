@@ -51,6 +51,7 @@ def nvml(
     for name, answer in answers.items():
         setattr(fake, name, answer)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake
 
 

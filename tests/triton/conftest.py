@@ -7,28 +7,18 @@ In any other process everything here is skipped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.importable import make_bench_importable
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-class NotInterpreted(pytest.File):
-    """Stands for a test file in a process where its kernels would be compiled for a GPU."""
-
-    def collect(self) -> Any:
-        pytest.skip("needs a process of its own, started with TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1")
+from tests.support.interpreted import INTERPRETED, only_interpreted
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    return None if INTERPRETED else NotInterpreted.from_parent(parent, path=module_path)
+    return only_interpreted(module_path, parent)
 
 
 make_bench_importable()

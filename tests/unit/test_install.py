@@ -191,3 +191,16 @@ def test_make_builds_native_ops_in_either_stack(stack: str, tmp_path: Path) -> N
     assert any("csrc/cuda/build.py" in line for line in lines) == (stack == "cuda")
     assert not any("--pre" in line for line in lines)
     assert "\n\t-$(PYTHON) csrc/cuda/build.py\n" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "hides"), [(["GADCORE_STACK=cpu"], True), (["GADCORE_STACK=cuda"], False), ([], False)]
+)
+def test_who_asks_for_the_cpu_stack_means_the_cpu(given: list[str], hides: bool, monkeypatch, tmp_path: Path) -> None:
+    """A run refuses a CPU beside a GPU that torch does not see, unless that is meant."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("GADCORE_STACK", raising=False)
+    (tmp_path / "Makefile").write_text(f"include {ROOT}/Makefile\nshow:\n\t@echo shows $$CUDA_VISIBLE_DEVICES\n")
+    command = ["make", "-s", "show", *given]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert said == ("shows\n" if hides else "shows 0\n")

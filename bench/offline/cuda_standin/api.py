@@ -106,7 +106,7 @@ def _answers(tensors: Tensors) -> dict[str, Any]:
 
 def _check_error(code: int) -> None:
     if code:
-        raise torch.cuda.CudaError(code)
+        raise RuntimeError(f"CUDA error {code}")
 
 
 @contextmanager

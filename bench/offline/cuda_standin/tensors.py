@@ -115,11 +115,7 @@ class Tensors:
         if self.on_gpu(tensor) == gpu and not copy:
             return tensor
         streams.current[0].run()
-        with self._onto_host():
-            out = torch.Tensor.clone(tensor)
-        if tensor.is_leaf and not (torch.is_grad_enabled() and tensor.requires_grad):
-            out = out.detach()
-        return self.take(out) if gpu else out
+        return _Move.apply(tensor, self, gpu)  # type: ignore[no-any-return]
 
     # Patches
 
@@ -222,6 +218,19 @@ class Tensors:
         }
 
 
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, tensors: Tensors, gpu: bool) -> Tensor:
+        ctx.tensors, ctx.back = tensors, tensors.on_gpu(tensor)
+        with tensors._onto_host():
+            out = torch.Tensor.clone(tensor)
+        return tensors.take(out) if gpu else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.tensors.moved(grad, ctx.back), None, None
+
+
 _MISSING: Any = object()
 
 
@@ -231,6 +240,21 @@ def _storage(tensor: Tensor) -> Any:
     except (NotImplementedError, RuntimeError):
         # A wrapper, which has none of its own.
         return None
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return out.copy_(a.to(dtype) @ b.to(dtype))
+
+
+def _addmm(
+    added: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
+    product = alpha * (a.to(dtype) @ b.to(dtype))
+    return out.copy_(product + beta * added if beta else product)
+
+
+# native_functions.yaml: products of 16 bits that are added up, and handed out, in float32.
+_ONLY_ON_CUDA = {_aten.mm.dtype_out: _mm, _aten.addmm.dtype_out: _addmm}
 
 
 class _Dispatch(TorchDispatchMode):
@@ -246,7 +270,7 @@ class _Dispatch(TorchDispatchMode):
         there = [self.tensors.on_gpu(tensor) for tensor in given]
         packet = func.overloadpacket
         if not any(there):
-            return func(*args, **kwargs)
+            return self._of_autograd(func, given, func(*args, **kwargs))
         self._check(func, packet, given, there)
         if packet is _aten._local_scalar_dense:
             self.tensors.reads += 1
@@ -266,7 +290,14 @@ class _Dispatch(TorchDispatchMode):
                     self.tensors.take(leaf)
         return out
 
+    def _of_autograd(self, func: Any, given: list[Tensor], out: Any) -> Any:
+        """Zeros that the engine makes, on the graph's device, for a result that nobody has read."""
+        made = not given and not self.tensors._to_host and torch._C._current_graph_task_id() != -1
+        return self.tensors.take(out) if made and isinstance(out, Tensor) else out
+
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _ONLY_ON_CUDA:
+            return _ONLY_ON_CUDA[func](*args, **kwargs)
         op = OPDEFS.get(func._schema.name)
         if op is None:
             return func(*args, **kwargs)
