@@ -131,11 +131,14 @@ class HostMaster(Optimizer):
                 steps.append(float(self.adamw.state[master]["step"]) - 1)
         if not pieces:
             return
-        parts = [list(part) for part in zip(*pieces, strict=True)]
+        updated, gradients, first_moments, second_moments = (list(part) for part in zip(*pieces, strict=True))
         (group,) = self.adamw.param_groups
         beta1, beta2 = group["betas"]
         adamw(
-            *parts,
+            updated,
+            gradients,
+            first_moments,
+            second_moments,
             [],
             list(torch.tensor(steps, device=weights.device).unbind()),
             fused=True,
@@ -147,7 +150,7 @@ class HostMaster(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        torch._foreach_copy_(targets, parts[0])
+        torch._foreach_copy_(targets, updated)
 
 
 def _on_cuda(host: Sequence[Tensor], numbers: int, device: torch.device) -> Iterator[tuple[int, Sequence[Tensor]]]:

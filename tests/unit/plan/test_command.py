@@ -51,7 +51,7 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys) -> None:
     arguments = ["--preset", "qwen2.5-7b", "--plan.machine", "h100-80gb-x1", "--plan.check_activations", "false"]
     assert main(arguments) == 1
     text = capsys.readouterr().out
-    assert "does not fit" in text and "What would make it fit" in text and "4 ranks of the same accelerator" in text
+    assert "does not fit" in text and "What would make it fit" in text and "2 ranks of the same accelerator" in text
     assert "30 hours" not in text and "not built yet" not in text
 
 
