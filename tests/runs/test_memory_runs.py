@@ -110,7 +110,8 @@ def test_a_limit_ends_a_run_with_the_list_of_holders(plain, tmp_path) -> None:
     settings = ["--memory.limit_gib", "0.1", "--run.dir", str(tmp_path / "run")]
     done = run([*tiny_arguments(plain.parent), *settings], tmp_path)
     assert done.returncode == 2
-    assert "of 0.10 GiB allowed" in done.stderr and "process" in done.stderr and "memory.offload" in done.stderr
+    assert "of 0.10 GiB allowed" in done.stderr and "process" in done.stderr and "memory.limit_gib" in done.stderr
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
 
 
 def test_what_a_cpu_cannot_do_is_refused(plain, tmp_path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from gadcore import run
-from gadcore.config import loading
 from gadcore.config.loading import load, presets
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
