@@ -14,17 +14,24 @@ PARALLEL ?= -n 2 --dist loadfile
 PACKAGES := $(VENV)/.packages-$(GADCORE_STACK)
 READY := $(VENV)/.ready-$(GADCORE_STACK)
 
-.PHONY: run test test-triton test-without-native packages setup doctor lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
+.PHONY: run test test-triton test-rehearsal test-without-native packages setup doctor lint lock lock-check clean cuda kernels-aot bench gpu-test gpu-bench
 run: $(READY)
 	$(PYTHON) -m gadcore.run $(ARGS)
 
 test: $(READY)
 	$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 	$(MAKE) --no-print-directory test-triton
+	$(MAKE) --no-print-directory test-rehearsal
 
 # Triton's interpreter needs a process of its own; more than one OpenBLAS thread makes its small products 700 times slower.
 test-triton: $(READY)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) tests/triton tests/kernels/test_grid.py
+
+# The engine on a stand-in for a GPU. Fails as well where a line that runs on a GPU alone was not executed.
+test-rehearsal: $(READY)
+	rm -rf build/rehearsal
+	REHEARSAL_COVERAGE=build/rehearsal TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) tests/rehearsal
+	$(PYTHON) -m bench.offline.cuda_lines build/rehearsal/.coverage.*
 
 # Everything must hold without what only makes a CPU faster as well.
 test-without-native: $(READY)

@@ -176,7 +176,10 @@ def _other(name: str, arguments: list[str]) -> int:
 
 
 def _prepare(config: Any) -> None:
-    set_environment(config.run.threads, config.run.device)
+    """config: of any command."""
+    engine = getattr(config, "rollout", None) or getattr(config, "sampling", None)
+    batch_invariant = getattr(engine, "batch_invariant", False)
+    set_environment(config.run.threads, config.run.device, batch_invariant=batch_invariant)
 
 
 def report_main(arguments: list[str]) -> int:
@@ -202,7 +205,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             f"{loading.DEFAULT_PRESET}",
             sys.stderr,
         )
-    set_environment(config.run.threads, config.run.device)
+    _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     check_functions(config.algorithm)
     check_tracker(config.tracking.tracker)

@@ -1,7 +1,7 @@
-"""Which lines of gadcore and kernels run on a GPU alone, and which of them a run under coverage.py has executed.
+"""Which lines of gadcore and kernels run on a GPU alone, and which of them the rehearsal on the stand-in has executed.
 
-    TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m coverage run -m pytest tests/rehearsal
-    python -m bench.offline.cuda_lines
+    make test-rehearsal        # the tests under coverage.py, and then this:
+    python -m bench.offline.cuda_lines build/rehearsal/.coverage.*
 
 A line is one where a condition asks for the kind of device and this is what CUDA takes; where torch.cuda is called; or
 of a module, class or function in WHOLE, which is made for CUDA. Bodies of Triton's kernels are not among them: the
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,29 +110,30 @@ def _statements(body: list[ast.stmt]) -> Iterator[int]:
             yield from _statements(handler.body)
 
 
-def missing(root: Path, data: Path) -> tuple[list[Line], list[Line]]:
-    """(all lines, those that were not executed) by a data file of coverage.py."""
+def missing(root: Path, files: Sequence[Path]) -> tuple[list[Line], list[Line]]:
+    """(all lines, those that were not executed) by data files of coverage.py."""
     from coverage import CoverageData
 
-    measured = CoverageData(str(data))
-    measured.read()
     executed: dict[Path, set[int]] = {}
-    for file in measured.measured_files():
-        executed.setdefault(Path(file).resolve(), set()).update(measured.lines(file) or ())
+    for data in files:
+        measured = CoverageData(str(data))
+        measured.read()
+        for file in measured.measured_files():
+            executed.setdefault(Path(file).resolve(), set()).update(measured.lines(file) or ())
     lines = cuda_lines(root)
     return lines, [line for line in lines if line.number not in executed.get((root / line.file).resolve(), set())]
 
 
-def main(root: Path, data: Path) -> int:
+def main(root: Path, files: Sequence[Path]) -> int:
     """Says what was executed; 1 where something was not."""
-    lines, left = missing(root, data)
+    lines, left = missing(root, files)
     for line in left:
         print(f"not executed: {line.file}:{line.number}: {line.text}")
     print(f"{len(lines) - len(left)} of {len(lines)} lines that run on a GPU alone were executed on the stand-in")
     for (file, text), reason in EXCEPTIONS.items():
         print(f"left out: {file}: {text}: {reason}")
-    return 1 if left else 0
+    return 1 if left or not files else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(__file__).resolve().parents[2], Path(sys.argv[1] if len(sys.argv) > 1 else ".coverage")))
+    sys.exit(main(Path(__file__).resolve().parents[2], list(map(Path, sys.argv[1:]))))

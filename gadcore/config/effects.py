@@ -72,6 +72,7 @@ def of_vllm(section: str, engine: str, device: str) -> Iterator[Reason]:
         yield f"on CUDA {section}.gpu_memory_utilization says how much vLLM takes", (f"{section}.kv_cache_gib",)
     if engine == "vllm" and device == "cpu":
         yield f"on a CPU {section}.kv_cache_gib says how much vLLM takes", (f"{section}.gpu_memory_utilization",)
+        yield "on a CPU a prompt's samples depend on its seed alone in any case", (f"{section}.batch_invariant",)
 
 
 def _chosen(config: Section, keys: Iterable[str]) -> Iterator[str]:
@@ -113,6 +114,8 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
 
 def _of_machine(config: Config, device: str) -> Iterator[Reason]:
     yield from of_vllm("rollout", config.rollout.engine, device)
+    if config.rollout.engine == "vllm" and config.vllm.dtype == "float32":
+        yield 'rollout.dtype = "float32" has its logits in float32', ("rollout.head_dtype",)
     if config.rollout.engine == "hf":
         yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', ("memory.shared_weights",)
     elif device == "cuda":

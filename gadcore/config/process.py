@@ -15,12 +15,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
-def set_environment(threads: int, device: str) -> None:
+def set_environment(threads: int, device: str, *, batch_invariant: bool = False) -> None:
     """What must be set before torch is imported. threads: run.threads; 0 leaves what the environment says. device:
-    run.device.
+    run.device. batch_invariant: that of the engine.
     """
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    if batch_invariant:
+        # vLLM sets them as it starts (enable_batch_invariant_mode()); by then the trainer's products have workspaces.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+        os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
     # Spinning threads slow each other down on a machine that does anything else; a short spin bridges the gaps between
     # the many small regions of sampling. A longer one gains little on an idle machine and loses much on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -7,16 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.kinds import (
@@ -33,6 +26,7 @@ from gadcore.config.kinds import (
     Trained,
     anywhere,
 )
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
 
 
 class RunSettings(Section):
@@ -101,44 +95,6 @@ class DiscriminatorSettings(Trained):
     margin_cap: Above | None = Field(
         None, description="A pair whose margin is above this gives no gradient; none: every pair does."
     )
-
-
-def _engine_of(value: Any) -> Any:
-    return value.get("engine", "vllm") if isinstance(value, dict) else getattr(value, "engine", None)
-
-
-# Annotates a union of Sections that differ by their `engine`; a table without one means vllm.
-BY_ENGINE = Discriminator(_engine_of)
-
-
-class CommonRollout(Section):
-    """Sampling, with any engine."""
-
-    engine: str
-    group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
-    temperature: Annotated[float, Field(gt=0)] = 0.8
-    context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
-
-
-class VLLMRollout(CommonRollout):
-    """Sampling by vLLM: many prompts at a time, with weights and a KV cache of its own."""
-
-    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    block_size: Positive = 32
-    max_num_seqs: Positive = 256
-    prefix_caching: bool = True
-    enforce_eager: bool = True
-    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.45, description="Share of the device's memory that vLLM may take, on CUDA."
-    )
-
-
-class HFRollout(CommonRollout):
-    """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
-
-    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
 
 
 class AlgorithmSettings(Section):

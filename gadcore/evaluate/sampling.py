@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
+from gadcore.config.device import quiet
 from gadcore.data.batches import build_prompts
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
 from gadcore.data.rows import load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
+from gadcore.evaluate.child import in_process
 from gadcore.evaluate.responses import ResponseRow, digest_of, write_json, write_responses
 from gadcore.evaluate.settings import EvalConfig, SetSettings
 from gadcore.files import checksum, temporary, write_whole
@@ -32,7 +34,7 @@ from gadcore.models.loading import load_causal_lm, resolve_model
 from gadcore.models.spec import ModelSpec
 from gadcore.record.reading import read_as
 from gadcore.record.tracking import MetricsLog, Row, Scan, scan
-from gadcore.rollout.engine import Done, Engine, SampleRequest, make_engine
+from gadcore.rollout.engine import Done, Engine, SampleRequest, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler, derived_seed
 from gadcore.rollout.weights import PlainWeights
 
@@ -56,23 +58,57 @@ def find_model(value: str) -> str:
 
 
 def sample_all(config: EvalConfig, device: torch.device, log: Log) -> None:
-    """Draws every response that is missing in eval.out."""
+    """Draws every response that is missing in eval.out. log: to be found by its name where vLLM runs on CUDA."""
+    if not engine_class(config.as_run()).one_a_process(device.type):
+        _draw(config, device, log, one_engine=False)
+    elif next(_tasks(config), None) is not None:
+        # Each draws for as many models as share its engine; what it took of the GPU is free when it ends.
+        while not in_process(_draw_with_one_engine, config, device, log):
+            pass
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is missing of a model: rows and what the responses depend on, by set."""
+
+    model: str
+    path: str
+    rows: dict[str, list[RawRow]]
+    made_from: dict[str, dict[str, Any]]
+
+
+def _tasks(config: EvalConfig) -> Iterator[_Task]:
+    """In the order of eval.models, those that have one."""
     out = Path(config.eval.out)
     sets = {name: _load(name, settings, config) for name, settings in all_sets(config).items()}
     paths = {name: find_model(value) for name, value in config.eval.models.items()}
+    for model, path in paths.items():
+        weights = identity(path)
+        made_from = {name: _made_from(config, weights, rows) for name, rows in sets.items()}
+        missing = {name: sets[name] for name in sets if not _is_done(out / name, model, made_from[name])}
+        if missing:
+            yield _Task(model, path, missing, made_from)
+
+
+def _draw_with_one_engine(config: EvalConfig, device: torch.device, log: Log) -> bool:
+    quiet()
+    return _draw(config, device, log, one_engine=True)
+
+
+def _draw(config: EvalConfig, device: torch.device, log: Log, *, one_engine: bool) -> bool:
+    """Draws what is missing; with one_engine only up to the first model that needs a second one. Returns whether
+    nothing is missing any more."""
+    out = Path(config.eval.out)
     sampler = _Sampler(config, device, log)
     try:
-        for model, path in paths.items():
-            weights = identity(path)
-            made_from = {name: _made_from(config, weights, rows) for name, rows in sets.items()}
-            missing = [name for name in sets if not _is_done(out / name, model, made_from[name])]
-            if not missing:
-                continue
-            with as_directory(path, exported(out, model)) as directory:
-                sampler.use(directory)
-                for name in missing:
-                    log(f"sampling {len(sets[name])} responses of {model} to {name}")
-                    _sample(sampler, sets[name], out / name, model, made_from[name], log)
+        for task in _tasks(config):
+            with as_directory(task.path, exported(out, task.model)) as directory:
+                if not sampler.use(directory, one_engine=one_engine):
+                    return False
+                for name, rows in task.rows.items():
+                    log(f"sampling {len(rows)} responses of {task.model} to {name}")
+                    _sample(sampler, rows, out / name, task.model, task.made_from[name], log)
+        return True
     finally:
         sampler.close()
 
@@ -164,12 +200,16 @@ class _Sampler:
         self._kind: tuple[str, str] | None = None
         self._path: str | None = None
 
-    def use(self, path: str) -> None:
-        """From here on generate() samples from the model at `path`."""
+    def use(self, path: str, *, one_engine: bool = False) -> bool:
+        """From here on generate() samples from the model at `path`. With one_engine False, and nothing else, where that
+        would take a second engine."""
         if path == self._path:
-            return
+            return True
         data = self.config.data
         spec = ModelSpec.resolve(path, system_prompt=data.system_prompt, arguments=data.template_arguments)
+        kind = _kind_of(spec)
+        if one_engine and self.engine is not None and kind != self._kind:
+            return False
         model = load_causal_lm(path, self.config.sampling.dtype, self.device)
         _check_context(model, path, self.run_config.context_tokens)
         self.template = spec.template
@@ -177,7 +217,6 @@ class _Sampler:
             self.log(f"  data.template_arguments: the chat template of {path} does not read {name}")
         for note in self.template.notes:
             self.log(f"  {note}")
-        kind = _kind_of(model, self.template)
         if self.engine is not None and kind == self._kind:
             with torch.no_grad():
                 for mine, new in zip(self.model.parameters(), model.parameters(), strict=True):
@@ -186,7 +225,10 @@ class _Sampler:
             self.close()
             self.model, self._kind = model, kind
             self.engine = make_engine(self.run_config, path, model, self.template)
+            for note in self.engine.notes:
+                self.log(f"  {note}")
         self._path = path
+        return True
 
     def generate(self, requests: list[SampleRequest], done: Done) -> None:
         """Draws one response per request; done is told of each as soon as it is there."""
@@ -253,9 +295,12 @@ def _check_context(model: PreTrainedModel, path: str, needed: int) -> None:
         )
 
 
-def _kind_of(model: PreTrainedModel, template: ChatTemplate) -> tuple[str, str]:
-    shape = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    tokenizer = template.tokenizer
+def _kind_of(spec: ModelSpec) -> tuple[str, str]:
+    """What models have in common that one engine can sample from."""
+    # Whatever dtype the file has, all are loaded in one.
+    other = ("_name_or_path", "transformers_version", "dtype")
+    shape = {k: v for k, v in spec.config.to_dict().items() if k not in other}
+    tokenizer = spec.tokenizer
     return repr(shape), tokenizer.backend_tokenizer.to_str() + tokenizer.chat_template
 
 

@@ -11,15 +11,8 @@ from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 from gadcore.config.data import DataSettings
 from gadcore.config.effects import Reason, of_vllm, told
 from gadcore.config.kinds import Columns, Location, NonNegative, Positive, Rate, Section, pairs
-from gadcore.config.settings import (
-    BY_ENGINE,
-    Config,
-    DiscriminatorSettings,
-    FreshSettings,
-    HFRollout,
-    RunSettings,
-    VLLMRollout,
-)
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
+from gadcore.config.settings import Config, DiscriminatorSettings, FreshSettings, RunSettings
 from gadcore.config.template_arguments import TemplateArguments
 
 # Column and file names beside the models' own.
@@ -113,7 +106,10 @@ class VLLMSampling(CommonSampling):
     """How vLLM draws responses, one per prompt."""
 
     engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
-    max_num_seqs: Positive = 256
+    max_num_seqs: Positive | None = Field(None, description="Sequences at a time; none: as in training.")
+    batch_invariant: bool = Field(
+        False, description="On CUDA: equal models give equal responses, whatever else is in the batch; slower."
+    )
     kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.45, description="Share of the device's memory that vLLM may take, on CUDA."

@@ -22,11 +22,10 @@ def page_locked(what: str, size: int, otherwise: str) -> Tensor:
     """
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A fork would copy what is locked.
-        pages.madvise(mmap.MADV_DONTFORK)
-        with suppress(OSError):
-            # Fewer pages to lock, where the kernel has large ones.
-            pages.madvise(mmap.MADV_HUGEPAGE)
+        # A fork would copy what is locked; large pages are fewer to lock. Not every kernel knows of both.
+        for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
+            with suppress(OSError):
+                pages.madvise(advice)
         host = torch.frombuffer(pages, dtype=torch.uint8)
         _check(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))
     except (OSError, RuntimeError) as error:

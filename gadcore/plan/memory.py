@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from gadcore.config.kinds import Trained
-from gadcore.config.settings import Config, VLLMRollout
+from gadcore.config.rollout import VLLMRollout
+from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
@@ -76,13 +77,16 @@ class Case:
     def sequences_at_once(self) -> int:
         """Sequences that a sampler works on at a time, at most."""
         rollout = self.config.rollout
-        return rollout.max_num_seqs if isinstance(rollout, VLLMRollout) else self.work.samples
+        if not isinstance(rollout, VLLMRollout):
+            return self.work.samples
+        machine = self.machine
+        return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
 
     @property
     def graphs(self) -> bool:
         """Whether the sampler replays CUDA graphs."""
         rollout = self.config.rollout
-        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.enforce_eager
+        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.eager("cuda")
 
     @property
     def context_tokens(self) -> int:

@@ -43,6 +43,7 @@ class Engine(ABC):
     samples from the trainer's own weights and holds nothing for itself.
 
     shared: generate() computes with the trainer's own weights.
+    notes: what a user should know of how it was set up, in sentences.
     """
 
     # Whether it holds a key-value cache, and perhaps weights, between calls; samples many prompts at once; and can be
@@ -52,6 +53,7 @@ class Engine(ABC):
     spans_ranks: ClassVar[bool] = False
 
     shared: bool = True
+    notes: Sequence[str] = ()
 
     @classmethod
     def make(
@@ -72,6 +74,11 @@ class Engine(ABC):
     def dtype(cls, config: Config) -> str:
         """The dtype that it computes in: "float32" or "bfloat16"."""
         return config.student.weights_dtype
+
+    @classmethod
+    def one_a_process(cls, device: str) -> bool:
+        """Whether a process can make only one, even if it closes it, on a device of type "cpu" or "cuda"."""
+        return False
 
     @abstractmethod
     def generate(
@@ -122,6 +129,6 @@ def make_engine(
 ) -> Engine:
     """The engine that rollout.engine names, for `model`, which was loaded from `model_path`. It sleeps at first.
 
-    there: see Engine.make().
+    there: see Engine.make(). Raises UserError where the engine cannot run the model, or has no room on the device.
     """
     return engine_class(config).make(config, model_path, model, template, there)

@@ -7,10 +7,10 @@ optimizer step *is* the weight update. Elsewhere update_weights() copies into vL
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore import cpu
+from gadcore.config.rollout import VLLMRollout
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
@@ -27,36 +28,53 @@ from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout.engine import Done, Engine, SampleRequest, There
 from gadcore.rollout.vllm_classes import TrainersClasses
-from gadcore.rollout.weights import PlainWeights, WeightSource, checksums
+from gadcore.rollout.vllm_weights import map_weights
+from gadcore.rollout.weights import WeightSource, checksums, row_sums
 
 # How far log-probs of a sample may lie from the trainer's, in the mean, by the engine's dtype: rounding, and no more.
 _DIFFERENCE = {"float32": 0.01, "bfloat16": 0.2}
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A trainer parameter is rows start .. end - 1 of one of vLLM's parameters."""
-
-    name: str
-    vllm_name: str
-    start: int
-    end: int
-
-
-def _import_vllm(on_cpu: bool, kv_cache_gib: int):  # type: ignore[no-untyped-def]
+def _import_vllm(settings: VLLMRollout, on_cpu: bool):  # type: ignore[no-untyped-def]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_cpu:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         # The trainer's threads are not vLLM's to bind.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         import vllm.model_executor.layers.utils as layer_utils
 
         layer_utils.dispatch_cpu_unquantized_gemm = _plain_cpu_linear
+    else:
+        # Read by vLLM as it is imported, too.
+        os.environ["VLLM_BATCH_INVARIANT"] = str(int(settings.batch_invariant))
+        # vLLM would let Triton print of the trainer's kernels (vllm/utils/jit_monitor.py).
+        os.environ.setdefault("TRITON_PRINT_AUTOTUNING", "0")
     import vllm
 
     return vllm
+
+
+def _check_gpu(settings: VLLMRollout) -> None:
+    """Raises UserError where vLLM cannot be started on the GPU with these settings."""
+    if settings.batch_invariant and torch.cuda.get_device_capability() < (9, 0):
+        # enable_batch_invariant_mode() in vllm/model_executor/determinism/batch_invariant.py: aten::matmul and
+        # aten::linear of the whole process get kernels without a backward pass.
+        raise UserError(
+            "batch_invariant = true needs a GPU of compute capability 9.0 or later: on others vLLM replaces matrix "
+            "products of the trainer by some that have no gradient: leave it at false"
+        )
+    # vLLM asks the same (request_memory() in vllm/v1/worker/utils.py), and knows no setting of ours by name. It counts
+    # what torch keeps without using it as taken until it has given that back itself.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    wanted = math.ceil(total * settings.gpu_memory_utilization)
+    if free < wanted:
+        raise UserError(
+            f"gpu_memory_utilization = {settings.gpu_memory_utilization} asks for {wanted / 1e9:.1f} GB of the GPU for "
+            f"vLLM, and {free / 1e9:.1f} of its {total / 1e9:.1f} GB are free: lower it, or end what else uses the GPU"
+        )
 
 
 def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
@@ -90,6 +108,13 @@ class VLLMEngine(Engine):
     def dtype(cls, config: Config) -> str:
         return config.vllm.dtype
 
+    @classmethod
+    def one_a_process(cls, device: str) -> bool:
+        # The allocator that lets vLLM sleep is one for a process, and serves a second vLLM only where no tensor of the
+        # first is left (Worker._maybe_get_memory_pool_context() in vllm/v1/worker/gpu_worker.py). close() lets go of
+        # ours; whether torch.compile, CUDA graphs and vLLM's own caches did is not for us to say.
+        return device == "cuda"
+
     def __init__(
         self,
         config: Config,
@@ -99,43 +124,61 @@ class VLLMEngine(Engine):
         there: There = nullcontext,
     ) -> None:
         """there: see make(); default the weights are there."""
+        settings = config.vllm
         self.template = template
         self.on_cpu = model.device.type == "cpu"
-        self.vllm = _import_vllm(self.on_cpu, config.vllm.kv_cache_gib)
+        self.eager = settings.eager(model.device.type)
+        if not self.on_cpu:
+            _check_gpu(settings)
+        self.vllm = _import_vllm(settings, self.on_cpu)
         classes = TrainersClasses(model)
         engine_models: list[nn.Module] = []
-        try:
-            with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
+        with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
+            try:
                 self.llm = self._start(config, model_path)
                 engine_models = self.llm.apply_model(lambda m: m)
-                (self.engine_model,) = engine_models
-                with there():
-                    self.slices = map_weights(model, self.engine_model)
-        finally:
-            classes.restore(engine_models)
-        if self.on_cpu and config.vllm.enforce_eager:
+            finally:
+                classes.restore(engine_models)
+        (self.engine_model,) = engine_models
+        if self.on_cpu and self.eager:
             cpu.adapt_vllm(self.llm)
+        self.notes = [] if self.on_cpu else [self._resolved()]
         self._kv_cache = self._find_kv_cache()
         self.shared = self.shares_weights(config, model.device.type)
-        if self.shared:
-            self._share(model)
         self._awake: set[EnginePart] = {"weights", "kv_cache"}
-        self._current = False
+        # vLLM's weights are those of the directory, as the trainer's are, which map_weights() sees to.
+        self._current = True
+        prompt, sample = self._sample_once(model, config)
+        loaded = {name: row_sums(p) for name, p in self.engine_model.named_parameters()}
+        if not self.on_cpu:
+            # The trainer's weights find the room that vLLM had.
+            self.sleep()
         with there():
-            self.update_weights(PlainWeights(model))
-            self._check_distribution(model, config, model_path)
+            with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
+                self.slices = map_weights(model, self.engine_model, loaded)
+            if self.shared:
+                self._share(model)
+            self._check_distribution(model, config, model_path, prompt, sample)
         self.sleep()
 
     def _start(self, config: Config, model_path: str) -> Any:
         rollout = config.vllm
+        # The trainer's logits are float32, made of bfloat16 products; so are these, then (LogitsProcessor in
+        # vllm/model_executor/layers/logits_processor.py). The head's weights stay what they are, tied or not.
+        head = {"head_dtype": rollout.head_dtype} if rollout.dtype != rollout.head_dtype == "float32" else {}
         return self.vllm.LLM(
             model=model_path,
             dtype=rollout.dtype,
+            hf_overrides=head,
             max_model_len=config.context_tokens,
             block_size=rollout.block_size,
-            max_num_seqs=rollout.max_num_seqs,
+            # None is vLLM's own limit.
+            max_num_seqs=rollout.sequences_at_once("cpu", 0, "") if self.on_cpu else rollout.max_num_seqs,
             enable_prefix_caching=rollout.prefix_caching,
-            enforce_eager=rollout.enforce_eager,
+            # CUDA graphs hold addresses. Those of weights and KV cache stay over sleep and wake, which unmap and map
+            # them again (vllm/device_allocator/cumem.py), and over updates, which write in place. What graphs need for
+            # themselves is within gpu_memory_utilization, and stays while vLLM sleeps.
+            enforce_eager=self.eager,
             # Log-probs after the temperature, as the trainer computes them.
             logprobs_mode="processed_logprobs",
             # The model's own generation_config is neither read nor obeyed.
@@ -152,15 +195,27 @@ class VLLMEngine(Engine):
             ),
         )
 
-    def _check_distribution(self, model: PreTrainedModel, config: Config, model_path: str) -> None:
-        """Raises UserError where a sample's log-probs are not the trainer's, equal weights or not."""
+    def _resolved(self) -> str:
+        """What settings that the device decides have become."""
+        sequences = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        graphs = "without CUDA graphs" if self.eager else "with CUDA graphs"
+        return f"vLLM samples up to {sequences} sequences at a time, {graphs}"
+
+    def _sample_once(self, model: PreTrainedModel, config: Config) -> tuple[tuple[int, ...], Response]:
+        """A prompt and a sample for it."""
         tokens = max(1, min(8, config.context_tokens // 2))
         prompt = tuple(1 + 7 * i % (model.config.get_text_config().vocab_size - 1) for i in range(tokens))
         ((sample,),) = self.generate([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
+        return prompt, sample
+
+    def _check_distribution(
+        self, model: PreTrainedModel, config: Config, model_path: str, prompt: tuple[int, ...], sample: Response
+    ) -> None:
+        """Raises UserError where a sample's log-probs are not the trainer's, equal weights or not."""
         ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
         with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[0, tokens - 1 : -1].float()
-        found = logits.log_softmax(-1).gather(-1, ids[0, tokens:, None])[:, 0]
+            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        found = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
         difference = (found - torch.tensor(sample.logprobs, device=found.device)).abs().mean().item()
         if not difference < _DIFFERENCE[self.dtype(config)]:
             raise UserError(
@@ -295,51 +350,16 @@ class VLLMEngine(Engine):
         return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self.slices)]
 
     def close(self) -> None:
+        if not self.on_cpu and len(self._awake) < 2:
+            # vLLM frees memory that sleeps by unmapping it once more, which the driver refuses (my_free() in
+            # csrc/cumem_allocator.cpp). Where there is no room to wake it, the end of the process frees it.
+            parts = {"weights": self._own_weights(), "kv_cache": self._kv_cache}
+            asleep = sum(t.nbytes for part, tensors in parts.items() if part not in self._awake for t in tensors)
+            torch.cuda.empty_cache()
+            if torch.cuda.mem_get_info()[0] < asleep:
+                return
+            self.llm.wake_up()
+        # What vLLM is to free must not be held here.
+        del self.engine_model, self._kv_cache
         self.llm.llm_engine.engine_core.shutdown()
-
-
-def map_weights(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
-    """Where each trainer parameter lies inside vLLM's, in the trainer's order.
-
-    Both sides must hold the same values when this is called (they were loaded from the same directory): every
-    slice is compared, to the precision of the engine's dtype. Raises RuntimeError where they do not match.
-    """
-    parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
-    members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
-    engine = dict(engine_model.named_parameters())
-    called = {name: name if name in engine else _in_vllms_words(name, model) for name, _ in model.named_parameters()}
-    rows = {called[name]: len(p) for name, p in model.named_parameters()}
-    slices = []
-    for name, p in model.named_parameters():
-        vllm_name, start = called[name], 0
-        if vllm_name not in engine:
-            prefix, module, kind = _split(vllm_name)
-            fused = ".".join(filter(None, (prefix, parts.get(module), kind)))
-            if module not in parts or fused not in engine:
-                raise RuntimeError(f"vLLM's model has no parameter for the trainer's {name}")
-            before = members[parts[module]][: members[parts[module]].index(module)]
-            vllm_name, start = fused, sum(rows[".".join(filter(None, (prefix, m, kind)))] for m in before)
-        slices.append(Slice(name, vllm_name, start, start + len(p)))
-        view = engine[vllm_name].data[start : start + len(p)]
-        if not torch.equal(view, p.detach().to(view)):
-            raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
-    # Weights that no update would reach, for example a head of its own where the trainer's is the embedding.
-    if left := sorted(engine.keys() - {s.vllm_name for s in slices}):
-        raise RuntimeError(f"vLLM's {left[0]} is no parameter of the trainer's")
-    return slices
-
-
-def _in_vllms_words(name: str, model: PreTrainedModel) -> str:
-    """A parameter's name where backbone and output head are called `model` and `lm_head`, as vLLM calls them."""
-    backbone, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    if name.startswith(backbone):
-        return "model." + name.removeprefix(backbone)
-    of_head = next((f"{n}." for n, module in model.named_modules() if module is head), backbone)
-    return "lm_head." + name.removeprefix(of_head) if name.startswith(of_head) else name
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """'a.b.q_proj.weight' -> ('a.b', 'q_proj', 'weight')."""
-    prefix, _, kind = name.rpartition(".")
-    prefix, _, module = prefix.rpartition(".")
-    return prefix, module, kind
+        del self.llm

@@ -31,6 +31,12 @@ class PlainWeights:
         return ((name, p.detach()) for name, p in self.model.named_parameters())
 
 
+def row_sums(tensor: Tensor) -> Tensor:
+    """[rows] int64, of the bits of every row, on the tensor's device."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
+
+
 def checksums(weights: Iterable[tuple[str, Tensor]]) -> Tensor:
     """[n, 2] int64 over the bits of n tensors, on their device: the host waits for none of them.
 
@@ -39,8 +45,7 @@ def checksums(weights: Iterable[tuple[str, Tensor]]) -> Tensor:
     """
     found = []
     for _, tensor in weights:
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        rows = tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
+        rows = row_sums(tensor)
         numbers = torch.arange(1, len(rows) + 1, device=rows.device)
         found.append(torch.stack([rows.sum(), (rows * numbers).sum()]))
     return torch.stack(found)

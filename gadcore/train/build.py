@@ -97,6 +97,8 @@ def build(
                 there = partial(memory.there, "student.parameters")
                 engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there)
                 stack.callback(engine.close)
+                for note in engine.notes:
+                    view.message(note)
                 memory.engine = engine
                 if not waits:
                     _hand_over(memory, student, engine.aliases())

@@ -111,6 +111,18 @@ def test_sleep_level_2_loses_weights_and_an_update_brings_the_trainers(tmp_path)
     assert greedy() == first, "sleeping and waking changed greedy output"
     with pytest.raises(RuntimeError, match="has slept"):
         engine.generate(requests, temperature=0.0, max_tokens=4)
+    # CUDA graphs, captured before, compute with what was written since.
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    wake_with(engine, model)
+    ((sample,),) = engine.generate(requests, temperature=0.8, max_tokens=16)
+    ids = torch.tensor([[*requests[0].prompt_ids, *sample.token_ids]], device="cuda")
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, 3:-1] / 0.8
+    logprobs = logits.log_softmax(-1).gather(-1, ids[0, 4:, None])[:, 0].cpu()
+    torch.testing.assert_close(torch.tensor(sample.logprobs), logprobs, rtol=0, atol=1e-3)
+    engine.sleep()
     engine.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from gadcore.errors import UserError
 from gadcore.evaluate import sampling
+from gadcore.evaluate.child import in_process
 from gadcore.evaluate.command import main
 from gadcore.evaluate.responses import read_responses
 from gadcore.files import LOCK, held, temporary
@@ -231,6 +232,27 @@ def test_equal_text_that_ends_alike_cannot_be_told_apart_and_its_end_can(here: P
         found = evaluate("m=a", out=f"{name}_end", eval__out_of_domain="{}", fresh__steps=20, fresh__lr=1e-2)
         accuracies[name] = found["sets"]["rows"]["results"]["m"]["fresh_accuracy"]["mean"]
     assert accuracies == {"same": 0.5, "cut": 1.0}
+
+
+def test_an_engine_that_is_one_a_process_gets_a_process_for_each_shape(here: Path, monkeypatch) -> None:
+    """As vLLM is on CUDA: a and b share one, q has its own."""
+    save_tiny(Path("q"), "qwen2", seed=1)
+    greedy = {"sampling__temperature": 0, "fresh__enabled": "false"}
+    evaluate("a=a,q=q,b=b", out="together", **greedy)
+    started = []
+
+    def counted(function, *arguments):
+        started.append(function)
+        return in_process(function, *arguments)
+
+    monkeypatch.setattr(HFEngine, "one_a_process", classmethod(lambda cls, device: True))
+    monkeypatch.setattr(sampling, "in_process", counted)
+    for _ in range(2):
+        evaluate("a=a,b=b,q=q", out="apart", **greedy)
+    assert len(started) == 2, "and none where nothing is missing"
+    for name in "abq":
+        texts = [Path(f"{out}/rows/{name}.jsonl").read_text() for out in ("together", "apart")]
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

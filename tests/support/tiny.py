@@ -75,9 +75,16 @@ FAMILIES = {
 }
 
 
-def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1):
-    """A random model of two layers over the tiny tokenizer's vocabulary; kind: one of FAMILIES."""
+def tiny_model(
+    kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1, head_dim: int | None = None
+):
+    """A random model of two layers over the tiny tokenizer's vocabulary; kind: one of FAMILIES.
+
+    head_dim: default the family's; the kernels for a GPU take 64 and more.
+    """
     model, config, special = FAMILIES[kind]
+    if head_dim is not None:
+        special = special | dict(head_dim=head_dim)
     shape = dict(
         vocab_size=320,
         hidden_size=64,
@@ -102,9 +109,17 @@ def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_head
     return made
 
 
-def save_tiny(directory: Path, kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1) -> Path:
+def save_tiny(
+    directory: Path,
+    kind: str = "llama",
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    kv_heads: int = 1,
+    head_dim: int | None = None,
+) -> Path:
     """A model directory as a user would have it."""
-    model = tiny_model(kind, tied=tied, seed=seed, kv_heads=kv_heads)
+    model = tiny_model(kind, tied=tied, seed=seed, kv_heads=kv_heads, head_dim=head_dim)
     model.save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory

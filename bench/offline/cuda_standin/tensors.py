@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -123,6 +124,8 @@ class Tensors:
     def installed(self) -> Iterator[None]:
         """Patches torch for the block."""
         changes: list[tuple[Any, str, Any]] = []
+        # What `with torch.device(..)` acts on is looked up once in a process: torch's own functions, not these.
+        _device_constructors()
 
         def put(owner: Any, name: str, value: Any) -> None:
             changes.append((owner, name, owner.__dict__.get(name, _MISSING)))

@@ -74,6 +74,14 @@ def test_what_the_device_overrides() -> None:
     assert told("rollout.kv_cache_gib=3") == []
     assert len(told("rollout.gpu_memory_utilization=0.3")) == 1
     assert told("rollout.gpu_memory_utilization=0.3", device="cuda") == []
+    assert len(told("rollout.batch_invariant=true")) == 1
+    assert told("rollout.batch_invariant=true", device="cuda") == []
+
+
+def test_the_dtype_of_logits_is_a_setting_of_engines_in_bfloat16() -> None:
+    (sentence,) = told("rollout.head_dtype=bfloat16")
+    assert sentence == 'rollout.head_dtype has no effect: rollout.dtype = "float32" has its logits in float32'
+    assert told("rollout.head_dtype=bfloat16", "rollout.dtype=bfloat16") == []
     for device, engine, count in (("cuda", "vllm", 1), ("cpu", "hf", 1), ("cpu", "vllm", 0)):
         assert len(told("memory.shared_weights=false", f"rollout.engine={engine}", device=device)) == count
     assert told("memory.prefetch=false", device="cuda") == []

@@ -23,6 +23,14 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def test_workspaces_of_products_are_chosen_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for chosen, values in ((False, [None, None]), (True, [":16:8", "1"])):
+        set_environment(0, "cuda", batch_invariant=chosen)
+        assert [os.environ.get(name) for name in names] == values
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_the_first_step_a_signal_stops_at_once(number: signal.Signals) -> None:
     signals = StopSignals()

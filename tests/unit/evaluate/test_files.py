@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gadcore.config import loading
-from gadcore.config.settings import HFRollout
+from gadcore.config.rollout import HFRollout
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import ResponseRow, digest_of, read_responses, write_responses
 from gadcore.evaluate.settings import EvalConfig

@@ -150,11 +150,14 @@ def test_models_are_handed_over_one_by_one(spec) -> None:
         with device:
             before = device.live
             model = make()
+            for p in model.model.parameters():
+                # Read into the host's memory, then moved.
+                p.data = p.data.clone()
             parameters = bytes_of(model.model.parameters())
             device.peak_live = device.live
             _hand_over(memory, model)
         made.append(model)
-        assert device.peak_live - before < 3.1 * parameters
+        assert 2.9 * parameters < device.peak_live - before < 3.1 * parameters
         assert device.live - before < 0.1 * parameters, "it has left"
         assert device.kept() < 0.1 * parameters, "for whoever looks at what is free"
     with memory.there("student.parameters"):

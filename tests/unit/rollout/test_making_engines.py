@@ -66,7 +66,7 @@ def test_vllm_starts_before_the_weights_come(monkeypatch, log, there) -> None:
     for name, what, result in (
         ("_start", "started", SimpleNamespace(apply_model=lambda read: [read(model)])),
         ("_find_kv_cache", "cache found", []),
-        ("update_weights", "updated", None),
+        ("_sample_once", "sampled", ((), None)),
         ("_check_distribution", "checked", None),
         ("sleep", "asleep", None),
     ):
@@ -74,6 +74,5 @@ def test_vllm_starts_before_the_weights_come(monkeypatch, log, there) -> None:
     config = Config.model_validate({"rollout": {"dtype": "bfloat16", "enforce_eager": False}})
     make_engine(config, "", model, TEMPLATE, there)
     assert log == [
-        "started", "weights come", "compared", "weights leave", "cache found",
-        "weights come", "updated", "checked", "weights leave", "asleep",
+        "started", "cache found", "sampled", "weights come", "compared", "checked", "weights leave", "asleep",
     ]  # fmt: skip

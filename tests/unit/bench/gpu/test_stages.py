@@ -89,7 +89,7 @@ def test_an_opponent_that_fails_costs_no_other(monkeypatch) -> None:
     monkeypatch.setattr(kernels.cases.head, "naive_logprob", broken)
     rows = list(kernels.head(CPU))
     (row,) = (row for row in rows if row.get("status") == "failed")
-    assert row["case"] == "head of 64 tokens beside naive torch" and row["error"] == "no kernel image"
+    assert row["case"] == "head of 64 tokens beside naive" and row["error"] == "no kernel image"
     assert {"bt_score", "grpo_ratio_loss"} <= {row["op"] for row in rows if "op" in row}
 
 

@@ -1,0 +1,65 @@
+"""The settings of `rollout`: one class for each engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field
+
+from gadcore.config.kinds import Positive, Section
+
+
+def _engine_of(value: Any) -> Any:
+    return value.get("engine", "vllm") if isinstance(value, dict) else getattr(value, "engine", None)
+
+
+# Annotates a union of Sections that differ by their `engine`; a table without one means vllm.
+BY_ENGINE = Discriminator(_engine_of)
+
+
+class CommonRollout(Section):
+    """Sampling, with any engine."""
+
+    engine: str
+    group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
+
+
+class VLLMRollout(CommonRollout):
+    """Sampling by vLLM: many prompts at a time, with weights and a KV cache of its own."""
+
+    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    head_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the logits, where dtype is bfloat16.")
+    block_size: Positive = 32
+    max_num_seqs: Positive | None = Field(
+        None, description="Sequences at a time; none: 1024 on CUDA from 70 GiB on (an A100: 256), else 256."
+    )
+    prefix_caching: bool = True
+    enforce_eager: bool | None = Field(None, description="none: CUDA graphs on CUDA, no graphs on a CPU; true: none.")
+    batch_invariant: bool = Field(
+        False, description="On CUDA: a prompt's samples depend on its seed alone, not on the batch; slower."
+    )
+    kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.45, description="Share of the device's memory that vLLM may take, on CUDA."
+    )
+
+    def eager(self, device: str) -> bool:
+        """Whether vLLM runs without graphs on a device of type "cpu" or "cuda"."""
+        return device == "cpu" if self.enforce_eager is None else self.enforce_eager
+
+    def sequences_at_once(self, device: str, memory_bytes: float, name: str) -> int:
+        """Sequences that vLLM works on at a time, at most, on a device of that type, memory and name."""
+        if self.max_num_seqs is not None:
+            return self.max_num_seqs
+        # As vLLM 0.32 has it where it is not told: EngineArgs.get_batch_defaults() in vllm/engine/arg_utils.py.
+        large = memory_bytes >= 160 * 2**30 or (memory_bytes >= 70 * 2**30 and "a100" not in name.lower())
+        return 1024 if device == "cuda" and large else 256
+
+
+class HFRollout(CommonRollout):
+    """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
+
+    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')

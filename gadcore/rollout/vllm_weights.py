@@ -1,0 +1,69 @@
+"""Where the trainer's parameters lie in vLLM's, of which several are one there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gadcore.rollout.weights import row_sums
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A trainer parameter is rows start .. end - 1 of one of vLLM's parameters."""
+
+    name: str
+    vllm_name: str
+    start: int
+    end: int
+
+
+def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping[str, Tensor]) -> list[Slice]:
+    """Where each trainer parameter lies inside vLLM's, in the trainer's order.
+
+    loaded: row_sums() of vLLM's parameters while they held what the trainer's hold now (both were loaded from the same
+    directory): every row is compared, to the precision of the engine's dtype. vLLM's own values are not looked at, they
+    may be gone. Raises RuntimeError where they do not match.
+    """
+    parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
+    members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
+    engine = dict(engine_model.named_parameters())
+    called = {name: name if name in engine else _in_vllms_words(name, model) for name, _ in model.named_parameters()}
+    rows = {called[name]: len(p) for name, p in model.named_parameters()}
+    slices = []
+    for name, p in model.named_parameters():
+        vllm_name, start = called[name], 0
+        if vllm_name not in engine:
+            prefix, module, kind = _split(vllm_name)
+            fused = ".".join(filter(None, (prefix, parts.get(module), kind)))
+            if module not in parts or fused not in engine:
+                raise RuntimeError(f"vLLM's model has no parameter for the trainer's {name}")
+            before = members[parts[module]][: members[parts[module]].index(module)]
+            vllm_name, start = fused, sum(rows[".".join(filter(None, (prefix, m, kind)))] for m in before)
+        slices.append(Slice(name, vllm_name, start, start + len(p)))
+        if not torch.equal(loaded[vllm_name][start : start + len(p)], row_sums(p.detach().to(engine[vllm_name].dtype))):
+            raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
+    # Weights that no update would reach, for example a head of its own where the trainer's is the embedding.
+    if left := sorted(engine.keys() - {s.vllm_name for s in slices}):
+        raise RuntimeError(f"vLLM's {left[0]} is no parameter of the trainer's")
+    return slices
+
+
+def _in_vllms_words(name: str, model: PreTrainedModel) -> str:
+    """A parameter's name where backbone and output head are called `model` and `lm_head`, as vLLM calls them."""
+    backbone, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    if name.startswith(backbone):
+        return "model." + name.removeprefix(backbone)
+    of_head = next((f"{n}." for n, module in model.named_modules() if module is head), backbone)
+    return "lm_head." + name.removeprefix(of_head) if name.startswith(of_head) else name
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """'a.b.q_proj.weight' -> ('a.b', 'q_proj', 'weight')."""
+    prefix, _, kind = name.rpartition(".")
+    prefix, _, module = prefix.rpartition(".")
+    return prefix, module, kind

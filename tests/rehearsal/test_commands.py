@@ -1,0 +1,107 @@
+"""What else asks for the device: other engines and stages, the plan, figures of the GPU, what is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.offline.cuda_standin import gpu
+from bench.offline.cuda_standin.api import NAME, UUID
+from gadcore.checkpoint.state import restore_rng, rng_state
+from gadcore.config.device import best_device
+from gadcore.errors import UserError
+from gadcore.kernels import prefix_attention as attention
+from gadcore.kernels.layout import PrefixLayout
+from gadcore.memory.placement import tier_name
+from gadcore.memory.tiers import PinnedTier
+from gadcore.models.fused_cuda import norm_of
+from gadcore.plan import calibrate, machine
+from gadcore.plan.dimensions import Dimensions
+from gadcore.record.monitor import Gpu
+from gadcore.run import main
+from tests.rehearsal.test_run import GIB, MIB, arguments
+from tests.support.tiny import tiny_model
+
+CUDA = torch.device("cuda")
+
+
+def test_the_baseline_beside_an_engine_of_hugging_face(tmp_path) -> None:
+    with gpu(80 * GIB):
+        more = {"rollout.engine": "hf", "memory.offload": "none", "schedule.seqkd_steps": 1}
+        given = arguments(tmp_path, **more)
+        for name in ("dtype", "block_size", "gpu_memory_utilization"):
+            place = given.index(f"--rollout.{name}")
+            del given[place : place + 2]
+        assert main(["seqkd", *given]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["machine"]["device"] == NAME and summary["memory"]["offload"] == "none"
+
+
+def test_the_machine_is_the_gpu(capsys) -> None:
+    with gpu(80 * GIB):
+        assert best_device() == CUDA
+        here = machine.here(1)
+        assert (here.kind, here.name) == ("cuda", f"this machine: {NAME}")
+        assert here.figures["memory_bytes"] == 80 * GIB
+
+
+def test_calibration(monkeypatch) -> None:
+    for name, value in {"_DECODE_BYTES": 1e4, "_FILE_BYTES": 1 << 16, "_COPY_BYTES": 1 << 16, "_ROWS": 32}.items():
+        if hasattr(calibrate, name):
+            monkeypatch.setattr(calibrate, name, value)
+    config = tiny_model(head_dim=64).config
+    with gpu(4 * GIB):
+        figures = calibrate.measure(Dimensions.of(config), config, lambda line: None)
+    assert figures["product_flops_bfloat16"] > 0 and "decode_flops_share" in figures
+
+
+def test_a_tier_says_what_it_cannot_do() -> None:
+    with pytest.raises(UserError, match="file frees host memory and this run is on a GPU"):
+        tier_name("file", "cuda")
+    with gpu(64 * MIB):
+        tier = PinnedTier(CUDA, "student.parameters", 4096)
+        with pytest.raises(ValueError, match="device memory is needed"):
+            tier.start_load(None)
+        tier.close()
+
+
+def test_random_states_of_the_gpu_are_kept() -> None:
+    with gpu(64 * MIB):
+        kept = rng_state()
+        assert "cuda:0" in kept.tensors
+        restore_rng(kept)
+
+
+def test_figures_of_the_gpu(monkeypatch) -> None:
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        NVMLError_NotFound=KeyError,
+        NVML_CLOCK_SM=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=GIB),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    with gpu(64 * MIB):
+        found = Gpu(CUDA, lambda line: None)
+        assert found._handle == f"GPU-{UUID}" and found.gauges["machine/gpu_memory_used_gib"]() == 1
+        found.close()
+
+
+def test_liger_is_missed_by_name(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with gpu(64 * MIB), pytest.raises(UserError, match="pip install liger-kernel"):
+        norm_of(torch.ones(2, 4, device="cuda"), torch.ones(4, device="cuda"), eps=1e-6, shift=0.0)
+
+
+def test_heads_that_no_kernel_takes_are_computed_by_the_reference() -> None:
+    layout = PrefixLayout.of([2], [[1, 2]])
+    with gpu(64 * MIB):
+        q, k, v = (torch.randn(5, 2, 32, device="cuda") for _ in range(3))
+        found = attention.prefix_attention(q, k, v, layout.to(CUDA))
+    assert found.shape == (5, 2, 32)
