@@ -52,10 +52,10 @@ def test_a_gpu_that_is_hidden_is_none(on_gpu, monkeypatch) -> None:
 def test_a_run_says_which_it_takes_and_plans_the_same(on_gpu, monkeypatch, capsys) -> None:
     given = []
 
-    def stop(threads: int, device: str) -> None:
+    def stop(config: object) -> None:
         raise SystemExit(9)
 
-    monkeypatch.setattr(run, "set_environment", stop)
+    monkeypatch.setattr(run, "_prepare", stop)
     monkeypatch.setattr(run.loading, "load", lambda *args, **kwargs: given.append(kwargs["default"]) or load([]))
     for arguments in ([], ["--preset", "smollm2-cpu"]):
         with pytest.raises(SystemExit):
