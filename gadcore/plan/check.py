@@ -43,11 +43,18 @@ def fit(config: Config, student_path: str, groups: Sequence[Group], stages: Sequ
         case = _case(config, student_path, groups, stages)
     except UserError as error:
         return Fitted(config, [f"the memory of this run is not predicted: {error}"], [])
-    given = as_given(case)
-    plan = given if given.fits else nearest_that_fits(case, given, _open(config))
+    given, lowered, told = as_given(case), _open(config), []
+    if "rollout.gpu_memory_utilization" not in lowered:
+        trusted = as_given(case, sequence_fits=True)
+        if trusted.choice.kv_bytes > given.choice.kv_bytes:
+            # What vLLM takes beside its cache is assumed: it says itself where a user's share is not enough.
+            told.append(f"{given.problems[-1]} (rollout.gpu_memory_utilization)")
+            given = trusted
+    plan = given if given.fits else nearest_that_fits(case, given, lowered)
     if plan is None:
         raise UserError(_refusal(given))
     config, notes = _with(config, given, plan)
+    notes = [*told, *notes]
     needed, machine = plan.memory[plan.fullest].total, case.machine
     if machine.kind == "cpu" and needed > machine.figures["memory_bytes"] * (1 - machine.figures["reserve_share"]):
         notes.append(

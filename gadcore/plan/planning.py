@@ -74,13 +74,18 @@ def plan_with(case: Case, choice: Choice) -> Plan:
     if host < 0:
         problems.append(f"what is moved off needs {-host / 1e9:.0f} GB more than a node's host has")
     # Of a group whose samples do not all fit, some wait; an engine that cannot hold one does not start.
-    least = case.context_tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / choice.tensor_parallel
+    least = _sequence(case, choice.tensor_parallel)
     if case.engine.holds_memory and choice.kv_bytes < least:
         problems.append(
             f"the KV cache of {choice.kv_bytes / 1e9:.2f} GB is less than the {least / 1e9:.2f} GB that one sequence "
             "of full length takes"
         )
     return Plan(case, choice, memory, run_time(case, choice), left, host, tuple(problems))
+
+
+def _sequence(case: Case, tensor_parallel: int) -> float:
+    """Bytes of KV cache, on a rank, for a sequence of full length."""
+    return case.context_tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel
 
 
 def make_plan(case: Case) -> Plan:
@@ -95,8 +100,11 @@ def make_plan(case: Case) -> Plan:
     return max(plans, key=lambda plan: plan.room)
 
 
-def as_given(case: Case) -> Plan:
-    """What the settings come to as they are: the least recomputation that fits where they leave it open."""
+def as_given(case: Case, *, sequence_fits: bool = False) -> Plan:
+    """What the settings come to as they are: the least recomputation that fits where they leave it open.
+
+    sequence_fits: the sampler's cache holds one sequence of full length, whatever its share of the memory comes to.
+    """
     config, machine = case.config, case.machine
     degree, _ = _sampler(case)
     kv = 0.0
@@ -105,7 +113,7 @@ def as_given(case: Case) -> Plan:
     elif case.engine.holds_memory:
         weights = case.student.parameters * ITEM[case.sampling_dtype] / degree
         share = config.vllm.gpu_memory_utilization * machine.figures["memory_bytes"]
-        kv = max(0.0, share - weights - case.sampler_bytes)
+        kv = max(_sequence(case, degree) if sequence_fits else 0.0, share - weights - case.sampler_bytes)
     plans = [plan_with(case, Choice(mode, config.schedule.micro_batch_tokens, kv, degree)) for mode in _modes(config)]
     return next((plan for plan in plans if plan.fits), plans[-1])
 
