@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from bench.offline.cuda_standin import gpu
 from bench.offline.cuda_standin.api import NAME, UUID
@@ -20,11 +21,11 @@ from gadcore.memory.placement import tier_name
 from gadcore.memory.tiers import PinnedTier
 from gadcore.models.fused_cuda import norm_of
 from gadcore.plan import calibrate, machine
-from gadcore.plan.dimensions import Dimensions
+from gadcore.plan.dimensions import read_dimensions
 from gadcore.record.monitor import Gpu
 from gadcore.run import main
 from tests.rehearsal.test_run import GIB, MIB, arguments
-from tests.support.tiny import tiny_model
+from tests.support.tiny import save_tiny
 
 CUDA = torch.device("cuda")
 
@@ -49,13 +50,15 @@ def test_the_machine_is_the_gpu(capsys) -> None:
         assert here.figures["memory_bytes"] == 80 * GIB
 
 
-def test_calibration(monkeypatch) -> None:
-    for name, value in {"_DECODE_BYTES": 1e4, "_FILE_BYTES": 1 << 16, "_COPY_BYTES": 1 << 16, "_ROWS": 32}.items():
-        if hasattr(calibrate, name):
-            monkeypatch.setattr(calibrate, name, value)
-    config = tiny_model(head_dim=64).config
+def test_calibration(monkeypatch, tmp_path) -> None:
+    dimensions = read_dimensions(str(save_tiny(tmp_path, head_dim=64)))
+    assert calibrate._tokens(dimensions, CUDA) == 4096
+    small = {"_DECODE_BYTES": 1e4, "_FILE_BYTES": 1 << 16, "_COPY_BYTES": 1 << 16, "_HEAD_TOKENS": 32}
+    for name, value in small.items():
+        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(calibrate, "_tokens", lambda *_: 128)
     with gpu(4 * GIB):
-        figures = calibrate.measure(Dimensions.of(config), config, lambda line: None)
+        figures = calibrate.measure(dimensions, AutoConfig.from_pretrained(tmp_path), lambda line: None)
     assert figures["product_flops_bfloat16"] > 0 and "decode_flops_share" in figures
 
 
@@ -100,8 +103,8 @@ def test_liger_is_missed_by_name(monkeypatch) -> None:
 
 
 def test_heads_that_no_kernel_takes_are_computed_by_the_reference() -> None:
-    layout = PrefixLayout.of([2], [[1, 2]])
     with gpu(64 * MIB):
+        layout = PrefixLayout.of([2], [[1, 2]], CUDA)
         q, k, v = (torch.randn(5, 2, 32, device="cuda") for _ in range(3))
-        found = attention.prefix_attention(q, k, v, layout.to(CUDA))
+        found = attention.prefix_attention(q, k, v, layout)
     assert found.shape == (5, 2, 32)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.utils._device import _device_constructors
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -157,6 +158,8 @@ class Tensors:
             if self._real or (device is not None and torch.device(device).type not in ("cpu", "cuda")):
                 return make(*args, **kwargs)
             source = args[0] if like and args and isinstance(args[0], Tensor) else None
+            if source is None and device is None and _inside_cuda():
+                device = CUDA
             gpu = source is not None and self.on_gpu(source) if device is None else torch.device(device).type == "cuda"
             if device is not None:
                 kwargs["device"] = "cpu"
@@ -232,6 +235,12 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.tensors.moved(grad, ctx.back), None, None
+
+
+def _inside_cuda() -> bool:
+    """Inside `with torch.device("cuda")`."""
+    contexts = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    return bool(contexts) and contexts[-1].device.type == "cuda"
 
 
 _MISSING: Any = object()
