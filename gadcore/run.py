@@ -16,6 +16,7 @@ from rich.console import Console
 from gadcore import __version__
 from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
+from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_functions
 from gadcore.config.process import StopSignals, keep_writing, set_environment
 from gadcore.config.settings import Config
@@ -98,9 +99,9 @@ COMMANDS = {
     "chat": Command("[RUN_FOLDER]", "talk to the student in this terminal", "gadcore.evaluate.chat_command:main"),
 }
 EXAMPLES = """\
-  gadcore                                           the default job, preset smollm2-cpu
+  gadcore                                           the default job, preset smollm2-cpu; on a GPU smollm2-gpu
   gadcore data answers.jsonl                        look at rows of your own
-  gadcore --preset qwen2.5-7b --data.train answers.jsonl
+  gadcore --preset qwen2.5-3b --data.train answers.jsonl
   gadcore --config mine.toml --dry-run              print the resolved plan and stop
   gadcore --resume auto                             go on with the newest run
   gadcore COMMAND --help                            every setting of a command: gadcore train --help"""
@@ -195,7 +196,15 @@ def report_main(arguments: list[str]) -> int:
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
-    config = loading.load(arguments, saved=_saved_config(arguments))
+    saved = _saved_config(arguments)
+    default = loading.DEFAULT_PRESET if saved else default_preset(arguments)
+    config = loading.load(arguments, saved=saved, default=default)
+    if default == GPU_PRESET:
+        say(
+            f"gadcore: no preset is named and there is a GPU: --preset {GPU_PRESET}; --run.device cpu means "
+            f"{loading.DEFAULT_PRESET}",
+            sys.stderr,
+        )
     _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     check_functions(config.algorithm)
@@ -203,11 +212,11 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.algorithm import train
     from gadcore.doctor.command import at_start
     from gadcore.plan import disk
-    from gadcore.plan.command import ledger_lines, memory_warning
+    from gadcore.plan.check import Fitted, fit
     from gadcore.report.page import write_report
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
-    from gadcore.train.inputs import describe_plan, has_discriminator, planned_steps, read_inputs
+    from gadcore.train.inputs import describe_plan, planned_steps, read_inputs
     from gadcore.train.progress import stages_of
     from gadcore.train.resuming import finished
 
@@ -226,23 +235,28 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     inputs = read_inputs(config, stages)
     if inputs.warnings:
         wide(Console(stderr=True, markup=False, emoji=False, highlight=False)).print(warning_panel(inputs.warnings))
+    refused = None
+    try:
+        fitted = fit(config, inputs.student.path, inputs.train, stages)
+    except UserError as error:
+        if not dry_run:
+            raise
+        fitted, refused = Fitted(config, [], []), error
+    config = fitted.config
+    inputs.notes.extend(fitted.notes)
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
     if needed is not None:
         inputs.notes.append(needed.sentence())
     if dry_run:
         lines = f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}".split("\n")
-        if has_discriminator(stages):
-            lines += ledger_lines(config, inputs.student.path, inputs.train)
-        for line in lines:
+        for line in [*lines, *fitted.lines]:
             say(line)
+        if refused is not None:
+            raise refused
         return 0
     if needed is not None and not config.run.resume:
         disk.check(needed, Path(config.run.dir or RUNS))
     with run_folder(config) as folder, build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
-        if has_discriminator(stages):
-            limit = trainer.memory.ledger.limit
-            if warning := memory_warning(config, inputs.student.path, inputs.train, limit):
-                trainer.records.message(warning)
         signals.finish_steps()
         summary = train(trainer)
         write_report(folder.path)

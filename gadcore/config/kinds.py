@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -15,6 +15,14 @@ Above = Annotated[float, Field(gt=0)]
 # Comes with gadcore (gadcore.models.loading), whatever lies in the directory.
 BUNDLED_MODEL = "smollm2-135m-instruct"
 Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+Master = Annotated[
+    Literal["device", "host"],
+    Field(
+        description="Where the optimizer's weights and moments lie; host: float32 in page-locked host memory, beside "
+        "bfloat16 weights and float32 gradients on the device."
+    ),
+]
 
 
 def _expanded(value: str) -> str:
@@ -56,6 +64,20 @@ Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Trained(Section):
+    """Of a model that is trained."""
+
+    if TYPE_CHECKING:
+        dtype: Dtype
+        autocast: Literal["none", "bfloat16"]
+        master: Master
+
+    @property
+    def weights_dtype(self) -> Dtype:
+        """Of the weights that the device computes with."""
+        return "bfloat16" if self.master == "host" else self.dtype
 
 
 def anywhere(name: str | None, *words: str) -> str | None:

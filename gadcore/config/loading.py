@@ -1,6 +1,6 @@
 """Settings come from a preset or a TOML file, and from the command line.
 
-    --config FILE.toml | --preset NAME      default: --preset smollm2-cpu
+    --config FILE.toml | --preset NAME      default: --preset smollm2-gpu where there is a GPU, else smollm2-cpu
     --section.key VALUE, --section.key=VALUE
 
 A later value replaces an earlier one: defaults, then the file, then the command line from left to right. A file may
@@ -71,14 +71,17 @@ def presets() -> list[str]:
 
 
 @overload
-def load(argv: Sequence[str], *, saved: Path | None = None) -> Config: ...
+def load(argv: Sequence[str], *, saved: Path | None = None, default: str = DEFAULT_PRESET) -> Config: ...
 @overload
 def load(argv: Sequence[str], model: type[Root]) -> Root: ...
-def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | None = None) -> Section:
+def load(
+    argv: Sequence[str], model: type[Section] = Config, *, saved: Path | None = None, default: str = DEFAULT_PRESET
+) -> Section:
     """The settings of a command line (without program and sub-command).
 
     model: a Section whose fields are Sections of plain settings, or unions of such by their `engine`; its `title` is
-    the command's name. saved: the config.toml of a run, to start from where argv names no file and no preset.
+    the command's name. saved: the config.toml of a run, to start from where argv names no file and no preset; default:
+    the preset to start from where neither says so.
     In the result, model_fields_set of a section are the settings that stand in the user's file or on the command line.
 
     `--help` prints every setting with its value and raises SystemExit(0). Raises UserError for an unknown setting, a
@@ -86,7 +89,7 @@ def load(argv: Sequence[str], model: type[Section] = Config, *, saved: Path | No
     """
     kinds = setting_kinds(model)
     bases, overrides = split(argv, kinds)
-    layers = [*_base_layers(bases, model, saved), Layer(COMMAND_LINE, overrides)]
+    layers = [*_base_layers(bases, model, saved, default), Layer(COMMAND_LINE, overrides)]
     values, origins = _merge(layers, kinds, model)
     nested: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -127,12 +130,14 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return str(found[0]) if found else None
 
 
-def _base_layers(bases: Sequence[tuple[str, str]], model: type[Section], saved: Path | None) -> list[Layer]:
+def _base_layers(
+    bases: Sequence[tuple[str, str]], model: type[Section], saved: Path | None, default: str
+) -> list[Layer]:
     """What the command line builds on, the least first."""
     if model is Config:
         if saved and not bases:
             return _read(saved, str(saved), model, chosen=False)
-        kind, name = bases[0] if bases else ("preset", DEFAULT_PRESET)
+        kind, name = bases[0] if bases else ("preset", default)
         if kind == "preset":
             return [*_read_preset(name, model), *_without_vllm()]
         return _read(Path(name).expanduser(), name, model)

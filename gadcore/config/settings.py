@@ -15,12 +15,15 @@ from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.kinds import (
     BUNDLED_MODEL,
     Above,
+    Dtype,
     Location,
+    Master,
     NonNegative,
     Positive,
     Rate,
     Section,
     Share,
+    Trained,
     anywhere,
 )
 from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
@@ -58,12 +61,13 @@ class RunSettings(Section):
         return resume
 
 
-class StudentSettings(Section):
+class StudentSettings(Trained):
     """The model that learns."""
 
     model: Location = BUNDLED_MODEL
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the parameters and the optimizer.")
+    dtype: Dtype = Field("float32", description="Of what the optimizer updates, and of its moments.")
     autocast: Literal["none", "bfloat16"] = Field("none", description="Of the products inside forward and backward.")
+    master: Master = "device"
     lr: Rate = Field(1e-6, description="Of the GAD stage.")
     warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
     seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
@@ -72,14 +76,15 @@ class StudentSettings(Section):
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
 
 
-class DiscriminatorSettings(Section):
+class DiscriminatorSettings(Trained):
     """The model that scores; "student" means initialised from the student's own weights."""
 
     model: Location = Field(
         "student", description="Of any size, family and vocabulary: text is all that it gets of the student's samples."
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     autocast: Literal["none", "bfloat16"] = "none"
+    master: Master = "device"
     lr: Rate = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
@@ -298,6 +303,13 @@ class Config(Section):
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
         self._ablations()
+        for name in ("student", "discriminator"):
+            trained = getattr(self, name)
+            if trained.master == "host" and trained.dtype != "float32":
+                raise ValueError(
+                    f"{name}.master = host keeps float32 weights and moments, {name}.dtype = {trained.dtype} asks for "
+                    "others: leave one of them out"
+                )
         for section in (self.gate, self.convergence):
             if section.enabled and self.data.eval is None:
                 name = "gate" if section is self.gate else "convergence"

@@ -139,5 +139,5 @@ def _add_rows(weight: Tensor, padding_idx: int | None, ids: Tensor, rows: Tensor
         # As in torch's own backward pass.
         grad = grad.masked_fill((ids == padding_idx).unsqueeze(-1), 0.0)
     if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    weight.grad.index_add_(0, ids.flatten(), grad.flatten(0, -2))
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)
+    weight.grad.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(weight.grad.dtype))

@@ -125,9 +125,10 @@ class Colocation:
             raise ValueError(f"unknown holding {holding}: use one of {', '.join(HOLDINGS)}")
         if self.tier == "none":
             self._staying[holding] = tensors
-        else:
+        elif held := [*tensors(), *aliases]:
+            # Else it lies elsewhere, as an optimizer whose masters are the host's.
             place = lambda size: make_tier(self.tier, self.device, self.folder, holding, size)  # noqa: E731
-            self._arenas[holding] = Arena(holding, [*tensors(), *aliases], place, frozen=frozen)
+            self._arenas[holding] = Arena(holding, held, place, frozen=frozen)
             # Whoever comes next looks at what is free.
             self.meter.give_back()
         self._account()
@@ -252,9 +253,8 @@ class Colocation:
         """What summary.json says."""
         states = {}
         for state, held in self._states.items():
-            gradients = {
-                name: sum(p.nbytes for p in self._gradients[name]) for name in NEEDS[state] if name in self._gradients
-            }
+            there = [name for name in NEEDS[state] if name in self._gradients]
+            gradients = {name: sum(map(_gradient_bytes, self._gradients[name])) for name in there}
             work = max(0, self.ledger.work.get(state, 0) - sum(gradients.values()))
             states[state] = held | gradients | ({"work": work} if work else {})
         return {
@@ -326,6 +326,11 @@ class Colocation:
                     continue
             arena.come_soon()
             self._account()
+
+
+def _gradient_bytes(parameter: Tensor) -> int:
+    dtype = parameter.grad_dtype or parameter.dtype
+    return parameter.numel() * dtype.itemsize
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

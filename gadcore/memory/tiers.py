@@ -10,14 +10,14 @@ import errno
 import mmap
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gadcore.errors import UserError, cause
+from gadcore.errors import UserError
+from gadcore.memory.page_locked import page_locked, unlock
 
 _CHUNK = 1 << 26
 
@@ -119,7 +119,7 @@ class PinnedTier:
     def __init__(self, device: torch.device, holding: str, size: int) -> None:
         """Raises UserError where the host has no `size` bytes to lock. They are locked once: that takes long."""
         self.device = device
-        self._host = _locked(holding, size)
+        self._host = page_locked(holding, size, "set memory.offload to none")
         self._stream = torch.cuda.Stream(device)
         self._loading: torch.cuda.Event | None = None
 
@@ -160,32 +160,8 @@ class PinnedTier:
     def close(self) -> None:
         # No copy may find its memory unlocked: load() lets the device wait, not the host.
         self._stream.synchronize()
-        _check(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()))
+        unlock(self._host)
         del self._host
-
-
-def _locked(holding: str, size: int) -> Tensor:
-    """Page-locked bytes [size]. torch's own page-locked memory comes in powers of two, here up to twice the size."""
-    try:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A fork would copy what is locked; large pages are fewer to lock. Not every kernel knows of both.
-        for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-            with suppress(OSError):
-                pages.madvise(advice)
-        host = torch.frombuffer(pages, dtype=torch.uint8)
-        _check(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), size, 0))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot lock {size / 2**20:.0f} MiB of host memory for {holding}: {cause(error)}; give the job more host "
-            "memory, raise its limit of locked memory (ulimit -l), or set memory.offload to none"
-        ) from error
-    return host
-
-
-def _check(status: Any) -> None:
-    """RuntimeError where a call of the CUDA runtime has failed."""
-    if code := int(status):
-        raise torch.cuda.CudaError(code)
 
 
 def make_tier(name: str, device: torch.device, folder: Path, holding: str, size: int) -> Tier:

@@ -13,6 +13,7 @@ from gadcore.data.groups import GroupTokens, MicroBatch, packed
 from gadcore.models.activations import Mode, set_mode
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
+from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
 from gadcore.models.readout import Readout
@@ -40,6 +41,9 @@ class Learner:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
         tokenizer: what save() writes beside the model.
         """
+        # First: where the masters are the host's, the model computes with other weights from here on.
+        kind = HostMaster if settings.master == "host" else Optimizer
+        self.optimizer = kind(model, settings, lr=settings.lr, owner=owner)
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
@@ -49,7 +53,6 @@ class Learner:
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
         self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
-        self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner)
         self._unread: list[Readout] = []
 
     def packed(self, groups: Sequence[GroupTokens], *, teacher: bool) -> Iterator[MicroBatch]:
@@ -74,8 +77,10 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
+        The weights are those that the optimizer updates, in their dtype.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
-        save_model(self.model, self._tokenizer, folder)
+        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        save_model(self.model, self._tokenizer, folder, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -229,10 +229,21 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int, vocabulary: int)
     return next((c for c in candidates if c is not None and c != end_id and c < vocabulary), None)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
+
+    weights: to save in place of the parameters of these names, and of those that are tied to them.
+    """
+    parameters = dict(model.named_parameters())
+    others = {id(parameters[name]): tensor for name, tensor in (weights or {}).items()}
+    state = {name: others.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     # On the CPU and contiguous, whatever the parameters are views into.
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:
         model.save_pretrained(path, state_dict=state, safe_serialization=True)
     except SafetensorError as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,13 +20,24 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module, settings: StudentSettings | DiscriminatorSettings, *, lr: float, owner: str
+        self,
+        model: nn.Module,
+        settings: StudentSettings | DiscriminatorSettings,
+        *,
+        lr: float,
+        owner: str,
+        updated: Sequence[torch.Tensor] | None = None,
     ) -> None:
+        """updated: what AdamW updates in place of the parameters, in their order."""
         self.owner = owner
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
         self.adamw = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            self.parameters if updated is None else updated,
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
 
     def allocate(self) -> None:
@@ -40,8 +51,15 @@ class Optimizer:
                 }
 
     def moments(self) -> list[torch.Tensor]:
-        """The moments that are there."""
+        """The moments that are there, on the parameters' device."""
         return [state[key] for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+
+    def weights(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """What is updated, and what a run has to keep of its weights, by the names of the parameters."""
+        return dict(parameters)
+
+    def weights_changed(self) -> None:
+        """Says that somebody has written to what weights() gave: the parameters follow."""
 
     def set_lr(self, lr: float) -> None:
         for group in self.adamw.param_groups:
@@ -59,6 +77,10 @@ class Optimizer:
                 f"the gradient of the {self.owner} is not finite, its weights are as they were before this step: "
                 "lower its learning rate, or go on from the last checkpoint with other settings"
             )
+        self._update()
+        return norm
+
+    def _update(self) -> None:
+        """Updates by the gradient that is there, and clears it."""
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm

@@ -6,8 +6,8 @@ The formula counts what the layers of gadcore keep of every packed token (gadcor
     query, key, value, out          rotated, with one number a head
     gate, up, their product         [mlp] each
 
-On the CPU norms and the product are made again (memory/recompute.py). Under autocast the stream stays float32, and
-every product keeps its own cast of its input.
+On the CPU norms and the product are made again (cpu/recompute.py). Under autocast the stream stays float32, and a
+product keeps the cast of its input: on the CPU each its own, on CUDA those that read the same norm keep one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def layer_bytes(d: Dimensions, mode: Mode, *, autocast: bool, item: int = 4, aga
     if mode == "selective":
         products = d.query + 2 * d.key + 2 * d.hidden + 2 * d.mlp
         return item * d.hidden + narrow * (products + d.query) + 4 * d.heads
-    # Five products read the two norms: each casts its own input.
-    normed = narrow * 5 * d.hidden if autocast else 0 if again else item * 2 * d.hidden
+    # Five products read the two norms.
+    normed = narrow * (5 if again else 2) * d.hidden if autocast else 0 if again else item * 2 * d.hidden
     attention = narrow * (2 * d.query + 2 * d.key) + 4 * d.heads
     return item * 2 * d.hidden + 8 + normed + attention + narrow * (2 if again else 3) * d.mlp
 

@@ -8,6 +8,15 @@ from dataclasses import dataclass, replace
 from gadcore.config.loading import nearest
 from gadcore.errors import UserError
 
+# What is assumed beside the figures.
+RULES = (
+    "responses are exponential in length, cut at the limit, with the mean above",
+    "micro-batches are as full as their budget says, but that a response of full length is never cut",
+    "states follow each other, and nothing that moves between device and host is hidden behind computing",
+    "page-locked memory takes the bytes that are asked for; a sampler that sleeps takes none, on either side",
+    "under autocast the backward pass reads the casts of the weights: where it computes layers again, of one at a time",
+    "starting up, held-out data that is encoded, and what a tracker does take no time",
+)
 # Shares of a whole that something has to be left of.
 _TAKEN_OFF = ("elementwise_share", "reserve_share")
 

@@ -18,18 +18,21 @@ def path() -> Path:
     return cache_dir() / "machine.json"
 
 
-def device_name() -> str:
-    """The GPU's name where there is one, else the CPU's."""
-    if torch.cuda.is_available():
+def device_name(kind: str | None = None) -> str:
+    """The name of the GPU or the CPU. kind: "cuda" or "cpu"; default the GPU where there is one."""
+    if kind == "cuda" or (kind is None and torch.cuda.is_available()):
         return torch.cuda.get_device_name()
     return cpu_name()
 
 
-def read(threads: int) -> tuple[dict[str, float], str]:
-    """(figures, date) of this machine's calibration for so many threads; ({}, "") where there is none."""
+def read(threads: int, kind: str | None = None) -> tuple[dict[str, float], str]:
+    """(figures, date) of this machine's calibration for so many threads; ({}, "") where there is none.
+
+    kind: as device_name().
+    """
     try:
         kept = json.loads(path().read_text())
-        entry = kept[device_name()][str(threads)]
+        entry = kept[device_name(kind)][str(threads)]
         return {name: float(value) for name, value in entry["figures"].items()}, str(entry["date"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, ""

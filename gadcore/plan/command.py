@@ -24,7 +24,6 @@ from gadcore.plan.assumptions import Assumption
 from gadcore.plan.settings import PlanSettings
 
 if TYPE_CHECKING:
-    from gadcore.data.groups import Group
     from gadcore.plan.memory import Case
     from gadcore.plan.planning import Plan
     from gadcore.plan.workload import Counted
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None] | None = No
     return _plan(config, plan, console)
 
 
-def _threads(config: Config, folder: Path | None = None) -> int:
+def threads_of(config: Config, folder: Path | None = None) -> int:
     """CPU threads: of a finished run, of the settings, or what torch takes."""
     import torch
 
@@ -64,34 +63,44 @@ def _threads(config: Config, folder: Path | None = None) -> int:
 
 
 def build_case(
-    config: Config, plan: PlanSettings, threads: int, counted: Counted | None = None
+    config: Config,
+    plan: PlanSettings,
+    threads: int,
+    counted: Counted | None = None,
+    stages: Sequence[str] | None = None,
 ) -> tuple[Case, list[Assumption]]:
     """(what is planned for, every assumption of it). Raises UserError for a model, machine or data that is unknown.
 
-    counted: the training rows, where they have been read already.
+    counted: the training rows, where they have been read already. stages: by name; default those of `train`.
     """
+    from gadcore.config.device import device_of
+    from gadcore.memory.ledger import GIB
     from gadcore.plan.dimensions import read_dimensions
     from gadcore.plan.machine import find
     from gadcore.plan.memory import Case
     from gadcore.plan.workload import read_workload
     from gadcore.rollout.engine import engine_class
 
-    machine = find(plan.machine, threads, plan.assume)
+    kind = device_of(config).type if plan.machine == "here" else None
+    machine = find(plan.machine, threads, plan.assume, kind=kind)
+    if config.memory.limit_gib is not None:
+        machine = replace(machine, limit=config.memory.limit_gib * GIB)
     student = read_dimensions(config.student.model)
     name = config.discriminator.model
     discriminator = student if name in ("student", config.student.model) else read_dimensions(name)
     engine = config.rollout.engine
     if machine.ranks > 1 and not engine_class(config).spans_ranks:
         raise UserError(f'rollout.engine = "{engine}" samples on one device, {machine.name} has {machine.ranks}')
-    work, items = read_workload(config, plan, counted)
+    work, items = read_workload(config, plan, counted, stages)
     return Case(config, student, discriminator, machine, work), [*items, *machine.figures.listed()]
 
 
 def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
+    from gadcore.plan.assumptions import RULES
     from gadcore.plan.planning import advise, as_given, make_plan
     from gadcore.plan.show import show
 
-    case, assumptions = build_case(config, plan, _threads(config))
+    case, assumptions = build_case(config, plan, threads_of(config))
     checks: list[str] = []
     if plan.check_activations:
         case, checks = with_checked_activations(case)
@@ -110,6 +119,7 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
             "advice": [asdict(item) for item in advice],
             "checks": checks,
             "assumptions": [asdict(item) for item in assumptions],
+            "rules": RULES,
             "settings": config.model_dump(),
         }
         write_whole(Path(plan.out), json.dumps(content, indent=2) + "\n")
@@ -118,12 +128,15 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
 
 
 def _as_dict(plan: Plan) -> dict[str, Any]:
+    from gadcore.plan.memory import host_bytes
+
     return {
         "fits": plan.fits,
         "problems": list(plan.problems),
         "choice": asdict(plan.choice),
         "offload": plan.case.offload,
         "room_bytes": plan.room,
+        "host_bytes": host_bytes(plan.case, plan.choice),
         "usable_bytes": plan.case.machine.usable_bytes,
         "memory_bytes": {
             state: {"held": memory.held, "working": memory.working, "total": memory.total}
@@ -163,7 +176,7 @@ def _calibrate(config: Config, console: Console) -> None:
     from gadcore.plan.calibration import keep
     from gadcore.plan.dimensions import read_config, read_dimensions
 
-    threads = _threads(config)
+    threads = threads_of(config)
     torch.set_num_threads(threads)
     d, (_, settings_of_model) = read_dimensions(config.student.model), read_config(config.student.model)
     figures = measure(d, settings_of_model, lambda part: console.print(f"measuring {part}"))
@@ -176,7 +189,7 @@ def _compare(config: Config, plan: PlanSettings, console: Console) -> int:
 
     assert plan.against is not None
     folder = Path(plan.against)
-    case, _ = build_case(config, plan, _threads(config, folder))
+    case, _ = build_case(config, plan, threads_of(config, folder))
     found = compare(folder, case)
     console.print(comparison_table(found))
     for note in case.machine.notes:
@@ -186,42 +199,3 @@ def _compare(config: Config, plan: PlanSettings, console: Console) -> int:
         write_whole(Path(plan.out), json.dumps(content, indent=2) + "\n")
         console.print(plan.out)
     return 0
-
-
-def ledger_lines(config: Config, student_path: str, groups: Sequence[Group]) -> list[str]:
-    """Predicted bytes of every state of a run on this machine, a line each, for `--dry-run`. groups: trained on."""
-    from gadcore.plan.planning import ledger
-
-    plan = _here(config, student_path, groups)
-    verdict = f"{plan.room / 1e9:.2f} GB left" if plan.fits else "; ".join(plan.problems)
-    return [*ledger(plan), f"memory, predicted, {plan.fullest} is the fullest state: {verdict}"]
-
-
-def memory_warning(config: Config, student_path: str, groups: Sequence[Group], limit: int) -> str | None:
-    """What to say before a run that is predicted to need more than `limit` bytes of this machine; None where it is not.
-
-    A model that the planner does not know ends no run: that is said instead. The ledger knows what a state computes
-    with once it has seen it; a kernel's limit may end the run before that.
-    """
-    try:
-        plan = _here(config, student_path, groups)
-    except UserError as error:
-        return f"the memory of this run is not predicted: {error}"
-    needed = plan.memory[plan.fullest].total
-    if needed <= limit:
-        return None
-    return (
-        f"warning: state {plan.fullest} is predicted to need {needed / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB "
-        f"allowed (memory.offload is {plan.case.offload}, activation checkpointing {plan.choice.mode}): "
-        "`python -m gadcore.run plan` with the same settings says what would make it fit"
-    )
-
-
-def _here(config: Config, student_path: str, groups: Sequence[Group]) -> Plan:
-    """A run on this machine with the settings as they are."""
-    from gadcore.plan.planning import as_given
-    from gadcore.plan.workload import Counted
-
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model": student_path})})
-    case, _ = build_case(config, PlanSettings(), _threads(config), Counted.of(groups, config))
-    return as_given(case)

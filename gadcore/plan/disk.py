@@ -10,13 +10,12 @@ from typing import NamedTuple
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.dimensions import Dimensions, read_dimensions
-
-_ITEM = {"float32": 4, "bfloat16": 2}
+from gadcore.plan.memory import ITEM, Precision, reference_bytes
 
 
 class Disk(NamedTuple):
-    """Bytes. checkpoint: of one, with the moments of AdamW; checkpoints: how many stay at the end; models: student/ and
-    discriminator/ of the run folder, and the reference policy; peak: the most at any time."""
+    """Bytes. checkpoint: of one, of what AdamW updates and its moments; checkpoints: how many stay at the end; models:
+    student/ and discriminator/ of the run folder, and the reference policy; peak: the most at any time."""
 
     checkpoint: int
     checkpoints: int
@@ -52,10 +51,10 @@ def predict(config: Config, student_path: str, steps: Mapping[str, int]) -> Disk
 
 
 def disk_of(config: Config, student: Dimensions, discriminator: Dimensions | None, steps: Sequence[int]) -> Disk:
-    policy = student.parameters * _ITEM[config.student.dtype]
+    policy = student.parameters * ITEM[config.student.dtype]
     models = policy
     if discriminator is not None:
-        models += discriminator.scalar_parameters * _ITEM[config.discriminator.dtype]
+        models += discriminator.scalar_parameters * ITEM[config.discriminator.dtype]
     checkpoint = 3 * models
     every = config.checkpoint.every
     # A stage that ends is a checkpoint too.
@@ -63,7 +62,7 @@ def disk_of(config: Config, student: Dimensions, discriminator: Dimensions | Non
     made = len({*range(every, total + 1, every), *ends}) if every else 0
     kept = min(config.checkpoint.keep, made)
     if discriminator is not None and config.algorithm.kl_coef > 0:
-        models += policy
+        models += round(reference_bytes(student, Precision.of(config.student)))
     # The new checkpoint is whole before the oldest goes.
     return Disk(checkpoint, kept, models, checkpoint * min(kept + 1, made) + models)
 

@@ -13,13 +13,18 @@ from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption, Assumptions
 
 H100 = re.compile(r"(?:(?P<nodes>[1-9]\d?)x(?P<per_node>[1-8])-)?h100-80gb(?:-x(?P<count>[1-8]))?")
+_LOGITS = "what the output head's kernels hold at a time (kernels/triton/linear_grpo_loss.py)"
+_PASSES = "over parameters: AdamW reads four and writes three, clipping reads two and writes one"
 # Rows of a decoding step that a CPU's rate is measured at: it depends on them.
 DECODE_ROWS = (1, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """kind: "cuda" or "cpu", which counts as one accelerator. figures: per accelerator but where they say so."""
+    """kind: "cuda" or "cpu", which counts as one accelerator. figures: per accelerator but where they say so.
+
+    limit: bytes of an accelerator that a run may take, where somebody has said so.
+    """
 
     name: str
     kind: Literal["cuda", "cpu"]
@@ -27,6 +32,7 @@ class Machine:
     per_node: int
     figures: Assumptions
     notes: tuple[str, ...] = ()
+    limit: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -36,6 +42,8 @@ class Machine:
     @property
     def usable_bytes(self) -> float:
         """Memory of an accelerator that a plan may fill."""
+        if self.limit is not None:
+            return self.limit
         return self.figures["memory_bytes"] * (1 - self.figures["reserve_share"])
 
     def product_flops(self, dtype: str) -> float:
@@ -62,6 +70,8 @@ def h100(nodes: int, per_node: int, name: str) -> Machine:
         Assumption("reserve_share", 0.05, "share", f"{guess}: left free for fragmentation"),
         Assumption("process_bytes", 1.5e9, "bytes", f"{guess}: CUDA context and communication buffers"),
         Assumption("engine_bytes", 3e9, "bytes", f"{guess}: what vLLM takes beside weights and KV cache"),
+        Assumption("logits_bytes", 2 << 30, "bytes", _LOGITS),
+        Assumption("engine_graph_bytes", 1e9, "bytes", f"{guess}: vLLM's CUDA graphs"),
         Assumption("host_memory_bytes", 2e12, "bytes", "per node, as in a DGX H100"),
         Assumption("product_flops_bfloat16", 989e12, "FLOP/s", f"{vendor}, dense"),
         Assumption("product_flops_float32", 67e12, "FLOP/s", f"{vendor}, without TF32"),
@@ -70,11 +80,14 @@ def h100(nodes: int, per_node: int, name: str) -> Machine:
         Assumption("attention_share", 0.35, "share", f"{guess}: of the peak, packed attention"),
         Assumption("elementwise_share", 0.25, "share", f"{guess}: of the layers' time, norms, activations, casts"),
         Assumption("memory_bandwidth", 3.35e12, "bytes/s", vendor),
+        Assumption("optimizer_passes", 10, "passes", _PASSES),
         Assumption("memory_share", 0.8, "share", f"{guess}: of the bandwidth, optimizer and decoding"),
         Assumption("decode_flops_share", 0.5, "share", f"{guess}: of the peak, products of a decoding step"),
         Assumption("engine_step_seconds", 3e-3, "s", f"{guess}: vLLM's scheduling and sampling, per decoding step"),
         Assumption("engine_layer_seconds", 2.5e-4, "s", f"{guess}: launches of a layer without CUDA graphs"),
-        Assumption("host_link", 55e9, "bytes/s", "PCIe Gen5 x16, page-locked memory"),
+        Assumption("engine_graph_rows", 512, "sequences", "vLLM 0.32 captures graphs of decoding steps up to this"),
+        Assumption("host_link", 55e9, "bytes/s", "PCIe Gen5 x16, page-locked memory, one way"),
+        Assumption("duplex_share", 0.75, "share", f"{guess}: of that link, each way while both are in use"),
         Assumption("node_link", 450e9, "bytes/s", f"{vendor}: NVLink, one way"),
         Assumption("network_link", 50e9, "bytes/s", "400 Gb/s InfiniBand per accelerator"),
         Assumption("collective_share", 0.75, "share", f"{guess}: of the links, gathering and reducing"),
@@ -102,6 +115,7 @@ def cpu(name: str, memory_bytes: float) -> Machine:
         Assumption("elementwise_share", 0.12, "share", guess),
         Assumption("memory_bandwidth", 17e9, "bytes/s", guess),
         Assumption("memory_share", 1.0, "share", "the bandwidth is a measured one"),
+        Assumption("optimizer_passes", 10, "passes", _PASSES),
         Assumption("decode_bandwidth", 13e9, "bytes/s", guess),
         *(
             Assumption(f"decode_flops_{rows}", rate, "FLOP/s", guess)
@@ -116,32 +130,40 @@ def cpu(name: str, memory_bytes: float) -> Machine:
     return Machine(name, "cpu", 1, 1, Assumptions(figures))
 
 
-def here(threads: int) -> Machine:
-    """This machine's GPU, else its CPU, with the figures of its calibration where there are some."""
+def here(threads: int, kind: str | None = None) -> Machine:
+    """This machine's GPU or CPU, with the figures of its calibration where there are some.
+
+    kind: "cuda" or "cpu"; default the GPU where there is one.
+    """
     # Imported only here: a plan for another machine needs neither.
     import psutil
     import torch
 
+    from gadcore.memory.resident import memory_limit
     from gadcore.plan.calibration import device_name, read
 
-    measured, date = read(threads)
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    measured, date = read(threads, kind)
     plural = "s" if threads > 1 else ""
-    if torch.cuda.is_available():
-        name = f"this machine: {device_name()}"
-        machine = h100(1, 1, name)
+    notes: list[str] = []
+    if kind == "cuda":
+        machine = h100(1, 1, f"this machine: {device_name(kind)}")
         reported = {
             "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
             "host_memory_bytes": psutil.virtual_memory().total,
         }
         machine = replace(machine, figures=machine.figures.replaced(reported, "what the driver reports"))
+        if "H100" not in machine.name:
+            notes.append("rates that were not measured here are an H100's: seconds of another GPU are not predicted")
     else:
-        machine = cpu(f"this machine: {device_name()}, {threads} thread{plural}", psutil.virtual_memory().total)
+        machine = cpu(f"this machine: {device_name(kind)}, {threads} thread{plural}", memory_limit())
     # Another version of gadcore may have kept figures of other names.
     known = {key: value for key, value in measured.items() if key in machine.figures}
     if known:
-        return replace(machine, figures=machine.figures.replaced(known, f"measured on {date}"))
-    note = f"not calibrated for {threads} thread{plural}: `plan --calibrate` measures this machine"
-    return replace(machine, notes=(note,))
+        machine = replace(machine, figures=machine.figures.replaced(known, f"measured on {date}"))
+    else:
+        notes.append(f"not calibrated for {threads} thread{plural}: `plan --calibrate` measures this machine")
+    return replace(machine, notes=tuple(notes))
 
 
 def from_file(path: Path) -> Machine:
@@ -172,18 +194,16 @@ def from_file(path: Path) -> Machine:
     return replace(machine, figures=machine.figures.replaced(table, str(path)))
 
 
-def find(name: str, threads: int, assume: Mapping[str, float] | None = None) -> Machine:
-    """The machine that plan.machine names. assume: other values for its figures.
+def find(name: str, threads: int, assume: Mapping[str, float] | None = None, *, kind: str | None = None) -> Machine:
+    """The machine that plan.machine names. assume: other values for its figures. kind: what of this machine, as here().
 
     Raises UserError for a name that is none.
     """
-    machine = _named(name, threads)
+    machine = here(threads, kind) if name == "here" else _named(name)
     return replace(machine, figures=machine.figures.replaced(assume or {}, "plan.assume"))
 
 
-def _named(name: str, threads: int) -> Machine:
-    if name == "here":
-        return here(threads)
+def _named(name: str) -> Machine:
     if (path := Path(name)).suffix == ".toml":
         return from_file(path)
     match = H100.fullmatch(name)

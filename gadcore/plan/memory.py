@@ -1,20 +1,24 @@
 """Bytes of every state of a step on one rank: what is held, and what computing takes beside it.
 
 Parameters, gradients and moments are cut over the ranks; the sampler's weights are whole, or cut over `tensor_parallel`
-ranks. States are never added up: they follow each other.
+ranks. States are never added up: they follow each other. Masters in host memory, and what is moved off an accelerator,
+count for the host alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
+from gadcore.config.kinds import Trained
 from gadcore.config.rollout import VLLMRollout
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
+from gadcore.models.host_master import SLICES_BYTES
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import Machine
@@ -23,9 +27,26 @@ from gadcore.rollout.engine import Engine, engine_class
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
-# Logits that the head's kernels hold at a time on CUDA (kernels/triton/linear_grpo_loss.py); the CPU's hold blocks in
-# the cache.
-_LOGITS_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of a number: of the weights that the device computes with, of their gradients, of what products read.
+
+    autocast: products read casts of wider weights. host: float32 masters and their moments lie in host memory.
+    """
+
+    weights: int
+    gradients: int
+    products: int
+    autocast: bool
+    host: bool
+
+    @classmethod
+    def of(cls, settings: Trained) -> Precision:
+        weights = ITEM[settings.weights_dtype]
+        narrower = settings.autocast != "none" and weights > 2
+        return cls(weights, ITEM[settings.dtype], 2 if narrower else weights, narrower, settings.master == "host")
 
 
 @dataclass(frozen=True)
@@ -62,6 +83,47 @@ class Case:
         return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
 
     @property
+    def graphs(self) -> bool:
+        """Whether the sampler replays CUDA graphs."""
+        rollout = self.config.rollout
+        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.eager("cuda")
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the longest sequence that a sampler must be able to hold."""
+        return self.config.rollout.context_tokens or self.work.longest_prompt + self.work.limit
+
+    @property
+    def sampler_bytes(self) -> float:
+        """What a sampler takes beside weights and KV cache while it is awake."""
+        figures = self.machine.figures
+        return figures["engine_bytes"] + (figures["engine_graph_bytes"] if self.graphs else 0.0)
+
+    @property
+    def student_precision(self) -> Precision:
+        return Precision.of(self.config.student)
+
+    @property
+    def discriminator_precision(self) -> Precision:
+        return Precision.of(self.config.discriminator)
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether the run trains one: all but the baseline `seqkd` do."""
+        return "seqkd" not in self.work.steps
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the run has a reference policy: where a GAD stage has a KL term."""
+        return self.config.algorithm.kl_coef > 0 and self.work.steps.get("gad", 0) > 0
+
+    @property
+    def states(self) -> list[State]:
+        """Of the run's steps."""
+        there = {"discriminator": self.has_discriminator, "reference": self.has_reference}
+        return [state for state in STATES if there.get(state.removesuffix("_update"), True)]
+
+    @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
         return self.engine.shares_weights(self.config, self.machine.kind)
@@ -91,21 +153,35 @@ class StateMemory:
 
 def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
-    config, ranks = case.config, case.machine.ranks
-    student = case.student.parameters * ITEM[config.student.dtype] / ranks
-    discriminator = case.discriminator.scalar_parameters * ITEM[config.discriminator.dtype] / ranks
+    ranks, student, discriminator = case.machine.ranks, case.student_precision, case.discriminator_precision
+    policy, scorer = case.student.parameters / ranks, case.discriminator.scalar_parameters / ranks
+    if not case.has_discriminator:
+        scorer = 0.0
     engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
     return {
-        "student.parameters": student,
-        "student.gradients": student,
-        "student.optimizer": 2 * student,
-        "reference.parameters": student if config.algorithm.kl_coef > 0 else 0.0,
-        "discriminator.parameters": discriminator,
-        "discriminator.gradients": discriminator,
-        "discriminator.optimizer": 2 * discriminator,
+        "student.parameters": policy * student.weights,
+        "student.gradients": policy * student.gradients,
+        "student.optimizer": 0.0 if student.host else 2 * policy * student.weights,
+        "reference.parameters": reference_bytes(case.student, student) / ranks if case.has_reference else 0.0,
+        "discriminator.parameters": scorer * discriminator.weights,
+        "discriminator.gradients": scorer * discriminator.gradients,
+        "discriminator.optimizer": 0.0 if discriminator.host else 2 * scorer * discriminator.weights,
         "engine.weights": engine if case.engine.holds_memory and not case.shared else 0.0,
         "engine.kv_cache": choice.kv_bytes if case.engine.holds_memory else 0.0,
     }
+
+
+def reference_bytes(d: Dimensions, precision: Precision) -> float:
+    """Bytes of the reference policy: matrices as the products read them, the rest as the student's weights."""
+    matrices = d.layers * d.matrices + (0 if d.tied else d.head)
+    return float(matrices * precision.products + (d.parameters - matrices) * precision.weights)
+
+
+def master_bytes(case: Case) -> float:
+    """Bytes of float32 masters and their moments in the memory of the host, of one rank."""
+    policy, scorer = case.student.parameters, case.discriminator.scalar_parameters if case.has_discriminator else 0
+    kept = policy * case.student_precision.host + scorer * case.discriminator_precision.host
+    return 12.0 * kept / case.machine.ranks
 
 
 def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
@@ -126,7 +202,7 @@ def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
 
 
 def host_bytes(case: Case, choice: Choice) -> float:
-    """Bytes of page-locked host memory of a node: copies of all that is moved off an accelerator."""
+    """Bytes of page-locked host memory of a node: copies of all that is moved off an accelerator, and masters."""
     if case.machine.kind != "cuda":
         return 0.0
     # A sleeping vLLM keeps nothing: the trainer's weights are newer.
@@ -135,53 +211,86 @@ def host_bytes(case: Case, choice: Choice) -> float:
         for name, size in holdings(case, choice).items()
         if case.offload == "pinned" and not name.startswith("engine.") and not name.endswith(".gradients")
     ]
-    return sum(moved) * case.machine.per_node
+    return (sum(moved) + master_bytes(case)) * case.machine.per_node
 
 
 def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
     """Everything that a state takes on one rank, at its peak."""
-    lies = held(case, choice, state)
+    lies, on_cpu = held(case, choice, state), case.machine.kind == "cpu"
     working = {"process": case.machine.figures["process_bytes"]}
+    if on_cpu and (masters := master_bytes(case)):
+        # There the host's memory is the device's.
+        working["masters and moments"] = masters
     if state == "rollout" and case.engine.holds_memory:
-        working["sampler's buffers"] = case.machine.figures["engine_bytes"]
+        working["sampler's buffers"] = case.sampler_bytes
     elif state == "synchronise" and not case.shared:
         # One tensor at a time: gathered, and cast.
         largest = max(case.student.head, case.student.matrices / 3)
-        working["a tensor on its way"] = largest * (
-            ITEM[case.sampling_dtype] + (ITEM[case.config.student.dtype] if case.machine.ranks > 1 else 0)
-        )
+        whole = case.student_precision.weights if case.machine.ranks > 1 else 0
+        working["a tensor on its way"] = largest * (ITEM[case.sampling_dtype] + whole)
+    elif state == "reference":
+        working |= _reference(case, choice)
     elif state in ("student", "discriminator"):
-        gradients = lies.get(f"{state}.gradients", 0.0)  # type: ignore[call-overload]
+        gradients = lies.get(f"{state}.gradients", 0.0)
         working |= _training(case, choice, state, gradients)
+    elif state in ("student_update", "discriminator_update") and not on_cpu:
+        is_student = state == "student_update"
+        if (case.student_precision if is_student else case.discriminator_precision).host:
+            d = case.student if is_student else case.discriminator
+            working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.machine.ranks)
     return StateMemory(lies, working)
 
 
+def _reference(case: Case, choice: Choice) -> dict[str, float]:
+    """One forward pass that keeps nothing: the widest tensors of a layer, the head's, casts of wider weights."""
+    d, precision, work = case.student, case.student_precision, case.work
+    tokens = min(part_tokens(case, choice.micro_batch_tokens, True), work.student_tokens / case.machine.ranks)
+    passing = tokens * ((3 * d.mlp + 2 * d.hidden) * precision.products + 2 * d.hidden * precision.weights)
+    responses = _responses(work, tokens)
+    head = responses * d.hidden * precision.products
+    if case.machine.kind == "cuda":
+        head += min(responses * d.vocabulary * 4, case.machine.figures["logits_bytes"])
+    working = {"a pass without gradients": passing + head}
+    if precision.autocast and d.tied:
+        # The embedding stays wide for the look-up, and is the head's matrix as well.
+        working["casts of the weights"] = 2.0 * d.head
+    if case.machine.ranks > 1:
+        working["gathered layers"] = gathered_bytes(d.layer, d.root, precision.products, sum(working.values()))
+    return working
+
+
+def _responses(work: Workload, tokens: float) -> float:
+    """Response tokens among `tokens` packed tokens of the student's pass."""
+    return tokens * work.samples * work.response / (work.prompt + work.samples * work.response)
+
+
 def _training(case: Case, choice: Choice, state: State, gradients: float) -> dict[str, float]:
-    config, ranks, work = case.config, case.machine.ranks, case.work
-    is_student = state == "student"
-    d = case.student if is_student else case.discriminator
-    settings = config.student if is_student else config.discriminator
-    autocast, item = settings.autocast != "none", ITEM[settings.dtype]
-    compute = 2 if autocast else item
+    ranks, work = case.machine.ranks, case.work
+    is_student, on_cpu = state == "student", case.machine.kind == "cpu"
+    d, precision = case.student, case.student_precision
+    if not is_student:
+        d, precision = case.discriminator, case.discriminator_precision
+    autocast, item, compute = precision.autocast, precision.weights, precision.products
     rank_tokens = (work.student_tokens if is_student else work.discriminator_tokens) / ranks
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
 
-    on_cpu = case.machine.kind == "cpu"
     kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
     head = 0.0
     if is_student:
-        responses = tokens * work.samples * work.response / (work.prompt + work.samples * work.response)
+        responses = _responses(work, tokens)
         logits = responses * d.vocabulary * 4
-        # Its states and their gradient, the gradient of the matrix, and scratch for logits on CUDA.
-        head = 2 * responses * d.hidden * compute + d.head * (4 if autocast and logits > _LOGITS_BYTES else compute)
-        head += min(logits, _LOGITS_BYTES) if case.machine.kind == "cuda" else 0.0
+        # Its states and their gradient, the gradient of the matrix, which several chunks of logits sum in float32 under
+        # autocast, and on CUDA logits of a chunk; the CPU's hold blocks in the cache.
+        chunk = case.machine.figures.get("logits_bytes", math.inf)
+        head = 2 * responses * d.hidden * compute + d.head * (4 if autocast and logits > chunk else compute)
+        head += min(logits, chunk) if case.machine.kind == "cuda" else 0.0
     # Gradients of the widest tensors of a layer, while its backward pass is at work.
     passing = tokens * (3 * d.mlp + 2 * d.hidden) * compute
     # A gradient of [vocabulary, hidden] is made whole before it is added to what is there: of the embedding, but not on
-    # a CPU, and of an output head, from the second micro-batch on.
+    # a CPU, and of an output head, from the second micro-batch on. One that is summed in a wider dtype is cast first.
     whole = is_student and not single if on_cpu else is_student and d.tied or not single
-    embedding = d.head * item if whole else 0.0
+    embedding = d.head * (item + (precision.gradients if precision.gradients > item else 0)) if whole else 0.0
     working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
     # With one micro-batch gradients appear while activations go: on CUDA the larger of the two is the peak, while
     # malloc keeps what activations leave.
@@ -191,9 +300,15 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
         working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))
     elif autocast:
-        matrices = d.layers * d.matrices + (d.head if is_student else 0)
-        working["casts of the weights"] = 2.0 * matrices
+        working["casts of the weights"] = _casts(d, choice.mode, d.head if is_student else 0)
     return working
+
+
+def _casts(d: Dimensions, mode: Mode, head: int) -> float:
+    """bfloat16 copies of wider weights. Nothing keeps them but the backward pass, which reads those of every product;
+    where a layer is computed again, they are made again.
+    """
+    return 2.0 * (d.layers * d.matrices + head if mode == "off" else max(d.matrices, head))
 
 
 def part_tokens(case: Case, budget: int, is_student: bool) -> int:
@@ -214,7 +329,7 @@ def gathered_bytes(layer: int, root: int, compute: int, beside: float) -> float:
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:
     """Memory of every state on one rank."""
-    return {state: state_memory(case, choice, state) for state in STATES}
+    return {state: state_memory(case, choice, state) for state in case.states}
 
 
 def room(case: Case, states: Mapping[State, StateMemory]) -> float:
@@ -228,7 +343,7 @@ def needed_kv(case: Case, tensor_parallel: int) -> float:
     samplers = case.machine.ranks / tensor_parallel
     sequences = min(work.prompts * work.samples / samplers, case.sequences_at_once)
     tokens = sequences * (work.longest_prompt / work.samples + work.limit)
-    tokens = max(tokens, work.longest_prompt + work.limit)
+    tokens = max(tokens, case.context_tokens)
     return tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import State
@@ -72,13 +73,19 @@ def plan_with(case: Case, choice: Choice) -> Plan:
         problems.append(f"the state {fullest} needs {-left / 1e9:.1f} GB more than a rank has")
     if host < 0:
         problems.append(f"what is moved off needs {-host / 1e9:.0f} GB more than a node's host has")
-    least = least_kv(case, choice.tensor_parallel)
+    # Of a group whose samples do not all fit, some wait; an engine that cannot hold one does not start.
+    least = _sequence(case, choice.tensor_parallel)
     if case.engine.holds_memory and choice.kv_bytes < least:
         problems.append(
-            f"the KV cache of {choice.kv_bytes / 1e9:.1f} GB is less than the {least / 1e9:.1f} GB that one group at "
-            "full length takes"
+            f"the KV cache of {choice.kv_bytes / 1e9:.2f} GB is less than the {least / 1e9:.2f} GB that one sequence "
+            "of full length takes"
         )
     return Plan(case, choice, memory, run_time(case, choice), left, host, tuple(problems))
+
+
+def _sequence(case: Case, tensor_parallel: int) -> float:
+    """Bytes of KV cache, on a rank, for a sequence of full length."""
+    return case.context_tokens * case.student.kv_bytes(ITEM[case.sampling_dtype]) / tensor_parallel
 
 
 def make_plan(case: Case) -> Plan:
@@ -93,8 +100,11 @@ def make_plan(case: Case) -> Plan:
     return max(plans, key=lambda plan: plan.room)
 
 
-def as_given(case: Case) -> Plan:
-    """What the settings come to as they are: the least recomputation that fits where they leave it open."""
+def as_given(case: Case, *, sequence_fits: bool = False) -> Plan:
+    """What the settings come to as they are: the least recomputation that fits where they leave it open.
+
+    sequence_fits: the sampler's cache holds one sequence of full length, whatever its share of the memory comes to.
+    """
     config, machine = case.config, case.machine
     degree, _ = _sampler(case)
     kv = 0.0
@@ -103,16 +113,35 @@ def as_given(case: Case) -> Plan:
     elif case.engine.holds_memory:
         weights = case.student.parameters * ITEM[case.sampling_dtype] / degree
         share = config.vllm.gpu_memory_utilization * machine.figures["memory_bytes"]
-        kv = max(0.0, share - weights - machine.figures["engine_bytes"])
+        kv = max(_sequence(case, degree) if sequence_fits else 0.0, share - weights - case.sampler_bytes)
     plans = [plan_with(case, Choice(mode, config.schedule.micro_batch_tokens, kv, degree)) for mode in _modes(config)]
     return next((plan for plan in plans if plan.fits), plans[-1])
+
+
+def nearest_that_fits(case: Case, given: Plan, lowered: Collection[str]) -> Plan | None:
+    """The fastest plan that fits with the settings as they are, but for `lowered`, of which it may take less.
+
+    lowered: of schedule.micro_batch_tokens and rollout.gpu_memory_utilization. given: as_given(case). None: none fits.
+    """
+    budgets, caches = [given.choice.micro_batch_tokens], [given.choice.kv_bytes]
+    while "schedule.micro_batch_tokens" in lowered and budgets[-1] // 2 >= _LEAST_BUDGET:
+        budgets.append(budgets[-1] // 2)
+    if "rollout.gpu_memory_utilization" in lowered and case.machine.kind == "cuda":
+        caches.append(_sampler(case)[1])
+    plans = [
+        plan_with(case, replace(given.choice, mode=mode, micro_batch_tokens=budget, kv_bytes=kv))
+        for budget in budgets
+        for kv in caches
+        for mode in _modes(case.config)
+    ]
+    return min((plan for plan in plans if plan.fits), key=lambda plan: plan.time.total, default=None)
 
 
 def utilisation(plan: Plan) -> float:
     """rollout.gpu_memory_utilization for the plan's KV cache."""
     rollout, figures = plan.memory["rollout"], plan.case.machine.figures
     weights = rollout.held.get("engine.weights", 0.0)
-    return (weights + plan.choice.kv_bytes + figures["engine_bytes"]) / figures["memory_bytes"]
+    return (weights + plan.choice.kv_bytes + plan.case.sampler_bytes) / figures["memory_bytes"]
 
 
 def _modes(config: Config) -> tuple[Mode, ...]:
@@ -146,8 +175,11 @@ def _sampler(case: Case) -> tuple[int, float]:
     raise AssertionError("one rank is always a sampler")
 
 
-def advise(plan: Plan) -> list[Advice]:
-    """What would make a plan fit: each change alone, then as few together as do; empty for a plan that fits."""
+def advise(plan: Plan, *, ranks: bool = True) -> list[Advice]:
+    """What would make a plan fit: each change alone, then as few together as do; empty for a plan that fits.
+
+    ranks: more of the same accelerators as well.
+    """
     if plan.fits:
         return []
     found, changes = [], _changes(plan.case)
@@ -156,24 +188,31 @@ def advise(plan: Plan) -> list[Advice]:
         found.append(Advice(change.name, change.cost, changed.room, changed.fits))
     if not any(item.fits for item in found):
         found += _together(plan.case, changes)
-    if plan.case.machine.kind == "cuda":
+    if ranks and plan.case.machine.kind == "cuda":
         found += _more_ranks(plan.case)
     return found
 
 
 @dataclass(frozen=True)
 class _Change:
-    """Sets some settings of one section."""
+    """Sets some settings: {"section.key": value}. also: what has to be set with them, and goes without saying."""
 
-    name: str
+    values: Mapping[str, object]
     cost: str
-    section: str
-    values: dict[str, object]
+    also: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        told = {key: f"{value:g}" if isinstance(value, float) else value for key, value in self.values.items()}
+        return " and ".join(f"{key} = {value}" for key, value in told.items())
 
     def __call__(self, case: Case) -> Case:
-        section = getattr(case.config, self.section).model_copy(update=self.values)
-        config = case.config.model_copy(update={self.section: section})
-        limit, work = config.data.max_response_tokens, case.work
+        config, work = case.config, case.work
+        for key, value in {**self.values, **self.also}.items():
+            section, _, name = key.partition(".")
+            changed = getattr(config, section).model_copy(update={name: value})
+            config = config.model_copy(update={section: changed})
+        limit = config.data.max_response_tokens
         work = replace(work, limit=limit, response=min(work.response, limit), teacher=min(work.teacher, limit))
         return replace(case, config=config, work=work)
 
@@ -181,29 +220,32 @@ class _Change:
 def _changes(case: Case) -> list[_Change]:
     """The changes that are open, the ones that cost least first."""
     config, changes = case.config, []
+    models = ["student", *(["discriminator"] if case.has_discriminator else [])]
     if case.offload == "none":
         kind = "pinned" if case.machine.kind == "cuda" else "file"
-        name, cost = f"memory.offload = {kind}", "copies between states"
-        changes.append(_Change(name, cost, "memory", {"offload": kind}))
+        changes.append(_Change({"memory.offload": kind}, "copies between states"))
     if config.schedule.activation_checkpointing != "auto":
-        name, cost = "schedule.activation_checkpointing = auto", "layers are computed again"
-        changes.append(_Change(name, cost, "schedule", {"activation_checkpointing": "auto"}))
-    if config.algorithm.kl_coef > 0:
-        name, cost = "algorithm.kl_coef = 0", "no reference policy, no KL term"
-        changes.append(_Change(name, cost, "algorithm", {"kl_coef": 0.0}))
-    for model in ("student", "discriminator"):
-        if getattr(config, model).dtype == "float32":
-            name, cost = f"{model}.dtype = bfloat16", "updates below its 8 bits are lost: raise the learning rate"
-            changes.append(_Change(name, cost, model, {"dtype": "bfloat16", "autocast": "none"}))
+        changes.append(_Change({"schedule.activation_checkpointing": "auto"}, "layers are computed again"))
+    wide = [model for model in models if getattr(config, model).dtype == "float32"]
+    on_device = [model for model in wide if getattr(config, model).master == "device"]
+    if on_device and case.machine.kind == "cuda":
+        cost = "weights and moments cross the link to the host in every update; the model computes with bfloat16"
+        changes.append(_Change({f"{model}.master": "host" for model in on_device}, cost))
+    if case.has_reference:
+        changes.append(_Change({"algorithm.kl_coef": 0.0}, "no reference policy, no KL term"))
+    for model in wide:
+        also = {f"{model}.autocast": "none", f"{model}.master": "device"}
+        cost = "updates below its 8 bits are lost: raise the learning rate"
+        changes.append(_Change({f"{model}.dtype": "bfloat16"}, cost, also))
     if config.data.max_response_tokens > 512:
         half = config.data.max_response_tokens // 2
-        name, cost = f"data.max_response_tokens = {half}", "more responses are cut"
-        changes.append(_Change(name, cost, "data", {"max_response_tokens": half}))
+        changes.append(_Change({"data.max_response_tokens": half}, "more responses are cut"))
     return changes
 
 
 def _together(case: Case, changes: list[_Change]) -> list[Advice]:
-    """As few of the changes as fit together, the costly ones left out first."""
+    """As few of the changes as fit together, the costly ones left out first. Of masters in host memory and narrower
+    ones only either can be."""
 
     def planned(some: list[_Change]) -> Plan:
         changed = case
@@ -211,14 +253,16 @@ def _together(case: Case, changes: list[_Change]) -> list[Advice]:
             changed = change(changed)
         return make_plan(changed)
 
-    if not planned(changes).fits:
-        return []
-    kept = changes
-    for change in reversed(changes):
-        fewer = [other for other in kept if other is not change]
-        if planned(fewer).fits:
-            kept = fewer
-    return [Advice(" and ".join(change.name for change in kept), "all of these", planned(kept).room, True)]
+    for other in (".dtype", ".master"):
+        kept = [change for change in changes if not any(key.endswith(other) for key in change.values)]
+        if not planned(kept).fits:
+            continue
+        for change in reversed(kept):
+            fewer = [one for one in kept if one is not change]
+            if planned(fewer).fits:
+                kept = fewer
+        return [Advice(" and ".join(change.name for change in kept), "all of these", planned(kept).room, True)]
+    return []
 
 
 def _more_ranks(case: Case) -> list[Advice]:

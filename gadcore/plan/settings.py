@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from gadcore.config import loading
 from gadcore.config.command_line import HELP
+from gadcore.config.default_job import default_preset
 from gadcore.config.kinds import Above, Location, Positive, Section
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
@@ -91,4 +92,5 @@ def load(arguments: Sequence[str]) -> tuple[Config, PlanSettings]:
     saved = Path(plan.against) / "config.toml" if plan.against and not begins else None
     if saved and not saved.is_file():
         raise UserError(f"plan.against = {plan.against} is not a run folder: it has no config.toml")
-    return loading.load(others, saved=saved), plan
+    default = loading.DEFAULT_PRESET if saved else default_preset(others)
+    return loading.load(others, saved=saved, default=default), plan

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from gadcore.memory.holdings import HOLDINGS
 from gadcore.plan.against import Comparison
-from gadcore.plan.assumptions import Assumption
-from gadcore.plan.memory import Case, StateMemory
+from gadcore.plan.assumptions import RULES, Assumption
+from gadcore.plan.memory import Case, StateMemory, host_bytes
 from gadcore.plan.planning import Advice, Plan, utilisation
 
 # (what a part of a bar stands for, its character, its colour)
@@ -49,6 +49,8 @@ def show(
         console.print(_advice_table(advice))
     console.print(_choice_table(plan, given))
     console.print(_memory_table(plan))
+    if case.machine.kind == "cuda":
+        console.print(_host(plan))
     console.print(Text("Memory of a rank by state, predicted; | is what a rank may fill"))
     for state, memory in plan.memory.items():
         console.print(_bar(state, memory, case))
@@ -56,6 +58,8 @@ def show(
     console.print(_time_table(plan))
     console.print(_hours(plan, given), soft_wrap=True)
     console.print(_assumption_table(assumptions))
+    for rule in RULES:
+        console.print(f"assumed: {rule}", soft_wrap=True)
 
 
 def _heading(case: Case) -> str:
@@ -129,6 +133,14 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("total", *(_gb(memory.total) for memory in states))
     table.add_row("left", *(f"{(plan.case.machine.usable_bytes - memory.total) / 1e9:.2f}" for memory in states))
     return table
+
+
+def _host(plan: Plan) -> str:
+    taken = host_bytes(plan.case, plan.choice)
+    return (
+        f"page-locked memory of a node's host, predicted: {taken / 1e9:.1f} GB of "
+        f"{(taken + plan.host_room) / 1e9:.1f} GB, for what waits there and for masters (student.master)"
+    )
 
 
 def _gb(size: float) -> str:

@@ -1,11 +1,14 @@
 """Seconds of every phase of a step, from a roofline: rates of products and of memory, and the work that is to be done.
 
 layers      2 FLOPs a matrix entry and token forward, twice that backward, once more for what is computed again;
-            over the product rate, and over what norms, activations and casts leave of the time
+            over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
+            casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
 head        three products in the policy's pass, one in the reference's, four in the warmup's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
-optimizer   ten passes over parameters: AdamW reads four and writes three, clipping reads two and writes one
+optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
+            at a time
+moves       what a state needs and the one before it did not, and back where it was changed
 """
 
 from __future__ import annotations
@@ -13,11 +16,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from gadcore.memory.holdings import FOLLOWS, needs
+from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
-from gadcore.plan.memory import ITEM, Case, Choice, holdings
-
-_OPTIMIZER_PASSES = 10
+from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class RunTime:
 def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, work: Pass) -> float:
     """One forward pass on every rank, with its backward pass where there is one; tokens are of all ranks."""
     machine, figures = case.machine, case.machine.figures
-    settings = getattr(case.config, settings_name)
-    dtype = "bfloat16" if settings.autocast != "none" else settings.dtype
+    precision = case.student_precision if settings_name == "student" else case.discriminator_precision
+    dtype = "float32" if precision.products == 4 else "bfloat16"
     rate = machine.product_flops(dtype)
     # Forward passes that backward makes again: "selective" leaves products and attention out.
     again = {"off": 0.0, "selective": figures["elementwise_share"], "full": 1.0}[choice.mode]
@@ -67,15 +68,30 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     attention = attention_times * d.pair_flops * work.pairs / (rate * figures["attention_share"])
     head = work.head * d.head_flops * work.responses / (rate * figures["head_share"])
     computing = (layers + attention + head) / machine.ranks
-    if machine.ranks == 1:
-        return computing
     is_student = settings_name == "student"
     parameters = d.parameters if is_student else d.scalar_parameters
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
+    if machine.ranks == 1:
+        return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
     # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
     moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
     hidden = figures["overlap_share"] * computing
     return computing + max(0.0, moved / collective_bandwidth(case) - hidden)
+
+
+def _weights_seconds(case: Case, choice: Choice, parameters: int, precision: Precision, backward: bool) -> float:
+    """What a micro-batch costs on CUDA however few its tokens are: casts of all weights, sums of all gradients."""
+    figures = case.machine.figures
+    if case.machine.kind == "cpu":
+        return 0.0
+    # Read and written; the backward pass makes the casts again where it makes layers again.
+    casts = (precision.weights + precision.products) * (1 + (backward and choice.mode != "off"))
+    moved = casts if precision.autocast else 0
+    if backward:
+        # Made, cast where it is summed in a wider dtype, and added to what is there.
+        made, summed = precision.products, precision.gradients
+        moved += made + (made + summed if made < summed else 0) + 3 * summed
+    return moved * parameters / (figures["memory_bandwidth"] * figures["memory_share"])
 
 
 def collective_bandwidth(case: Case) -> float:
@@ -88,11 +104,15 @@ def collective_bandwidth(case: Case) -> float:
     return link * figures["collective_share"] * machine.ranks / (machine.ranks - 1)
 
 
-def optimizer_seconds(case: Case, parameters: int, dtype: str) -> float:
+def optimizer_seconds(case: Case, parameters: int, precision: Precision) -> float:
     """Clipping and AdamW on every rank's shard."""
     figures = case.machine.figures
-    moved = _OPTIMIZER_PASSES * parameters * ITEM[dtype] / case.machine.ranks
-    return moved / (figures["memory_bandwidth"] * figures["memory_share"])
+    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.machine.ranks
+    seconds = moved / (figures["memory_bandwidth"] * figures["memory_share"])
+    if not precision.host or case.machine.kind == "cpu":
+        return seconds
+    both_ways = 2 * 12.0 * parameters / case.machine.ranks
+    return max(seconds, both_ways / (2 * figures["host_link"] * figures["duplex_share"]))
 
 
 def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float) -> float:
@@ -106,6 +126,8 @@ def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float)
     keys = rows * context * d.kv_bytes(item) / cut / bandwidth
     products = 2 * entries * rows / cut / machine.decode_flops(rows, case.sampling_dtype)
     launches = figures["engine_layer_seconds"] * d.layers
+    if case.graphs and rows <= figures["engine_graph_rows"]:
+        launches = 0.0
     beside = figures["engine_step_seconds"] + figures.get("engine_row_seconds", 0.0) * rows
     if machine.kind == "cpu":
         # Nothing runs beside anything else.
@@ -165,7 +187,7 @@ def synchronise_seconds(case: Case) -> float:
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (ITEM[case.config.student.dtype] + 3 * ITEM[case.sampling_dtype])
+    read = parameters * (case.student_precision.weights + 3 * ITEM[case.sampling_dtype])
     seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
     if case.machine.ranks > 1:
         seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
@@ -173,9 +195,10 @@ def synchronise_seconds(case: Case) -> float:
 
 
 def offload_seconds(case: Case, choice: Choice) -> float:
-    """Copies between accelerator and host, or files, over one GAD step; the reference is only ever read back."""
+    """Copies between accelerator and host, or files, over one GAD step; what never changes is only ever read back."""
     sizes, seconds = holdings(case, choice), 0.0
-    states = tuple(FOLLOWS)
+    states = [state for state in FOLLOWS if state in case.states]
+    changed = frozenset[str]().union(*CHANGES.values())
     figures = case.machine.figures
     if case.offload == "file":
         out, back = (figures[name] / case.machine.per_node for name in ("file_write", "file_read"))
@@ -188,7 +211,7 @@ def offload_seconds(case: Case, choice: Choice) -> float:
                 continue
             if name in new - old:
                 seconds += size / back
-            elif name in old - new and name != "reference.parameters":
+            elif name in old - new and name in changed:
                 seconds += size / out
     return seconds
 
@@ -198,13 +221,13 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     work, config, discriminator = case.work, case.config, case.discriminator
     algorithm = config.algorithm
     responses, teacher = work.sampled, work.prompts * work.teacher
-    update = optimizer_seconds(case, discriminator.scalar_parameters, config.discriminator.dtype)
+    update = optimizer_seconds(case, discriminator.scalar_parameters, case.discriminator_precision)
     scored = Pass(work.discriminator_tokens, work.discriminator_pairs, 0, 0, True)
     d_seconds = pass_seconds(case, choice, discriminator, "discriminator", scored) + update
     looked = pass_seconds(case, choice, discriminator, "discriminator", replace(scored, backward=False))
     updates = algorithm.discriminator_steps / algorithm.discriminator_every
     d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
-    g_update = optimizer_seconds(case, case.student.parameters, config.student.dtype)
+    g_update = optimizer_seconds(case, case.student.parameters, case.student_precision)
     policy = Pass(work.student_tokens, work.student_pairs, responses, 3, True)
     g_seconds = pass_seconds(case, choice, case.student, "student", policy) + g_update
     if algorithm.kl_coef > 0:
@@ -222,7 +245,8 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     if algorithm.student_warmup:
         warmup = {**warmup, "student": ce_seconds}
     gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
-    stages = {"sft": {"student": ce_seconds}, "warmup": warmup, "gad": gad}
+    ce = {"student": ce_seconds}
+    stages = {"sft": ce, "seqkd": ce, "warmup": warmup, "gad": gad}
     return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, _once(case, choice, looked))
 
 
@@ -231,12 +255,12 @@ def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     work, every, steps = case.work, case.config.checkpoint.every, sum(case.work.steps.values())
     share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.discriminator_tokens
     samples = case.config.data.eval_samples
-    evaluation = rollout_seconds(case, choice, work.eval_rows, samples) + looked * share * samples
-    # Parameters and both moments.
-    saved = 3.0 * (
-        case.student.parameters * ITEM[case.config.student.dtype]
-        + case.discriminator.scalar_parameters * ITEM[case.config.discriminator.dtype]
-    )
+    evaluation = rollout_seconds(case, choice, work.eval_rows, samples)
+    # Parameters, or their masters, and both moments.
+    saved = 3.0 * case.student.parameters * ITEM[case.config.student.dtype]
+    if case.has_discriminator:
+        evaluation += looked * share * samples
+        saved += 3.0 * case.discriminator.scalar_parameters * ITEM[case.config.discriminator.dtype]
     count = (steps // every + len(work.steps) if every else 0) + 1
     return {
         "evaluation": evaluation * (1 + len(work.steps)),

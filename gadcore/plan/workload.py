@@ -104,13 +104,13 @@ class Counted:
 
 
 def read_workload(
-    config: Config, plan: PlanSettings, counted: Counted | None = None
+    config: Config, plan: PlanSettings, counted: Counted | None = None, stages: Sequence[str] | None = None
 ) -> tuple[Workload, list[Assumption]]:
     """The work of a run, and where its figures come from.
 
-    counted: where the data has been read already. Else it is read here where it comes with gadcore or is a file, and
-    the tokenizer is at hand. Raises UserError for broken data, or where neither plan.rows nor the data says how many
-    rows there are.
+    stages: by name; default those of the command `train`. counted: where the data has been read already. Else it is
+    read here where it comes with gadcore or is a file, and the tokenizer is at hand.
+    Raises UserError for broken data, or where neither plan.rows nor the data says how many rows there are.
     """
     data = config.data
     known = counted or _from_data(config) or _assumed(config, plan)
@@ -145,7 +145,7 @@ def read_workload(
         response=items[3].value,
         limit=data.max_response_tokens,
         longest_prompt=data.max_prompt_tokens,
-        steps=stage_steps(config, stages_of(config, "train"), per_epoch),
+        steps=stage_steps(config, stages or stages_of(config, "train"), per_epoch),
         eval_rows=(data.eval_rows or 500) if data.eval else 0,
     )
     why = "data.eval_rows" if data.eval_rows else "assumed: data.eval_rows is not set"

@@ -73,7 +73,7 @@ class Engine(ABC):
     @classmethod
     def dtype(cls, config: Config) -> str:
         """The dtype that it computes in: "float32" or "bfloat16"."""
-        return config.student.dtype
+        return config.student.weights_dtype
 
     @classmethod
     def one_a_process(cls, device: str) -> bool:

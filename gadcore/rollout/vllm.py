@@ -101,7 +101,7 @@ class VLLMEngine(Engine):
     @classmethod
     def shares_weights(cls, config: Config, device: str) -> bool:
         # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own.
-        same = config.vllm.dtype == config.student.dtype
+        same = config.vllm.dtype == config.student.weights_dtype
         return device == "cpu" and same and config.memory.shared_weights
 
     @classmethod

@@ -69,9 +69,9 @@ class Checkpoints:
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
-            parameters = dict(model.model.named_parameters())
-            tensors[name] = self._memory.readable(parameters)
-            moments = optimizer_tensors(model.optimizer.adamw, parameters)
+            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            tensors[name] = self._memory.readable(weights)
+            moments = optimizer_tensors(model.optimizer.adamw, weights)
             tensors[f"{name}-optimizer"] = self._memory.readable(moments)
         rng = rng_state()
         tensors["rng"] = rng.tensors
@@ -102,10 +102,11 @@ class Checkpoints:
         """The parameters and optimizers alone."""
         for name, model in self._models.items():
             self._memory.enter(_UPDATE[name])
-            parameters = dict(model.model.named_parameters())
-            restore_parameters(parameters, saved.tensors[name], name)
+            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            restore_parameters(weights, saved.tensors[name], name)
+            model.optimizer.weights_changed()
             moments = saved.tensors[f"{name}-optimizer"]
-            restore_optimizer(model.optimizer.adamw, moments, parameters)
+            restore_optimizer(model.optimizer.adamw, moments, weights)
 
     def restore_reference(self, reference: PreTrainedModel) -> None:
         """Gives the reference policy the weights that were saved for it. UserError where they are missing."""

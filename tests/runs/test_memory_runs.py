@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from gadcore.memory.holdings import NEEDS
 from tests.support.runs import ROOT, assert_same_run, run, tiny_arguments
@@ -67,6 +69,28 @@ def test_a_checkpoint_can_be_resumed_with_another_offload(plain, tmp_path) -> No
     assert_same_run(tmp_path / "run", plain)
 
 
+def test_masters_in_host_memory_are_resumed_to_the_bit_and_saved(plain, tmp_path) -> None:
+    masters = ["--student.master", "host", "--discriminator.master", "host"]
+    whole = made(plain.parent, "masters", *masters)
+    killer = [sys.executable, str(ROOT / "tests/support/killed_run.py"), "update", "6", "--"]
+    arguments = [*tiny_arguments(plain.parent), *masters, *OFFLOAD, "--run.dir", str(tmp_path / "run")]
+    assert run(arguments, tmp_path, command=killer).returncode == -signal.SIGKILL
+    done = run(["--resume", "auto", "--run.dir", str(tmp_path / "run")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", whole)
+    for model in ("student", "discriminator"):
+        saved = load_file(whole / model / "model.safetensors")
+        newest = load_file(sorted((whole / "checkpoints").iterdir())[-1] / f"{model}.safetensors")
+        assert all(value.dtype == torch.float32 for value in saved.values())
+        assert all(torch.equal(value, newest[name]) for name, value in saved.items())
+    memory = json.loads((whole / "summary.json").read_text())["memory"]["states"]
+    assert not any(name.endswith(".optimizer") for holders in memory.values() for name in holders)
+    wide = json.loads((plain / "summary.json").read_text())["memory"]["states"]
+    for state, name in (("student", "student"), ("discriminator", "discriminator")):
+        assert memory[state][f"{name}.gradients"] == wide[state][f"{name}.gradients"]
+        assert memory[state][f"{name}.parameters"] < 0.51 * wide[state][f"{name}.parameters"]
+
+
 @pytest.mark.slow
 def test_four_ways_of_holding_weights_with_vllm_are_one_run(tmp_path) -> None:
     pytest.importorskip("vllm")
@@ -88,7 +112,8 @@ def test_a_limit_ends_a_run_with_the_list_of_holders(plain, tmp_path) -> None:
     settings = ["--memory.limit_gib", "0.1", "--run.dir", str(tmp_path / "run")]
     done = run([*tiny_arguments(plain.parent), *settings], tmp_path)
     assert done.returncode == 2
-    assert "of 0.10 GiB allowed" in done.stderr and "process" in done.stderr and "memory.offload" in done.stderr
+    assert "of 0.10 GiB allowed" in done.stderr and "process" in done.stderr and "memory.limit_gib" in done.stderr
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
 
 
 def test_what_a_cpu_cannot_do_is_refused(plain, tmp_path) -> None:

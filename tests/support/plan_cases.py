@@ -29,8 +29,10 @@ def round_case(*, kind: str = "cpu", ranks: int = 1, config: Config | None = Non
     shares |= dict.fromkeys(("head_share", "attention_share", "elementwise_share", "decode_flops_share"), 0.5)
     others = {"engine_step_seconds": 0.5, "engine_layer_seconds": 0.25, "engine_row_seconds": 0.0}
     sizes = {"memory_bytes": 1e9, "reserve_share": 0.1, "process_bytes": 1e3, "engine_bytes": 1e3}
+    sizes |= {"logits_bytes": 2 << 30, "optimizer_passes": 10}
     if kind == "cuda":
         del rates["decode_bandwidth"]
+        others |= {"engine_graph_rows": 4.0, "engine_graph_bytes": 500.0, "duplex_share": 0.5}
     known = rates | shares | others | sizes | {"host_memory_bytes": 1e9} | figures
     items = Assumptions([Assumption(name, value, "", "test") for name, value in known.items()])
     work = Workload(

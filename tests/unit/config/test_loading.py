@@ -34,6 +34,8 @@ LATER = {
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
+    "student.master": "device",
+    "discriminator.master": "device",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
 }
@@ -46,6 +48,7 @@ RESOLVED = {
     "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
     "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
+    "smollm2-gpu": "7dda9ba6cf2bf6d2bbf7beb68515fb1ed5d5d1d03ebb0a89027a35133146ca2d",
 }
 
 

@@ -12,12 +12,11 @@ from gadcore.errors import UserError
 from gadcore.memory.holdings import NEEDS
 from gadcore.plan import calibrate, calibration
 from gadcore.plan.assumptions import Assumption, Assumptions
-from gadcore.plan.command import ledger_lines, main, memory_warning
+from gadcore.plan.command import main
 from gadcore.plan.dimensions import read_config, read_dimensions
 from gadcore.plan.machine import find
 from gadcore.plan.settings import load
 from gadcore.record.tracking import read_rows
-from tests.support.builders import groups
 from tests.support.tiny import save_tiny
 
 
@@ -160,23 +159,6 @@ def test_a_broken_calibration_is_measured_again(tmp_path) -> None:
     assert calibration.read(1) == ({}, "")
     calibration.keep({"memory_bandwidth": 4e9}, 1)
     assert calibration.read(1)[0] == {"memory_bandwidth": 4e9}
-
-
-def test_ledger_lines_name_every_state(tmp_path) -> None:
-    model = str(save_tiny(tmp_path / "model"))
-    lines = ledger_lines(loading.load([]), model, groups(3))
-    assert len(lines) == len(NEEDS) + 1 and all(line.startswith("memory, predicted, ") for line in lines)
-    assert "student.optimizer" in lines[5] and "activations and head" in lines[5]
-    assert "is the fullest state" in lines[-1] and "GB left" in lines[-1]
-
-
-def test_a_run_that_will_not_fit_is_told_before_it_begins(tmp_path) -> None:
-    model, config = str(save_tiny(tmp_path / "model")), loading.load(["--memory.offload", "file"])
-    assert memory_warning(config, model, groups(3), 8 << 30) is None
-    warning = memory_warning(config, model, groups(3), 1 << 29)
-    assert warning is not None and "of 0.50 GiB allowed" in warning and "memory.offload is file" in warning
-    unknown = memory_warning(config, str(tmp_path / "none"), groups(3), 8 << 30)
-    assert unknown is not None and unknown.startswith("the memory of this run is not predicted: ")
 
 
 def _row(stage: str, **figures: float) -> dict[str, object]:

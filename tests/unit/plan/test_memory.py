@@ -6,8 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from gadcore.config.settings import AlgorithmSettings, Config, HFRollout, MemorySettings, ScheduleSettings, VLLMRollout
+from gadcore.config.settings import (
+    AlgorithmSettings,
+    Config,
+    DiscriminatorSettings,
+    HFRollout,
+    MemorySettings,
+    ScheduleSettings,
+    StudentSettings,
+    VLLMRollout,
+)
 from gadcore.memory.holdings import NEEDS
+from gadcore.models.host_master import SLICES_BYTES
 from gadcore.plan.memory import Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
 from gadcore.plan.planning import advise, as_given, make_plan, utilisation
 from tests.support.plan_cases import preset_case, round_case
@@ -113,6 +123,80 @@ def test_a_cpus_cache_takes_what_was_written() -> None:
     assert held(gpu, choice, "rollout")["engine.kv_cache"] == 1e9
 
 
+HOST = {"student": StudentSettings(master="host"), "discriminator": DiscriminatorSettings(master="host")}
+
+
+def test_masters_in_host_memory_take_none_of_the_device() -> None:
+    case = round_case(kind="cuda", config=config(**HOST))
+    found = holdings(case, CHOICE)
+    assert (found["student.parameters"], found["student.gradients"]) == (2 * 3200, 4 * 3200)
+    assert found["student.optimizer"] == found["discriminator.optimizer"] == 0
+    assert found["reference.parameters"] == 2 * 3200
+    # Float32 weights and two moments of both, and what waits: bfloat16 weights of both and of the reference.
+    assert host_bytes(case, CHOICE) == 12 * (3200 + 3210) + 2 * (3200 + 3200 + 3210)
+    states = peak(case, CHOICE)
+    assert states["student_update"].working["slices of the masters"] == 12 * 3200
+    assert "slices of the masters" not in states["student"].working
+    # They are there without offload as well, and on a CPU in the one memory that there is.
+    assert host_bytes(replace(case, config=config("none", **HOST)), CHOICE) == 12 * (3200 + 3210)
+    cpu = peak(round_case(config=config(**HOST)), CHOICE)
+    assert all(memory.working["masters and moments"] == 12 * (3200 + 3210) for memory in cpu.values())
+    large = preset_case("qwen2.5-7b", "h100-80gb-x1", *flags("student.master = host"))
+    assert peak(large, CHOICE)["student_update"].working["slices of the masters"] == SLICES_BYTES
+
+
+def test_a_reference_policy_is_kept_as_the_products_read_it() -> None:
+    tied, plain = preset_case("qwen2.5-3b", "h100-80gb-x1"), preset_case("qwen2.5-7b", "h100-80gb-x1")
+    for case, wide in ((tied, tied.student.head), (plain, plain.student.head)):
+        d = case.student
+        rest = d.parameters - d.layers * d.matrices - (0 if d.tied else d.head)
+        assert holdings(case, CHOICE)["reference.parameters"] == 2 * (d.parameters - rest) + 4 * rest
+        # The embedding is looked up in float32; norms and biases are hardly anything.
+        assert wide <= rest < 1.01 * wide
+    none = preset_case("qwen2.5-3b", "h100-80gb-x1", "--algorithm.kl_coef=0")
+    assert "reference" not in peak(none, CHOICE)
+
+
+def test_moments_and_the_reference_are_not_beside_activations() -> None:
+    states = peak(preset_case("qwen2.5-3b", "h100-80gb-x1"), Choice("full", 16384, 20e9))
+    assert set(states["student"].held) == {"student.parameters", "student.gradients"}
+    assert set(states["student_update"].working) == {"process"}
+    assert set(states["reference"].held) == {"reference.parameters"}
+    assert states["reference"].total < states["student"].total
+
+
+def test_casts_are_kept_where_layers_are() -> None:
+    case = preset_case("qwen2.5-3b", "h100-80gb-x1")
+    d = case.student
+    kept, again = (
+        peak(case, Choice(mode, 2048, 0.0))["student"].working["casts of the weights"] for mode in ("off", "full")
+    )
+    assert kept == 2 * (d.layers * d.matrices + d.head) and again == 2 * max(d.matrices, d.head)
+    scored = peak(case, Choice("selective", 2048, 0.0))["discriminator"].working["casts of the weights"]
+    assert scored == 2 * d.matrices
+
+
+def test_the_baseline_holds_no_discriminator_and_no_reference() -> None:
+    case = round_case(kind="cuda", config=config("none"))
+    case = replace(case, work=replace(case.work, steps={"seqkd": 3}))
+    states = peak(case, CHOICE)
+    assert set(states) == {"synchronise", "rollout", "student", "student_update", "rest"}
+    assert set(states["rest"].held) == {"student.parameters", "student.optimizer"}
+
+
+def test_a_3b_fits_one_card_at_its_presets_micro_batch() -> None:
+    given = as_given(preset_case("qwen2.5-3b", "h100-80gb-x1"))
+    assert given.fits and given.choice.micro_batch_tokens == 16384
+
+
+def test_graphs_take_memory_of_the_samplers_share() -> None:
+    graphs, eager = (
+        preset_case("qwen2.5-3b", "h100-80gb-x1", f"--rollout.enforce_eager={e}") for e in ("false", "true")
+    )
+    taken = [as_given(case).choice.kv_bytes for case in (graphs, eager)]
+    assert taken[1] - taken[0] == graphs.machine.figures["engine_graph_bytes"] > 0
+
+
 def test_more_ranks_take_less_each() -> None:
     totals = [
         peak(preset_case("qwen2.5-14b", machine), Choice("full", 8192, 0.0))["student"].total
@@ -135,16 +219,34 @@ def test_advice_makes_it_fit() -> None:
     advice = advise(plan)
     alone = {item.change: item for item in advice}
     assert not alone["algorithm.kl_coef = 0"].fits
+    masters = "student.master = host and discriminator.master = host"
+    assert alone[masters].fits and alone[masters].room > plan.room
+    assert not any(item.change.startswith(masters) and item.change != masters for item in advice)
+    changed = make_plan(preset_case("qwen2.5-7b", "h100-80gb-x1", *flags(masters)))
+    assert changed.fits and changed.room == alone[masters].room and advise(changed) == []
     ranks = next(item for item in advice if "ranks" in item.change)
     count = int(ranks.change.split()[0])
     assert ranks.fits and make_plan(preset_case("qwen2.5-7b", f"h100-80gb-x{count}")).fits
     assert not make_plan(preset_case("qwen2.5-7b", f"h100-80gb-x{count // 2}")).fits
-    together = next(item for item in advice if " and " in item.change)
-    arguments = [f"--{part.replace(' = ', '=')}" for part in together.change.split(" and ")]
-    arguments += ["--student.autocast=none", "--discriminator.autocast=none"]
-    changed = make_plan(preset_case("qwen2.5-7b", "h100-80gb-x1", *arguments))
-    assert changed.fits and changed.room == together.room
-    assert advise(changed) == []
+    assert not any("ranks" in item.change for item in advise(plan, ranks=False))
+
+
+def flags(change: str) -> list[str]:
+    """A change of advice as one writes it on a command line."""
+    return [f"--{part.replace(' = ', '=')}" for part in change.split(" and ")]
+
+
+def test_changes_that_fit_only_together_are_advised_together() -> None:
+    # A 3B on a smaller card: no change alone is enough.
+    case = preset_case("qwen2.5-3b", "h100-80gb-x1")
+    figures = case.machine.figures.replaced({"memory_bytes": 26.5e9}, "test")
+    case = replace(case, machine=replace(case.machine, figures=figures))
+    advice = advise(make_plan(case))
+    single = [item for item in advice if " and " not in item.change and "ranks" not in item.change]
+    assert single and not any(item.fits for item in single)
+    together = next(item for item in advice if item.fits and "ranks" not in item.change)
+    both = preset_case("qwen2.5-3b", "h100-80gb-x1", *flags(together.change))
+    assert make_plan(replace(both, machine=case.machine)).room == together.room
 
 
 def test_offload_is_advised_where_it_is_off() -> None:

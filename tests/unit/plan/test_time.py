@@ -85,7 +85,7 @@ def test_sampling_takes_as_many_steps_as_the_longest_response() -> None:
 
 def test_the_optimizer_and_offload_by_hand() -> None:
     case = round_case(kind="cuda", config=Config(memory=MemorySettings(offload="pinned")))
-    assert optimizer_seconds(case, 3200, "float32") == pytest.approx(0.128)
+    assert optimizer_seconds(case, 3200, case.student_precision) == pytest.approx(0.128)
     # Into and out of the device once a step: the student's moments and parameters, the discriminator's likewise; the
     # reference in only. The student's parameters stay from its own state to synchronise.
     student, discriminator = 12800, 12840
@@ -98,6 +98,37 @@ def test_the_optimizer_and_offload_by_hand() -> None:
     files = round_case(config=Config(memory=MemorySettings(offload="file")), file_read=3e6)
     expected = 3 * (student + discriminator) + (4 * student + 3 * discriminator) / 3
     assert offload_seconds(files, CHOICE) == pytest.approx(expected / 1e6)
+
+
+def test_masters_come_and_leave_while_they_are_updated() -> None:
+    config = Config(student=StudentSettings(master="host"))
+    case = round_case(kind="cuda", config=config, host_link=1e5)
+    # 12 bytes a weight each way, at half the link's 1e5 bytes/s each while both are in use.
+    assert optimizer_seconds(case, 3200, case.student_precision) == pytest.approx(12 * 3200 / 0.5e5)
+    # In the one memory of a CPU nothing moves.
+    cpu = round_case(config=config)
+    assert optimizer_seconds(cpu, 3200, cpu.student_precision) == pytest.approx(0.128)
+
+
+def test_a_micro_batch_casts_all_weights_and_sums_all_gradients() -> None:
+    config = Config(student=StudentSettings(autocast="bfloat16"))
+    case = round_case(kind="cuda", config=config)
+    work = Pass(tokens=100, pairs=0, responses=0, head=0, backward=True)
+    one, four = (
+        pass_seconds(case, replace(CHOICE, micro_batch_tokens=cut), case.student, "student", work) for cut in (100, 25)
+    )
+    # Read in 4 bytes, written in 2; a gradient made in 2, cast from 2 to 4, and added: 4 read twice and written once.
+    assert four - one == pytest.approx(3 * 3200 * (6 + 2 + 6 + 12) / 1e6)
+    again = pass_seconds(case, replace(CHOICE, mode="selective"), case.student, "student", work)
+    same = pass_seconds(round_case(config=config), CHOICE, case.student, "student", work)
+    assert one - same == pytest.approx(3200 * 26 / 1e6)
+    assert again - one == pytest.approx(0.5 * 0.4 * 2 + 3200 * 6 / 1e6)
+
+
+def test_graphs_leave_out_launches_as_far_as_they_reach() -> None:
+    graphs = round_case(kind="cuda", config=Config(rollout=VLLMRollout(enforce_eager=False)), engine_layer_seconds=1.0)
+    # Captured up to 4 sequences.
+    assert decode_step_seconds(graphs, CHOICE, 4, 5) < 1 < 2 < decode_step_seconds(graphs, CHOICE, 5, 5)
 
 
 def test_a_run_is_its_steps() -> None:
