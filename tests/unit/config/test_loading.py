@@ -34,6 +34,7 @@ LATER = {
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
+    "algorithm.importance_cap": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
 }
@@ -299,6 +300,14 @@ def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> 
         assert settings[section][setting] == "none"
         settings[section][setting] = value
     assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("cap", ["0.5", "-1", "nan", "inf"])
+def test_a_cap_that_would_only_scale_the_loss_is_refused(cap: str) -> None:
+    with pytest.raises(UserError, match="algorithm.importance_cap"):
+        load(["--algorithm.importance_cap", cap])
+    assert load(["--algorithm.importance_cap", "2"]).algorithm.importance_cap == 2
+    assert load(["--algorithm.importance_cap", "none"]).algorithm.importance_cap is None
 
 
 def test_every_preset_is_watched() -> None:
