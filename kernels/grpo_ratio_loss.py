@@ -7,6 +7,17 @@
 
 The denominator is the count of response tokens in the whole batch, over all micro-batches and ranks, so
 that losses of micro-batches add up to the loss of the batch.
+
+Against a sampler that computes other log-probs than the trainer, for the same weights: truncated importance sampling
+(Yao et al., "Your efficient RL framework secretly brings you off-policy RL training"), by token,
+
+    w_t    = min(exp(old_logprob_t - sampler_logprob_t), importance_cap)       without gradient
+    loss   = sum_t [-w_t min(rho_t A, clip(rho_t) A) + kl_coef k3_t] / denominator
+
+as TRL's "token_truncate" and verl's token-level rollout weights have it. The sample is the sampler's and the clip asks
+how far the policy has gone from its own old self, so the weight stands between sampler and old policy, outside of the
+clip. Truncated from above alone: there the variance is. The KL term stays as it is: it is a penalty on the policy, with
+a gradient that pulls towards the reference whoever drew the token. Since w_t >= 0, it is a factor of the advantage.
 """
 
 from __future__ import annotations
@@ -78,6 +89,8 @@ def grpo_ratio_loss(
     clip_high: float,
     kl_coef: float,
     denominator: float,
+    sampler_logprob: Tensor | None = None,
+    importance_cap: float | None = None,
     impl: Impl = "auto",
 ) -> GRPOLoss:
     """The clipped policy loss with k3 KL over T tokens, loss and gradient in one pass.
@@ -86,11 +99,16 @@ def grpo_ratio_loss(
     ref_logprob: [T], needed where kl_coef > 0.
     old_logprob: [T], or None when the batch gets one optimizer step: then the old policy *is* the policy,
     rho = exp(logprob - stopgrad(logprob)), which is 1 with the right gradient.
+    sampler_logprob: [T], what the sampler said, and importance_cap, both or neither: importance weights.
     Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that is not there.
     """
     if logprob.dim() != 1 or len(logprob) == 0 or not logprob.is_floating_point():
         raise ValueError(f"logprob must be floating point [T] with T >= 1, got {logprob.dtype} {list(logprob.shape)}")
     check_tokens(len(logprob), logprob.dtype, advantages, ref_logprob, old_logprob, kl_coef)
+    check_importance(len(logprob), logprob.dtype, sampler_logprob, importance_cap)
+    if sampler_logprob is not None and importance_cap is not None:
+        before = logprob if old_logprob is None else old_logprob
+        advantages = advantages * importance_weights(before, sampler_logprob, importance_cap)
     chosen = choose("grpo_ratio_loss", impl, logprob)
     if chosen == "reference":
         terms = ratio_terms(logprob, advantages, ref_logprob, old_logprob, clip_low, clip_high, kl_coef)
@@ -127,6 +145,23 @@ def ratio_terms(
     with torch.no_grad():
         lost = (clipped * advantages) < (ratio * advantages)
     return loss, k3.detach(), ratio.detach(), lost.to(logprob.dtype)
+
+
+def importance_weights(old_logprob: Tensor, sampler_logprob: Tensor, cap: float) -> Tensor:
+    """min(exp(old_logprob - sampler_logprob), cap) [T], without gradient; NaN stays NaN."""
+    return (old_logprob.detach() - sampler_logprob).exp().clamp(max=cap)
+
+
+def check_importance(tokens: int, dtype: torch.dtype, sampler_logprob: Tensor | None, cap: float | None) -> None:
+    """Raises ValueError where importance weights cannot be made of what was given for them."""
+    if (sampler_logprob is None) != (cap is None):
+        raise ValueError("give both sampler_logprob and importance_cap, or neither")
+    if sampler_logprob is not None and (sampler_logprob.shape != (tokens,) or sampler_logprob.dtype != dtype):
+        raise ValueError(
+            f"sampler_logprob must be {dtype} [{tokens}], got {sampler_logprob.dtype} {list(sampler_logprob.shape)}"
+        )
+    if cap is not None and not cap > 0:
+        raise ValueError(f"importance_cap must be above 0, is {cap}")
 
 
 def check_tokens(

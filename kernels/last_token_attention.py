@@ -36,12 +36,14 @@ def last_token_attention(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     outs = []
-    begin = 0
+    begin = segment = 0
     with without_autocast(query):
         for queries, prompt, responses in zip(query.split(counts), layout.prompts, layout.responses, strict=True):
             if responses:
-                outs.append(_one_group(queries, key, value, begin, prompt, responses, scale, window))
-            begin += prompt + sum(responses)
+                # Of the device's own: the host's lengths would have to be copied there, for every group anew.
+                lengths = layout.offsets[segment + 1 : segment + 2 + len(responses)].diff()
+                outs.append(_one_group(queries, key, value, begin, prompt, lengths, max(responses), scale, window))
+            begin, segment = begin + prompt + sum(responses), segment + 1 + len(responses)
     return torch.cat(outs)
 
 
@@ -51,15 +53,15 @@ def _one_group(
     value: Tensor,
     begin: int,
     prompt: int,
-    responses: tuple[int, ...],
+    lengths: Tensor,
+    longest: int,
     scale: float,
     window: int | None,
 ) -> Tensor:
     samples, heads, width = query.shape
     kv_heads, device = key.shape[1], query.device
-    lengths = torch.tensor(responses, device=device)
     starts = begin + prompt + lengths.cumsum(0) - lengths
-    step = torch.arange(max(responses), device=device)
+    step = torch.arange(longest, device=device)
     # Own tokens side by side [S, longest]: what a shorter response lacks points at its first token and is hidden.
     beyond = step >= lengths[:, None]
     own = (starts[:, None] + step).masked_fill(beyond, 0)

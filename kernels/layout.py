@@ -1,15 +1,22 @@
-"""How groups lie in a packed row: GroupLayout for what is computed by group, PrefixLayout for what attends."""
+"""How groups lie in a packed row: GroupLayout for what is computed by group, PrefixLayout for what attends.
+
+Layouts are made on the host, and go to a device as a whole: on_device().
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Device = torch.device | str
+D = TypeVar("D")
+# Where a tensor of on_device() may begin, in bytes: Triton compiles for pointers that are multiples of 16.
+_ALIGNED = 128
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,13 @@ class GroupLayout:
             raise ValueError(f"samples are given for {len(samples)} groups, teacher for {len(teachers)}")
         if any(n < 0 for n in samples):
             raise ValueError(f"samples must be 0 or more in every group, are {list(samples)}")
-        group_offsets, sequences = _offsets([n + t for n, t in zip(samples, teachers, strict=True)], device)
-        has_teacher = torch.tensor(teachers, dtype=torch.bool, device=device)
+        group_offsets, sequences = _offsets([n + t for n, t in zip(samples, teachers, strict=True)])
+        has_teacher = torch.tensor(teachers, dtype=torch.bool)
         if lengths is None:
-            return cls(group_offsets, has_teacher, sequences)
+            return on_device(cls(group_offsets, has_teacher, sequences), device)
         if len(lengths) != sequences or any(n < 0 for n in lengths):
             raise ValueError(f"lengths must hold 0 or more for each of {sequences} sequences, are {list(lengths)}")
-        return cls(group_offsets, has_teacher, sequences, *_offsets(lengths, device))
+        return on_device(cls(group_offsets, has_teacher, sequences, *_offsets(lengths)), device)
 
     @property
     def group_of(self) -> Tensor:
@@ -126,22 +133,70 @@ class PrefixLayout:
             lengths += [prompt, *group]
             positions += [torch.arange(prompt), *(torch.arange(prompt, prompt + length) for length in group)]
             longest = max(longest, prompt + max(group, default=0))
-        offsets, tokens = _offsets(lengths, device)
-        return cls(
+        offsets, tokens = _offsets(lengths)
+        layout = cls(
             offsets,
-            torch.tensor(prompt_of, dtype=torch.int64, device=device),
-            torch.cat(positions).to(device),
+            torch.tensor(prompt_of, dtype=torch.int64),
+            torch.cat(positions),
             tokens,
             longest,
             tuple(prompts),
             tuple(map(tuple, responses)),
         )
+        return on_device(layout, device)
 
 
-def _offsets(lengths: Sequence[int], device: Device) -> tuple[Tensor, int]:
+def on_device(made: D, device: Device) -> D:
+    """A dataclass of tensors on the host, and of such dataclasses, with all of its tensors on a device.
+
+    By one copy, out of page-locked memory where the device is CUDA: the host waits for none. A tensor at a time, each
+    out of ordinary memory, would make it wait as many times for everything that was queued before. The tensors share
+    the memory of that copy, and are themselves where the device is the CPU.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return made
+    return _sent(made, lambda host: host.to(device, non_blocking=True), pinned=device.type == "cuda")
+
+
+def _sent(made: D, send: Callable[[Tensor], Tensor], *, pinned: bool) -> D:
+    """The same, with its tensors in what `send` makes of one buffer that holds all of them."""
+    found = list(_tensors(made))
+    begins = [0, *accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in found)]
+    parts = [(tensor, slice(begin, begin + tensor.nbytes)) for tensor, begin in zip(found, begins, strict=False)]
+    host = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=pinned)
+    for tensor, part in parts:
+        host[part].view(tensor.dtype).copy_(tensor.flatten())
+    there = send(host)
+    arrived: D = _with_tensors(made, iter([there[part].view(x.dtype).view(x.shape) for x, part in parts]))
+    return arrived
+
+
+def _tensors(made: Any) -> Iterator[Tensor]:
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
+
+
+def _with_tensors(made: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same with other tensors, in the order of _tensors()."""
+    changed: dict[str, Any] = {}
+    for field in fields(made):
+        value = getattr(made, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = next(tensors)
+        elif is_dataclass(value):
+            changed[field.name] = _with_tensors(value, tensors)
+    return replace(made, **changed)
+
+
+def _offsets(lengths: Sequence[int]) -> tuple[Tensor, int]:
     """(where each of n neighbours of these lengths begins, and the last one ends, [n + 1] int64; their sum)."""
     offsets = [0, *accumulate(lengths)]
-    return torch.tensor(offsets, dtype=torch.int64, device=device), offsets[-1]
+    return torch.tensor(offsets, dtype=torch.int64), offsets[-1]
 
 
 def _owners(offsets: Tensor, items: int) -> Tensor:

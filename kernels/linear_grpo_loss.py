@@ -2,7 +2,7 @@
 
     z_t       = W h_t + bias                                  logits, never held for all tokens
     logprob_t = log softmax(z_t / temperature)[y_t]
-    loss      = sum_t [-min(rho_t A, clip(rho_t) A) + kl_coef k3_t] / denominator      (grpo_ratio_loss.py)
+    loss      = sum_t [-w_t min(rho_t A, clip(rho_t) A) + kl_coef k3_t] / denominator      (grpo_ratio_loss.py)
 
 Once advantages, old and reference log-probs are known, a token's loss depends on nothing but its own logits. So one
 pass over chunks of tokens computes the logits of a chunk, its losses, d z, and at once what they add to d h and d W:
@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, without_autocast
-from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, check_tokens, group_advantages, ratio_terms
+from gadcore.kernels.grpo_ratio_loss import (
+    GRPOLoss,
+    GRPOMetrics,
+    check_importance,
+    check_tokens,
+    group_advantages,
+    importance_weights,
+    ratio_terms,
+)
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_logprob import IGNORED, check_head, head_gradients, linear_logprob_reference
 
@@ -42,6 +50,8 @@ def linear_grpo_loss(
     clip_high: float,
     kl_coef: float,
     denominator: float,
+    sampler_logprob: Tensor | None = None,
+    importance_cap: float | None = None,
     return_entropy: bool = False,
     add_weight_gradient_to: Tensor | None = None,
     impl: Impl = "auto",
@@ -53,6 +63,7 @@ def linear_grpo_loss(
     rewards: [S], from which group advantages are computed, or advantages: [S], ready; exactly one of them, float32 or
     float64. ref_logprob: [T] float32 or None where kl_coef is 0. old_logprob: [T] float32, or None when the batch gets
     one optimizer step (see grpo_ratio_loss). denominator: tokens of the whole batch, over micro-batches and ranks.
+    sampler_logprob: [T] float32, and importance_cap, both or neither: importance weights w_t, else 1.
     return_entropy: sums the entropy into the metrics, which costs a little time. add_weight_gradient_to: what the
     gradient of weight is added to by this call, whatever backward() is called on later, instead of being handed to
     autograd; float32 as weight, for one that has a gradient already: two of [V, H] are then never held ("cpu" alone).
@@ -82,12 +93,16 @@ def linear_grpo_loss(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     per_token = advantages.to(dtype)[groups.sequence_of]
     check_tokens(tokens, dtype, per_token, ref_logprob, old_logprob, kl_coef)
+    check_importance(tokens, dtype, sampler_logprob, importance_cap)
     chosen = choose("linear_grpo_loss", impl, hidden)
     if chosen != "cpu" and added is not None:
         raise ValueError(f'add_weight_gradient_to needs impl="cpu", "{chosen}" would compute')
     if chosen == "reference":
         logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature, return_entropy)
         counted = targets != IGNORED
+        if sampler_logprob is not None and importance_cap is not None:
+            before = logprob if old_logprob is None else old_logprob
+            per_token = per_token * importance_weights(before, sampler_logprob, importance_cap)
         terms = ratio_terms(logprob, per_token, ref_logprob, old_logprob, clip_low, clip_high, kl_coef)
         per_token_loss, kl, ratio, clipped = (term.where(counted, 0.0) for term in terms)
         loss, logprob = per_token_loss.sum() / denominator, logprob.detach()
@@ -96,10 +111,14 @@ def linear_grpo_loss(
         needs = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
         constants = (float(temperature), float(clip_low), float(clip_high), float(kl_coef), float(denominator))
         tensors = (targets, per_token, ref_logprob, old_logprob)
+        importance = (sampler_logprob, None if importance_cap is None else float(importance_cap))
         if added is None:
-            loss, stats, *_ = _op(hidden, weight, bias, *tensors, *constants, return_entropy, *needs, chosen)
+            loss, stats, *_ = _op(
+                hidden, weight, bias, *tensors, *constants, return_entropy, *needs, *importance, chosen
+            )
         else:
-            loss, stats = _Adding.apply(hidden, bias, weight.detach(), added, (*tensors, *constants, return_entropy))
+            others = (*tensors, *constants, return_entropy)
+            loss, stats = _Adding.apply(hidden, bias, weight.detach(), added, others, _given(*importance))
         _, logprob, kl, ratio, clipped, entropy = stats
     metrics = GRPOMetrics(
         kl.sum(), clipped.sum(), ratio.max(), entropy.sum(), (targets != IGNORED).sum().to(dtype), logprob
@@ -125,6 +144,8 @@ def _op(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    sampler_logprob: Tensor | None,
+    importance_cap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [6, T], d hidden, d weight, d bias), gradients of the loss, empty where not needed.
@@ -136,9 +157,26 @@ def _op(
     needs = (need_hidden, need_weight, need_bias)
     with without_autocast(hidden):
         stats, d_hidden, d_weight, d_bias = compute(
-            hidden, weight, bias, targets, advantages, ref_logprob, old_logprob, *constants, entropy, *needs
+            hidden,
+            weight,
+            bias,
+            targets,
+            advantages,
+            ref_logprob,
+            old_logprob,
+            *constants,
+            entropy,
+            *needs,
+            **_given(sampler_logprob, importance_cap),
         )
     return stats[0].sum() / denominator, stats, d_hidden, d_weight, d_bias
+
+
+def _given(sampler_logprob: Tensor | None, importance_cap: float | None) -> dict[str, Any]:
+    """What an implementation is told of importance weights: nothing without them."""
+    if sampler_logprob is None:
+        return {}
+    return {"sampler_logprob": sampler_logprob, "importance_cap": importance_cap}
 
 
 @_op.register_fake
@@ -159,6 +197,8 @@ def _(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    sampler_logprob: Tensor | None,
+    importance_cap: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     stats = hidden.new_empty((6, len(hidden)), dtype=torch.float32)
@@ -181,7 +221,7 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         _scaled(gradient, grad_loss) if needed else None
         for gradient, needed in zip(gradients, ctx.needs_input_grad[:3], strict=True)
     ]
-    return *scaled, *[None] * 14
+    return *scaled, *[None] * 16
 
 
 def _handed_out(ctx: Any) -> Any:
@@ -207,11 +247,17 @@ class _Adding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, bias: Tensor | None, weight: Tensor, add_to: Tensor, others: tuple[Any, ...]
+        ctx: Any,
+        hidden: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        add_to: Tensor,
+        others: tuple[Any, ...],
+        importance: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         compute = implementation("linear_grpo_loss", "cpu")
         need_hidden, need_bias = ctx.needs_input_grad[:2]
-        stats, *gradients = compute(hidden, weight, bias, *others, need_hidden, True, need_bias, add_to)
+        stats, *gradients = compute(hidden, weight, bias, *others, need_hidden, True, need_bias, add_to, **importance)
         ctx.gradients = gradients[0], gradients[2]
         ctx.mark_non_differentiable(stats)
         denominator = others[-2]
@@ -221,4 +267,4 @@ class _Adding(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         needed = zip(_handed_out(ctx), ctx.needs_input_grad[:2], strict=True)
         hidden, bias = (_scaled(gradient, grad_loss) if need else None for gradient, need in needed)
-        return hidden, bias, None, None, None
+        return hidden, bias, None, None, None, None

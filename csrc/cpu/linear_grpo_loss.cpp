@@ -40,9 +40,9 @@ struct Job {
   const Tensor &hidden, &weight;
   const float* bias;
   const int64_t* targets;
-  const float *advantages, *ref, *old;
+  const float *advantages, *ref, *old, *sampler;  // all but the first may be null
   double inv_t, denominator;
-  float clip_low, clip_high, kl_coef;
+  float clip_low, clip_high, kl_coef, importance_cap;
   bool entropy, need_bias;
   const std::optional<Tensor>& add_to;
   Tensor stats;
@@ -61,6 +61,11 @@ std::vector<float> losses(const Job& job, const TokenList& tokens, int64_t t0, i
     advantages[i] = job.advantages[t];
     if (job.ref) ref[i] = job.ref[t];
     if (job.old) old[i] = job.old[t];
+    if (job.sampler) {
+      const float importance = std::exp((job.old ? old[i] : logprob[i]) - job.sampler[t]);
+      // In this order NaN stays NaN.
+      advantages[i] *= importance > job.importance_cap ? job.importance_cap : importance;
+    }
   }
   float *loss = out.data(), *kl = loss + lanes, *ratio = kl + lanes, *clipped = ratio + lanes, *slope = clipped + lanes;
   vector_kernels().ratio_loss({logprob, advantages, job.ref ? ref : nullptr, job.old ? old : nullptr, job.clip_low,
@@ -136,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_grpo(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias_in, const Tensor& targets_in,
     const Tensor& advantages_in, const std::optional<Tensor>& ref_in, const std::optional<Tensor>& old_in,
     double temperature, double clip_low, double clip_high, double kl_coef, double denominator, bool entropy,
-    bool need_hidden, bool need_weight, bool need_bias, const std::optional<Tensor>& add_to) {
+    bool need_hidden, bool need_weight, bool need_bias, const std::optional<Tensor>& add_to,
+    const std::optional<Tensor>& sampler_in, std::optional<double> importance_cap) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "cpu_linear_grpo_loss";
   check_head(op, hidden, weight, bias_in, targets_in, temperature);
@@ -144,12 +150,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_grpo(
   check_vector(op, "advantages", advantages_in, tokens);
   if (ref_in) check_vector(op, "ref_logprob", *ref_in, tokens);
   if (old_in) check_vector(op, "old_logprob", *old_in, tokens);
+  if (sampler_in) check_vector(op, "sampler_logprob", *sampler_in, tokens);
+  TORCH_CHECK(sampler_in.has_value() == importance_cap.has_value(), op,
+              ": sampler_logprob and importance_cap come together");
   TORCH_CHECK(!add_to || (add_to->sizes() == weight.sizes() && add_to->scalar_type() == at::kFloat &&
                           weight.scalar_type() == at::kFloat && add_to->is_contiguous()),
               op, ": add_to must be contiguous float32 as weight, which is ", weight.scalar_type(), " ", weight.sizes());
   TORCH_CHECK(denominator > 0, op, ": denominator must be above 0, is ", denominator);
   const Tensor targets = targets_in.contiguous(), advantages = advantages_in.contiguous();
   const Tensor ref = ref_in ? ref_in->contiguous() : Tensor(), old = old_in ? old_in->contiguous() : Tensor();
+  const Tensor sampler = sampler_in ? sampler_in->contiguous() : Tensor();
   const Bias bias(bias_in);
   const Job job{hidden,
                 weight,
@@ -158,11 +168,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_grpo(
                 advantages.const_data_ptr<float>(),
                 ref.defined() ? ref.const_data_ptr<float>() : nullptr,
                 old.defined() ? old.const_data_ptr<float>() : nullptr,
+                sampler.defined() ? sampler.const_data_ptr<float>() : nullptr,
                 1.0 / temperature,
                 denominator,
                 static_cast<float>(clip_low),
                 static_cast<float>(clip_high),
                 static_cast<float>(kl_coef),
+                static_cast<float>(importance_cap.value_or(1.0)),
                 entropy,
                 need_bias,
                 add_to,
@@ -190,8 +202,8 @@ TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def(
       "cpu_linear_grpo_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor advantages, "
       "Tensor? ref_logprob, Tensor? old_logprob, float temperature, float clip_low, float clip_high, float kl_coef, "
-      "float denominator, bool entropy, bool need_hidden, bool need_weight, bool need_bias, Tensor(a!)? add_to=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "float denominator, bool entropy, bool need_hidden, bool need_weight, bool need_bias, Tensor(a!)? add_to=None, "
+      "Tensor? sampler_logprob=None, float? importance_cap=None) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_linear_grpo_loss", &gadcore::linear_grpo); }

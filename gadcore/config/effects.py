@@ -33,6 +33,7 @@ _OF_GAD = (
     "student.lr",
     "convergence.*",
     *(f"algorithm.{name}" for name in ("clip_low", "clip_high", "kl_coef", "normalise_advantage", "loss", "reward")),
+    "algorithm.importance_cap",
     "algorithm.advantage_std_floor",
     "algorithm.freeze_discriminator",
 )

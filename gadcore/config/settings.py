@@ -103,6 +103,11 @@ class AlgorithmSettings(Section):
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     kl_coef: Rate = 0.001
+    importance_cap: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="c: a token's policy gradient is weighed by min(p_trainer / p_sampler, c), against a sampler that "
+        "computes otherwise than the trainer (kernels/grpo_ratio_loss.py); none: by 1.",
+    )
     normalise_advantage: bool = Field(True, description="Divide advantages by the group's standard deviation.")
     sft_temperature: Annotated[float, Field(gt=0)] = 1.0
     critic_warmup: NonNegative = Field(0, description="First steps of the warmup that update only the discriminator.")

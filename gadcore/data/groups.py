@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gadcore.kernels.layout import GroupLayout, PrefixLayout
+from gadcore.kernels.layout import GroupLayout, PrefixLayout, on_device
 
 
 @dataclass(frozen=True)
@@ -159,16 +159,17 @@ class GroupedBatch:
                     packed_as.append(unique)
         # Here and not on the device, which would have to say how many they are.
         predicting, predicted_by = np.unique(np.asarray(predict, dtype=np.int64), return_inverse=True)
-        return cls(
-            torch.tensor([ids], device=device),
-            PrefixLayout.of([len(group.prompt) for group in groups], kept, device),
-            torch.from_numpy(predicting).to(device),
-            torch.from_numpy(predicted_by).to(device),
-            torch.tensor([token for group in groups for r in group.responses for token in r], device=device),
-            torch.tensor(last, dtype=torch.int64, device=device),
-            torch.tensor(packed_as, dtype=torch.int64, device=device),
+        batch = cls(
+            torch.tensor([ids]),
+            PrefixLayout.of([len(group.prompt) for group in groups], kept),
+            torch.from_numpy(predicting),
+            torch.from_numpy(predicted_by),
+            torch.tensor([token for group in groups for r in group.responses for token in r]),
+            torch.tensor(last, dtype=torch.int64),
+            torch.tensor(packed_as, dtype=torch.int64),
             tuple(len(response) for group in groups for response in group.responses),
         )
+        return on_device(batch, device)
 
 
 def select(groups: Sequence[GroupTokens], parts: Sequence[GroupPart]) -> list[GroupTokens]:
@@ -243,12 +244,14 @@ class MicroBatch:
     """What passes through a model at once, and where its S sequences stand among those of the whole batch.
 
     sequences: layout of the S responses by group, with their tokens where these are predicted.
-    index: places of the S responses among all of the batch, which are counted group after group.
+    index: [S] int64, places of the S responses among all of the batch, which are counted group after group.
+    logprobs: [R] float32, what the sampler said of the R response tokens; empty where nobody gave any.
     """
 
     tokens: GroupedBatch
     sequences: GroupLayout
-    index: tuple[int, ...]
+    index: Tensor
+    logprobs: Tensor
 
 
 def packed(
@@ -257,19 +260,23 @@ def packed(
     cost: Cost,
     *,
     teacher: bool,
+    logprobs: Sequence[Sequence[float]] = (),
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
-    """A batch in micro-batches, as micro_batches() cuts it, packed on `device`.
+    """A batch in micro-batches, as micro_batches() cuts it, packed on `device` by one copy each.
 
     teacher: the first response of every group is its teacher's; last tokens are inputs then, where scores are read.
+    logprobs: of every token of every response of the batch, by the sampler; () for none.
     """
     begin = [0, *accumulate(len(group.responses) for group in groups)]
     for parts in micro_batches(groups, token_budget, cost, teacher=teacher):
-        tokens = GroupedBatch.of(select(groups, parts), last_tokens=teacher, device=device)
+        tokens = GroupedBatch.of(select(groups, parts), last_tokens=teacher)
         sequences = GroupLayout.of(
             [len(part.responses) - teacher for part in parts],
             teacher=teacher,
             lengths=None if teacher else tokens.lengths,
-            device=device,
         )
-        yield MicroBatch(tokens, sequences, tuple(begin[p.group] + i for p in parts for i in p.responses))
+        index = [begin[p.group] + i for p in parts for i in p.responses]
+        sampled = np.fromiter(chain.from_iterable(logprobs[i] for i in index if logprobs), dtype=np.float32)
+        micro = MicroBatch(tokens, sequences, torch.tensor(index), torch.from_numpy(sampled))
+        yield on_device(micro, device)

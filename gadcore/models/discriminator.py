@@ -241,7 +241,7 @@ class Discriminator(Learner):
             }
             figures = {name: figures[name] + value for name, value in found.items()}
             made = result.scores.detach()
-            scores = scores.to(made.dtype).index_copy(0, torch.tensor(micro.index, device=made.device), made)
+            scores = scores.to(made.dtype).index_copy(0, micro.index, made)
         passed = Scores(scores, sizes, figures, tokens=sum(group.tokens for group in tokens))
         passed.cut, passed.empty = cut, empty
         return self.later(passed) if backward else passed

@@ -55,9 +55,18 @@ class Learner:
         self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
         self._unread: list[Readout] = []
 
-    def packed(self, groups: Sequence[GroupTokens], *, teacher: bool) -> Iterator[MicroBatch]:
+    def packed(
+        self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
+    ) -> Iterator[MicroBatch]:
         """A batch in micro-batches on the model's device; see gadcore.data.groups.packed()."""
-        return packed(groups, self.micro_batch_tokens, self.cost, teacher=teacher, device=self.model.device)
+        return packed(
+            groups,
+            self.micro_batch_tokens,
+            self.cost,
+            teacher=teacher,
+            logprobs=logprobs,
+            device=self.model.device,
+        )
 
     def later(self, readout: R) -> R:
         """Lets step() read what a pass has found, beside the gradient's norm."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gadcore.config.settings import AlgorithmSettings
 from gadcore.errors import UserError
-from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, ratio_terms
+from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, importance_weights, ratio_terms
 from gadcore.kernels.layout import GroupLayout
 
 
@@ -28,7 +28,8 @@ class LossInputs:
 
     logprob: [R] float32 with a gradient, of the sampled tokens under softmax(logits / temperature).
     advantages: [S] float64, one a sample. ref_logprob: [R] of the reference policy, None where kl_coef is 0.
-    sampled_logprob: [R], what the sampler said when it drew them. layout: which token is of which sample and group.
+    sampled_logprob: [R] float32, what the sampler said when it drew them; importance_weights makes weights of it.
+    layout: which token is of which sample and group.
     denominator: response tokens of the whole batch, over all micro-batches. algorithm: its settings.
     """
 
@@ -44,6 +45,15 @@ class LossInputs:
     def token_advantages(self) -> Tensor:
         """[R], every token's sample's, in the dtype of logprob."""
         return self.advantages.to(self.logprob.dtype)[self.layout.sequence_of]
+
+    @property
+    def importance_weights(self) -> Tensor:
+        """[R] in the dtype of logprob, without gradient: min(exp(logprob - sampled_logprob), algorithm.importance_cap),
+        a factor of the policy's part of a token's loss; 1 where there is no cap."""
+        if self.algorithm.importance_cap is None:
+            return torch.ones_like(self.logprob.detach())
+        sampled = self.sampled_logprob.to(self.logprob.dtype)
+        return importance_weights(self.logprob, sampled, self.algorithm.importance_cap)
 
 
 PolicyLoss = Callable[[LossInputs], Tensor]

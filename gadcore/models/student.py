@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -28,12 +29,20 @@ from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
 from gadcore.models.spec import ModelSpec
 
+# A difference of log-probs that no rounding explains: a factor of 1.1 between sampler and trainer.
+FAR = 0.1
 # Of every sample its reward: [S] over all samples, group after group, or a list a group.
 Rewards = Tensor | Sequence[Sequence[float]]
 
 
 class PolicyStats(Readout):
-    """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed."""
+    """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed.
+
+    Of the sampler's log-probs as they came, whatever algorithm.importance_cap makes of them, with
+    d = logprob - sampled logprob: logprob_diff_mean, logprob_diff_max of |d|; logprob_far_share of |d| > FAR;
+    sampler_kl of k3 = exp(d) - d - 1, which estimates KL(sampler | trainer) since the sampler drew the tokens.
+    capped_share: tokens whose importance weight met the cap, only where there is one.
+    """
 
     loss: float
     kl: float
@@ -42,6 +51,8 @@ class PolicyStats(Readout):
     ratio_max: float
     logprob_diff_mean: float
     logprob_diff_max: float
+    logprob_far_share: float
+    sampler_kl: float
 
 
 class SeqKDStats(Readout):
@@ -179,28 +190,32 @@ class Student(Learner):
         if ref_logprob is not None and len(ref_logprob) != response_tokens:
             raise ValueError(f"the batch has {response_tokens} sampled tokens, ref_logprob {len(ref_logprob)}")
         done = 0
-        sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction", "logprob_diff_mean"), torch.zeros(()).double())
-        most = dict.fromkeys(("ratio_max", "logprob_diff_max"), torch.zeros(()).double())
-        sums, most = ({name: value.to(device) for name, value in each.items()} for each in (sums, most))
-        for micro in self.packed(tokens, teacher=False):
-            sampled = torch.tensor([p for i in micro.index for p in samples[i].logprobs], device=device)
-            reference = None if ref_logprob is None else ref_logprob[done : done + len(sampled)]
-            done += len(sampled)
-            result = self._policy_loss(
-                micro, advantages[torch.tensor(micro.index, device=device)], sampled, reference, response_tokens
-            )
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        sums: dict[str, Tensor] = {}
+        most = dict.fromkeys(("ratio_max", "logprob_diff_max"), zero)
+        for micro in self.packed(tokens, teacher=False, logprobs=[sample.logprobs for sample in samples]):
+            size = len(micro.tokens.targets)
+            reference = None if ref_logprob is None else ref_logprob[done : done + size]
+            done += size
+            result = self._policy_loss(micro, advantages[micro.index], micro.logprobs, reference, response_tokens)
             result.loss.backward()
             metrics = result.metrics
-            difference = (metrics.logprob - sampled).abs()
+            signed = metrics.logprob - micro.logprobs
+            difference = signed.abs()
             found = {
                 "kl": metrics.kl_sum,
                 "entropy": metrics.entropy_sum,
                 "clip_fraction": metrics.clipped_sum,
                 "logprob_diff_mean": difference.sum(),
+                "logprob_far_share": (difference > FAR).sum(),
+                # Not exp(d) - 1 - d: of small d that would be rounding alone.
+                "sampler_kl": (signed.double().expm1() - signed).sum(),
             }
-            sums["loss"] = sums["loss"] + result.loss.detach()
+            if self.algorithm.importance_cap is not None:
+                found["capped_share"] = (signed > math.log(self.algorithm.importance_cap)).sum()
+            sums["loss"] = sums.get("loss", zero) + result.loss.detach()
             for name, value in found.items():
-                sums[name] = sums[name] + value.double() / response_tokens
+                sums[name] = sums.get(name, zero) + value.double() / response_tokens
             for name, value in (("ratio_max", metrics.ratio_max), ("logprob_diff_max", difference.max())):
                 most[name] = torch.maximum(most[name], value.double())
         return self.later(PolicyStats({**sums, **most}, tokens=sum(group.tokens for group in tokens)))
@@ -215,6 +230,7 @@ class Student(Learner):
             inputs = LossInputs(logprob, advantages, ref_logprob, sampled, micro.sequences, denominator, algorithm)
             return by_function(self._loss, inputs)
         hidden, head = self.predicting_states(self.model, batch), self.model.get_output_embeddings()
+        cap = algorithm.importance_cap
         with autocast(self.settings.autocast, self.model.device):
             return linear_grpo_loss(
                 hidden,
@@ -229,6 +245,8 @@ class Student(Learner):
                 clip_high=algorithm.clip_high,
                 kl_coef=algorithm.kl_coef,
                 denominator=denominator,
+                sampler_logprob=None if cap is None else sampled.to(torch.promote_types(hidden.dtype, sampled.dtype)),
+                importance_cap=cap,
                 return_entropy=True,
                 add_weight_gradient_to=gradient_in_place(head.weight, self.settings.autocast),
             )

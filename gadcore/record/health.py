@@ -27,6 +27,14 @@ FINISHED_CORRELATION = 0.8
 CUT_RISE, CUT_HIGH = 0.10, 0.30
 REPETITION = 0.25
 MISMATCH = 1e-2
+# Of the sampler's KL from the trainer: a growth that counts, and what is too little to count.
+DRIFT_GROWTH, DRIFT_LEAST = 3.0, 1e-4
+
+# What brings a sampler nearer to the trainer, and what helps where it stays away.
+PRECISER = (
+    'Try rollout.dtype = "float32" or rollout.head_dtype = "float32", and rollout.prefix_caching = false; what stays, '
+    "algorithm.importance_cap = 2 takes out of the gradient."
+)
 
 Rows = Sequence[Row]
 
@@ -256,14 +264,29 @@ def _mismatch(rows: Rows) -> Warning | None:
     return Warning(
         "Sampler and trainer disagree",
         f"Their log-probabilities differ by {number(level)} a token on average (above {MISMATCH:g}). Look for a "
-        "temperature that is applied on one side only, stale weights in the sampler, or a low-precision sampler "
-        "(rollout.dtype).",
+        "temperature that is applied on one side only, stale weights in the sampler, or a low-precision sampler. "
+        + PRECISER,
+    )
+
+
+def _drift(rows: Rows) -> Warning | None:
+    series = _series(rows, "sampler/kl")
+    size = _tail(series)
+    if len(series) < 2 * size:
+        return None
+    start, end = fmean(series[:size]), fmean(series[-size:])
+    if end < max(DRIFT_LEAST, DRIFT_GROWTH * start):
+        return None
+    return Warning(
+        "Sampler and trainer drift apart",
+        f"The sampler's KL from the trainer rose from {number(start)} to {number(end)} a token within {len(series)} "
+        "steps: more and more the student learns from the samples of another policy. " + PRECISER,
     )
 
 
 CHECKS: tuple[Callable[[Rows], Warning | None], ...] = (
     _not_finite, _saturated, _guessing, _flat_rewards, _finished_reward, _length_reward, _length_ratio, _cut,
-    _repetition, _mismatch,
+    _repetition, _mismatch, _drift,
 )  # fmt: skip
 
 

@@ -172,6 +172,18 @@ MACHINERY = (
         guides=[(1e-2, "0.01")],
     ),
     Spec(
+        "Sampler's KL from the trainer",
+        "Estimated (k3) on the sampled tokens, before any importance weight. Near zero where both compute alike; a "
+        "climb means that the student learns from another policy's samples.",
+        [("sampler/kl", "KL")], log=True,
+    ),
+    Spec(
+        "Tokens that the two see differently",
+        "Share of the sampled tokens whose log-probability differs by more than 0.1, and of those whose importance "
+        "weight met algorithm.importance_cap, where there is one.",
+        [("sampler/far_share", "differ by 0.1"), ("sampler/capped_share", "capped")], unit="%", zero=True,
+    ),
+    Spec(
         "Seconds per step",
         "Where the time goes. A phase that grows from step to step is worth a look.",
         [("time/rollout", "rollout"), ("time/discriminator", "discriminator"), ("time/student", "student"),

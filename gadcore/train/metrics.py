@@ -29,7 +29,13 @@ def step_metrics(result: StepResult) -> dict[str, float]:
             "student/ratio_max": stats.ratio_max,
             "sampler/logprob_diff_mean": stats.logprob_diff_mean,
             "sampler/logprob_diff_max": stats.logprob_diff_max,
+            "sampler/far_share": stats.logprob_far_share,
+            "sampler/kl": stats.sampler_kl,
         }
+        # Only where importance weights have a cap.
+        capped = getattr(stats, "capped_share", None)
+        if capped is not None:
+            values["sampler/capped_share"] = capped
     elif isinstance(stats, SeqKDStats):
         values["student/ce"] = stats.ce
     if stats is not None and result.student_norm is not None:

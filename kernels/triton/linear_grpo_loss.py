@@ -42,6 +42,7 @@ def _rows_kernel(
     advantages,
     ref,
     old,
+    sampler,
     stats,
     T,
     V,
@@ -52,6 +53,7 @@ def _rows_kernel(
     clip_min,
     clip_max,
     kl_coef,
+    importance_cap,
     ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -94,6 +96,11 @@ def _rows_kernel(
         picked += tl.load(bias + y, mask=known, other=0.0).to(tl.float32)
     logprob = (picked - row_max) * inverse_temperature - log_sum
     advantage = tl.load(advantages + row)
+    if sampler is not None:
+        before = logprob if old is None else tl.load(old + row)
+        importance = tl.exp(before - tl.load(sampler + row))
+        # Not tl.minimum, which makes a number of NaN.
+        advantage *= tl.where(importance > importance_cap, importance_cap, importance)
     loss, k3, ratio, clipped, slope = loss_terms(logprob, advantage, ref, old, row, clip_min, clip_max, kl_coef)
     # Rows of `stats` lie T apart: T is the number of all tokens, not of this chunk's.
     out = stats + row
@@ -144,6 +151,8 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    sampler_logprob: Tensor | None = None,
+    importance_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(stats [6, T] fp32, d hidden [T, H], d weight [V, H], d bias [V]); gradients in the dtypes of what they belong
     to, of sum(loss) / denominator, and [0] where not needed.
@@ -151,12 +160,13 @@ def forward(
     Rows of stats: loss (not divided), log-prob, k3 (0 without ref), ratio (1 without old), clipped (0 or 1), entropy (0
     when not asked); all 0 where the target is -100, all NaN but `clipped` where it is another one outside [0, V).
     hidden: [T, H]; weight: [V, H]; bias: [V] or None; all fp32, bf16 or fp16, any strides; targets: [T] int64;
-    advantages, ref_logprob, old_logprob: [T] fp32.
+    advantages, ref_logprob, old_logprob, sampler_logprob: [T] fp32. The last and importance_cap come together.
     Logits may be -inf, as long as each row has a finite one. d logits is rounded to the dtype of `hidden`, before the
     division by the denominator, so that fp16 does not lose it; everything is added up in fp32.
     """
     bias, targets, advantages = contiguous(bias), targets.contiguous(), advantages.contiguous()
     ref_logprob, old_logprob = contiguous(ref_logprob), contiguous(old_logprob)
+    sampler_logprob = contiguous(sampler_logprob)
     (T, H), V, device, dtype = hidden.shape, weight.shape[0], hidden.device, hidden.dtype
     gradient = need_hidden or need_weight or need_bias
     stats = torch.empty(6, T, dtype=torch.float32, device=device)
@@ -185,6 +195,7 @@ def forward(
             advantages[tokens],
             None if ref_logprob is None else ref_logprob[tokens],
             None if old_logprob is None else old_logprob[tokens],
+            None if sampler_logprob is None else sampler_logprob[tokens],
             stats[:, tokens],
             T,
             V,
@@ -195,6 +206,7 @@ def forward(
             1.0 - clip_low,
             1.0 + clip_high,
             kl_coef,
+            0.0 if importance_cap is None else importance_cap,
             ENTROPY=entropy,
             GRADIENT=gradient,
             BLOCK=min(BLOCK, triton.next_power_of_2(V)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,69 @@ def test_grpo_equals_the_literal_formulas(dtype, kl, kind, tied) -> None:
     assert stats.loss == pytest.approx(loss.item(), rel=1e-8 if dtype == torch.float64 else 1e-3, abs=1e-6)
     assert_same_gradients(gradients(ours.model), gradients(theirs.model), **TOLERANCE[dtype])
     assert (stats.kl > 0) == (kl > 0)
+
+
+def mistaken(batch, policy, spread: float):
+    """The batch as a sampler drew it whose log-probs are off by about `spread`; those log-probs, [R] a sample."""
+    generator = torch.Generator().manual_seed(4)
+    noise = [[spread * torch.randn(len(p), generator=generator) for p in group] for group in policy]
+    said = [[(p.detach() + n).float() for p, n in zip(*each, strict=True)] for each in zip(policy, noise, strict=True)]
+    for group, of_group in zip(batch, said, strict=True):
+        group.samples = [replace(s, logprobs=tuple(x.tolist())) for s, x in zip(group.samples, of_group, strict=True)]
+    return said
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("cap", "kl"), [(1.0, 0.0), (1.3, 0.05), (2.0, 0.05)])
+def test_importance_weights_equal_the_literal_formulas(dtype, cap, kl) -> None:
+    batch = groups(3, 3, ragged=True)
+    rewards = [[float(i * i - 2 * i + g) for i in range(len(group.samples))] for g, group in enumerate(batch)]
+    theirs = student(dtype, kl_coef=kl)
+    reference = perturbed(theirs.model) if kl else None
+
+    def logps(model):
+        return [[token_logprobs(model, g.prompt.token_ids, s.token_ids, 0.8) for s in g.samples] for g in batch]
+
+    policy = logps(theirs.model)
+    said = mistaken(batch, policy, 0.5)
+    with torch.no_grad():
+        refs = logps(reference) if reference is not None else [None] * len(batch)
+    loss = grpo_loss(
+        [(p, None, r, torch.tensor(w, dtype=dtype)) for p, r, w in zip(policy, refs, rewards, strict=True)],
+        clip=0.2,
+        beta=kl,
+        samplers=said,
+        cap=cap,
+    )
+    loss.backward()
+    expected = gradients(theirs.model)
+    off = torch.cat(
+        [p.detach() - s for of in zip(policy, said, strict=True) for p, s in zip(*of, strict=True)]
+    ).double()
+    for budget in (1, 150, 10**6):
+        ours = student(dtype, kl_coef=kl, importance_cap=cap, micro_batch_tokens=budget)
+        ours.reference = reference
+        stats = ours.grpo_backward(batch, rewards)
+        assert stats.loss == pytest.approx(loss.item(), rel=1e-8 if dtype == torch.float64 else 1e-3, abs=1e-6)
+        assert_same_gradients(gradients(ours.model), expected, **TOLERANCE[dtype])
+        # The mismatch as it is, whatever the weights make of it.
+        assert stats.logprob_diff_mean == pytest.approx(off.abs().mean().item(), rel=1e-4)
+        assert stats.logprob_diff_max == pytest.approx(off.abs().max().item(), rel=1e-4)
+        assert stats.sampler_kl == pytest.approx((off.exp() - off - 1).mean().item(), rel=1e-4)
+        assert stats.logprob_far_share == pytest.approx((off.abs() > 0.1).double().mean().item())
+        assert stats.capped_share == pytest.approx((off.exp() > cap).double().mean().item())
+        assert 0 < stats.capped_share < 1
+
+
+def test_the_mismatch_is_logged_where_nothing_is_done_about_it() -> None:
+    batch, ours = groups(2, 3), student(kl_coef=0.0)
+    policy = [[token_logprobs(ours.model, g.prompt.token_ids, s.token_ids, 0.8) for s in g.samples] for g in batch]
+    said = mistaken(batch, policy, 1e-3)
+    off = torch.cat([p.detach() - s for of in zip(policy, said, strict=True) for p, s in zip(*of, strict=True)])
+    stats = ours.grpo_backward(batch, [[1.0, 2.0, 4.0]] * 2)
+    # So small a difference that exp(d) - 1 - d in float32 would be rounding.
+    assert stats.sampler_kl == pytest.approx((off.expm1() - off).mean().item(), rel=1e-6)
+    assert stats.logprob_far_share == 0 and not hasattr(stats, "capped_share")
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.05])

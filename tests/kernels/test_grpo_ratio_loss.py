@@ -171,6 +171,52 @@ def test_a_reference_without_kl_is_measured_and_does_not_count() -> None:
     assert ratio_loss(logprob, advantages, ref_logprob=logprob).metrics.kl_sum == 0
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("cap", [1.0, 1.5])
+def test_importance_weights_are_factors_of_the_policy_term_alone(impl, with_old: bool, cap: float) -> None:
+    logprob, old, ref, advantages = (t if impl == "reference" else t.float() for t in tokens())
+    sampler = logprob + torch.tensor([0.4, -0.4, 0.0, 0.1, -0.1, 1.0, -1.0, 0.3, -0.3], dtype=logprob.dtype)
+    leaf = logprob.requires_grad_()
+    settings: dict[str, Any] = dict(ref_logprob=ref, old_logprob=old if with_old else None, kl_coef=0.3, impl=impl)
+    result = ratio_loss(leaf, advantages, sampler_logprob=sampler, importance_cap=cap, **settings)
+    (gradient,) = torch.autograd.grad(result.loss, leaf)
+    before = old if with_old else logprob.detach()
+    weights = [min(math.exp(b - s), cap) for b, s in zip(before.tolist(), sampler.tolist(), strict=True)]
+    policy, whole = (literal(leaf.detach(), before, r, advantages, b) for r, b in ((None, 0.0), (ref, 0.3)))
+    terms = [w * p + (both - p) for w, p, both in zip(weights, policy, whole, strict=True)]
+    assert result.loss.item() == pytest.approx(sum(terms) / 9, rel=1e-12 if impl == "reference" else 1e-5)
+    assert 0 < sum(w == cap for w in weights) < 9
+
+    def slope(**changed: Any) -> Tensor:
+        return torch.autograd.grad(ratio_loss(leaf, advantages, **(settings | changed)).loss, leaf)[0]
+
+    of_policy = slope(ref_logprob=None, kl_coef=0.0)
+    expected = torch.tensor(weights, dtype=leaf.dtype) * of_policy + (slope() - of_policy)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10 if impl == "reference" else 1e-4, atol=1e-7)
+    plain = ratio_loss(leaf, advantages, **settings).metrics
+    assert result.metrics.kl_sum == plain.kl_sum and result.metrics.ratio_max == plain.ratio_max
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"importance_cap": 2.0}, "give both sampler_logprob and importance_cap, or neither"),
+        ({"sampler_logprob": torch.zeros(9, dtype=F64)}, "give both"),
+        (
+            {"sampler_logprob": torch.zeros(8, dtype=F64), "importance_cap": 2.0},
+            r"sampler_logprob must be torch.float64",
+        ),
+        ({"sampler_logprob": torch.zeros(9), "importance_cap": 2.0}, r"got torch.float32 \[9\]"),
+        ({"sampler_logprob": torch.zeros(9, dtype=F64), "importance_cap": 0.0}, "importance_cap must be above 0"),
+    ],
+)
+def test_importance_weights_that_cannot_be_made_are_errors(given: dict[str, Any], sentence: str) -> None:
+    logprob, _, _, advantages = tokens()
+    with pytest.raises(ValueError, match=sentence):
+        ratio_loss(logprob, advantages, **given)
+
+
 def test_kl_without_a_reference_is_an_error() -> None:
     logprob, _, _, advantages = tokens()
     with pytest.raises(ValueError, match="kl_coef = 0.001 needs ref_logprob"):

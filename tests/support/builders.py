@@ -46,13 +46,14 @@ def student(
     kv_heads: int = 1,
     temperature: float = 0.8,
     kl_coef: float = 0.05,
+    importance_cap: float | None = None,
     micro_batch_tokens: int = 10**6,
 ) -> Student:
     model = tiny_model(kind, tied=tied, kv_heads=kv_heads).to(dtype)
     return Student(
         exact_norms(model) if dtype == torch.float64 else model,
         StudentSettings(),
-        AlgorithmSettings(kl_coef=kl_coef),
+        AlgorithmSettings(kl_coef=kl_coef, importance_cap=importance_cap),
         temperature=temperature,
         micro_batch_tokens=micro_batch_tokens,
         activation_checkpointing="off",

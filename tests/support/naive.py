@@ -23,10 +23,13 @@ def grpo_loss(
     *,
     clip: float,
     beta: float,
+    samplers: list[list[Tensor]] | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """groups: (logp per sample, old logp per sample or None, ref logp per sample or None, rewards)."""
+    """groups: (logp per sample, old logp per sample or None, ref logp per sample or None, rewards). samplers: what the
+    sampler said, by group and sample, for truncated importance weights with a cap."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for logps, olds, refs, rewards in groups:
+    for g, (logps, olds, refs, rewards) in enumerate(groups):
         for i, logp in enumerate(logps):
             advantage = advantages(rewards)[i]
             for t in range(len(logp)):
@@ -34,6 +37,8 @@ def grpo_loss(
                 rho = torch.exp(logp[t] - old)
                 clipped = torch.clamp(rho, 1 - clip, 1 + clip)
                 loss = -torch.min(rho * advantage, clipped * advantage)
+                if samplers is not None:
+                    loss = torch.exp(old.detach() - samplers[g][i][t]).clamp(max=cap) * loss
                 if refs is not None:
                     difference = refs[i][t] - logp[t]
                     loss = loss + beta * (torch.exp(difference) - difference - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Case:
         old: bool = True,
         ref: bool = True,
         ignore: int = 4,
+        cap: float | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(T + V)
         self.hidden, self.weight = (torch.randn(n, H, generator=generator).to(dtype) for n in (T, V))
@@ -49,7 +51,13 @@ class Case:
 
         before = logprob.detach() if self.old is None else self.old.to(F64)
         ratio = torch.exp(logprob - before)
-        whole, bounded = ratio * self.advantages, ratio.clamp(0.8, 1.28) * self.advantages
+        self.importance: dict[str, Any] = {}
+        advantages = self.advantages.to(F64)
+        if cap is not None:
+            sampler = (before + 0.5 * torch.randn(T, generator=generator)).float()
+            self.importance = {"sampler_logprob": sampler, "importance_cap": cap}
+            advantages = advantages * (before - sampler.to(F64)).exp().clamp(max=cap)
+        whole, bounded = ratio * advantages, ratio.clamp(0.8, 1.28) * advantages
         log_ratio = torch.zeros_like(logprob) if self.ref is None else self.ref.to(F64) - logprob
         k3 = log_ratio.exp() - log_ratio - 1
         loss = -torch.minimum(whole, bounded) + LOSS["kl_coef"] * k3
@@ -63,7 +71,8 @@ class Case:
     def run(self, *, entropy: bool = True, needs: tuple[bool, bool, bool] | None = None) -> tuple[Tensor, ...]:
         needs = needs or (True, True, self.bias is not None)
         given = (self.hidden, self.weight, self.bias, self.targets, self.advantages, self.ref, self.old)
-        return linear_grpo_loss.forward(*given, TEMPERATURE, *LOSS.values(), DENOMINATOR, entropy, *needs)
+        constants = (TEMPERATURE, *LOSS.values(), DENOMINATOR)
+        return linear_grpo_loss.forward(*given, *constants, entropy, *needs, **self.importance)
 
     def check(self) -> None:
         stats, *gradients = self.run()
@@ -102,6 +111,21 @@ def test_chunks_and_blocks(
 def test_without_old_or_reference(chunks: Callable[..., None], dtype: torch.dtype, old: bool, ref: bool) -> None:
     chunks(4, 100)
     Case(9, 24, 100, dtype, old=old, ref=ref).check()
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("cap", [1.0, 1.4])
+def test_importance_weights(chunks: Callable[..., None], dtype: torch.dtype, old: bool, cap: float) -> None:
+    chunks(4, 100, 64)
+    Case(13, 24, 100, dtype, old=old, cap=cap).check()
+
+
+def test_a_sampler_of_nan_shows() -> None:
+    case = Case(5, 24, 100, torch.float32, ignore=0, cap=2.0)
+    case.importance["sampler_logprob"][2] = torch.nan
+    assert case.run()[0][0].isnan().tolist() == [False, False, True, False, False]
 
 
 def test_chunks_are_alike_and_fit(chunks: Callable[..., None]) -> None:
@@ -260,6 +284,7 @@ def test_offsets_beyond_32_bits() -> None:
         advantages,
         None,
         None,
+        None,
         stats,
         T,
         V,
@@ -269,6 +294,7 @@ def test_offsets_beyond_32_bits() -> None:
         1.0,
         0.8,
         1.2,
+        0.0,
         0.0,
         ENTROPY=False,
         GRADIENT=True,

@@ -41,6 +41,7 @@ def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> N
         (["schedule.gad_epochs=0"], "student.lr", []),
         (["schedule.gad_steps=0"], "student.lr", []),
         (["schedule.gad_epochs=0"], "algorithm.reward", []),
+        (["schedule.gad_steps=0"], "algorithm.importance_cap", []),
         (["schedule.gad_steps=0", "schedule.warmup_steps=0"], "discriminator.margin_cap", []),
         (
             ["algorithm.discriminator_warmup=false", "algorithm.freeze_discriminator=true"],
@@ -57,6 +58,7 @@ def test_what_another_setting_overrides(settings: list[str], key: str, mended: l
         "algorithm.sft_temperature": 2,
         "student.lr": 0.1,
         "algorithm.reward": "m:f",
+        "algorithm.importance_cap": 2,
         "discriminator.margin_cap": 3,
     }
     chosen = [f"{key}={values[key]}"] if key in values else []

@@ -36,6 +36,7 @@ LATER = {
     "data.template_arguments": {},
     "student.master": "device",
     "discriminator.master": "device",
+    "algorithm.importance_cap": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
 }
@@ -302,6 +303,14 @@ def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> 
         assert settings[section][setting] == "none"
         settings[section][setting] = value
     assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("cap", ["0.5", "-1", "nan", "inf"])
+def test_a_cap_that_would_only_scale_the_loss_is_refused(cap: str) -> None:
+    with pytest.raises(UserError, match="algorithm.importance_cap"):
+        load(["--algorithm.importance_cap", cap])
+    assert load(["--algorithm.importance_cap", "2"]).algorithm.importance_cap == 2
+    assert load(["--algorithm.importance_cap", "none"]).algorithm.importance_cap is None
 
 
 def test_every_preset_is_watched() -> None:

@@ -20,7 +20,7 @@ def reinforce(inputs):
 def clipped(inputs):
     a, s = inputs.token_advantages, inputs.algorithm
     ratio = (inputs.logprob - inputs.logprob.detach()).exp()
-    loss = -torch.minimum(ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a)
+    loss = -torch.minimum(ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a) * inputs.importance_weights
     delta = inputs.ref_logprob - inputs.logprob
     return (loss + s.kl_coef * (delta.exp() - delta - 1)).sum() / inputs.denominator
 
@@ -36,11 +36,11 @@ def own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def pupil(loss: str | None, budget: int = 10**6) -> Student:
+def pupil(loss: str | None, budget: int = 10**6, cap: float | None = None) -> Student:
     made = Student(
         exact_norms(tiny_model().double()),
         StudentSettings(),
-        AlgorithmSettings(loss=loss, kl_coef=0.05),
+        AlgorithmSettings(loss=loss, kl_coef=0.05, importance_cap=cap),
         temperature=0.8,
         micro_batch_tokens=budget,
         activation_checkpointing="off",
@@ -53,9 +53,10 @@ def pupil(loss: str | None, budget: int = 10**6) -> Student:
     return made
 
 
+@pytest.mark.parametrize("cap", [None, 1.2, 1e9])
 @pytest.mark.parametrize("budget", [10**6, 40])
-def test_the_built_in_loss_written_by_hand_has_its_gradients(own, budget) -> None:
-    fused, by_hand = pupil(None, budget), pupil("own_losses:clipped", budget)
+def test_the_built_in_loss_written_by_hand_has_its_gradients(own, budget, cap) -> None:
+    fused, by_hand = pupil(None, budget, cap), pupil("own_losses:clipped", budget, cap)
     stats, other = fused.grpo_backward(groups(3, 3), REWARDS), by_hand.grpo_backward(groups(3, 3), REWARDS)
     assert_same_gradients(gradients(by_hand.model), gradients(fused.model), rtol=1e-9, atol=1e-12)
     assert other.loss == pytest.approx(stats.loss, rel=1e-9) and other.kl == pytest.approx(stats.kl, rel=1e-9) != 0

@@ -39,7 +39,7 @@ def healthy(warmup: int = 40, gad: int = 120) -> list[Row]:
             "samples/repetition": 0.02,
         }
         if step > warmup:
-            row |= {"student/loss": 0.01, "sampler/logprob_diff_mean": 1e-4}
+            row |= {"student/loss": 0.01, "sampler/logprob_diff_mean": 1e-4, "sampler/kl": 2e-8 * noise.uniform(0.5, 9)}
         rows.append(row)
     return rows
 
@@ -78,6 +78,9 @@ CASES: list[tuple[str, Callable[[int], Row], str]] = [
     ("Many responses are cut", lambda i: {"length/cut_share": 0.6}, "data.max_response_tokens"),
     ("Samples repeat themselves", lambda i: {"samples/repetition": 0.5}, "student.lr"),
     ("Sampler and trainer disagree", lambda i: {"sampler/logprob_diff_mean": 0.1}, "rollout.dtype"),
+    ("Sampler and trainer disagree", lambda i: {"sampler/logprob_diff_mean": 0.1}, "rollout.prefix_caching"),
+    ("Sampler and trainer drift apart", lambda i: {"sampler/kl": 1e-4 * 1.05**i}, "rollout.head_dtype"),
+    ("Sampler and trainer drift apart", lambda i: {"sampler/kl": 5e-3}, "algorithm.importance_cap"),
     ("Numbers that are not finite", lambda i: {"student/loss": math.nan}, "learning rate"),
 ]
 
@@ -104,6 +107,11 @@ def test_a_flat_margin_is_no_saturation() -> None:
         row |= {"discriminator/accuracy": 0.995, "discriminator/margin": 4.0}
     # The jump itself is growth; after it there is none.
     assert watched(rows).current() == [] and [e.last is not None for e in watched(rows).past()] == [True]
+
+
+def test_a_sampler_that_is_as_far_off_as_ever_does_not_drift() -> None:
+    rows = [row | {"sampler/kl": 2e-3 + 1e-3 * (i % 3)} for i, row in enumerate(healthy())]
+    assert watched(rows).episodes == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ POLICY = PolicyStats(
         ratio_max=1.5,
         logprob_diff_mean=0.6,
         logprob_diff_max=0.7,
+        logprob_far_share=0.25,
+        sampler_kl=0.03,
     ),
     tokens=100,
 )
@@ -43,6 +45,8 @@ POLICY_VALUES = {
     "student/ratio_max": 1.5,
     "sampler/logprob_diff_mean": 0.6,
     "sampler/logprob_diff_max": 0.7,
+    "sampler/far_share": 0.25,
+    "sampler/kl": 0.03,
     "student/grad_norm": 0.9,
     "tokens/student": 100,
 }
