@@ -15,8 +15,8 @@ def reproducible(config: Config, device: str) -> dict[str, Any]:
     of threads.
     """
     if device != "cuda":
-        why = "on a CPU every sum has an order that settings and data decide: the seed decides the rest"
-        return {"resumed": True, "new_run": True, "why": [why]}
+        reason = "on a CPU every sum has an order that settings and data decide: the seed decides the rest"
+        return {"resumed": True, "new_run": True, "why": [reason]}
     # Only vLLM has it: the other engine draws prompt by prompt.
     draws_alone = config.rollout.engine == "hf" or getattr(config.rollout, "batch_invariant", False)
     why = [
