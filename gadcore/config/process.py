@@ -40,6 +40,8 @@ def set_environment(threads: int, device: str, *, batch_invariant: bool = False)
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # The same bits for the same input, wherever an array happens to lie: a resumed run repeats the one it goes on with.
     os.environ.setdefault("MKL_CBWR", "AUTO")
+    # And whatever else is at work on a GPU: cuBLAS promises its bits for a workspace of its own and of one size alone.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Advice from below torch's Python side (vLLM's memory policy) would tear the view of the run.

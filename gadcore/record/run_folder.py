@@ -28,10 +28,10 @@ RUNS = Path("runs")
 LATEST = RUNS / "latest"
 # Everything that a run may write into its folder. A new run takes no folder that has any of it, so all of it is the
 # run's own.
-CONFIG, SUMMARY = "config.toml", "summary.json"
+CONFIG, SUMMARY, TILES = "config.toml", "summary.json", "tiles.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations")
 RESULTS = (SUMMARY, "report.html", "student", "discriminator")
-OTHERS = ("checkpoints", "reference", "trace.json", "offload", "tracker.json")
+OTHERS = ("checkpoints", "reference", "trace.json", "offload", "tracker.json", TILES)
 TRACKERS = ("tensorboard", "wandb", "mlflow.db", "mlflow-artifacts")
 NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
 
@@ -39,7 +39,7 @@ NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
 @dataclass
 class RunFolder:
     """config.toml, metrics.jsonl, samples.jsonl, evaluations/, checkpoints/, reference/, student/, discriminator/,
-    summary.json, report.html and, where it was asked for, trace.json of one run.
+    summary.json, report.html and, where it was asked for, trace.json of one run; tiles.json of one on a GPU.
 
     has_step: whether this process has recorded a step.
     """
@@ -48,6 +48,7 @@ class RunFolder:
     metrics: MetricsLog = field(init=False)
     samples: MetricsLog = field(init=False)
     has_step: bool = False
+    _tiles: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.metrics, self.samples = (MetricsLog(self.path / name) for name in RECORDS[:2])
@@ -99,6 +100,32 @@ class RunFolder:
             # Beside it first: a run without a config.toml would be none.
             write_whole(free_name(self.path / f"config-{step:06d}", ".toml"), before, synced=True)
             write_whole(current, kept, synced=True)
+
+    def keep_tiles(self, tiles: Mapping[str, Any]) -> None:
+        """Writes what gadcore.kernels.tiles.chosen_tiles() gave, where it is something new."""
+        text = json.dumps(tiles, indent=1) + "\n"
+        if tiles and text != self._tiles:
+            write_whole(self.path / TILES, text, synced=True)
+            self._tiles = text
+
+    def kept_tiles(self) -> dict[str, Any]:
+        """What keep_tiles() wrote, in this process or an earlier one; {} where it wrote nothing.
+
+        UserError where that is damaged.
+        """
+        path = self.path / TILES
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): put it back, or delete it and have the kernels choose their tiles "
+                "anew, with which the run may differ in its last bits from the one that was stopped"
+            ) from None
+        return found
 
     def step(self, row: Row) -> None:
         """Records a step's figures. The first one makes a run of runs/ the latest."""

