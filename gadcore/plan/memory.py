@@ -22,6 +22,7 @@ from gadcore.models.host_master import SLICES_BYTES
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.machine import Machine
+from gadcore.plan.moments import Pass
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
 
@@ -275,6 +276,13 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
 
+    if ranks == 1 and not on_cpu:
+        responses = _responses(work, tokens) if is_student else 0.0
+        logits_bytes = case.machine.figures["logits_bytes"]
+        moment = Pass(
+            d, choice.mode, tokens, responses, single, item, precision.gradients, compute, autocast, logits_bytes
+        )
+        return moment.fullest(gradients)
     kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
     head = 0.0
     if is_student:

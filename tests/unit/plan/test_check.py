@@ -82,7 +82,7 @@ SEVEN_B = ["--preset", "qwen2.5-7b", "--student.master", "host", "--discriminato
 
 
 def test_a_presets_own_value_is_lowered_and_told(monkeypatch) -> None:
-    on_gpu(monkeypatch, memory_bytes=62e9)
+    on_gpu(monkeypatch, memory_bytes=59e9)
     done = fitted(*SEVEN_B)
     assert done.config.schedule.micro_batch_tokens in (4096, 8192)
     (note,) = [note for note in done.notes if "micro_batch_tokens" in note]
@@ -92,7 +92,7 @@ def test_a_presets_own_value_is_lowered_and_told(monkeypatch) -> None:
 
 
 def test_what_a_user_has_set_is_never_changed(monkeypatch, tmp_path) -> None:
-    on_gpu(monkeypatch, memory_bytes=62e9)
+    on_gpu(monkeypatch, memory_bytes=59e9)
     mine = tmp_path / "mine.toml"
     mine.write_text('base = "qwen2.5-7b"\n[schedule]\nmicro_batch_tokens = 16384\n')
     for arguments in ([*SEVEN_B, "--schedule.micro_batch_tokens", "16384"], ["--config", str(mine), *SEVEN_B[2:]]):
