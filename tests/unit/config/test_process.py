@@ -25,8 +25,8 @@ def handlers() -> Iterator[None]:
 
 def test_workspaces_of_products_are_chosen_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE")
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    for chosen, values in ((False, [None, None]), (True, [":16:8", "1"])):
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names})
+    for chosen, values in ((False, [":4096:8", None]), (True, [":16:8", "1"])):
         set_environment(0, "cuda", batch_invariant=chosen)
         assert [os.environ.get(name) for name in names] == values
 
