@@ -90,7 +90,7 @@ def test_a_run_ends_as_on_a_cpu(finished) -> None:
     rows = records(folder)
     assert [row["stage"] for row in rows] == ["warmup", "gad", "gad"]
     # The sampler computes in bfloat16 what the trainer computes under autocast.
-    assert all(0 < row["student/logprob_diff_mean"] < 0.1 for row in rows[1:])
+    assert all(0 < row["sampler/logprob_diff_mean"] < 0.1 for row in rows[1:])
     assert rows[2]["student/kl"] > rows[1]["student/kl"] == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["memory"]["offload"] == "pinned" and not summary["memory"]["shared_weights"]
