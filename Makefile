@@ -27,10 +27,12 @@ test: $(READY)
 test-triton: $(READY)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) tests/triton tests/kernels/test_grid.py
 
-# The engine on a stand-in for a GPU. Fails as well where a line that runs on a GPU alone was not executed.
+# The engine on a stand-in for a GPU. Fails as well where a line that runs on a GPU alone was not executed. SAMPLE= runs
+# every family and mode, which takes four times as long.
+SAMPLE ?= -m "not slow"
 test-rehearsal: $(READY)
 	rm -rf build/rehearsal
-	REHEARSAL_COVERAGE=build/rehearsal TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) tests/rehearsal
+	REHEARSAL_COVERAGE=build/rehearsal TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) $(SAMPLE) tests/rehearsal
 	$(PYTHON) -m bench.offline.cuda_lines build/rehearsal/.coverage.*
 
 # Everything must hold without what only makes a CPU faster as well.

@@ -23,7 +23,24 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "gadcore/memory/tiers.py": ("PinnedTier",),
 }
 # Lines that no rehearsal can execute, by file and text, with the reason.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+_NO_GPU = "said where there is no GPU: tests/unit/config"
+_NO_LIBRARY = "needs what nvcc builds: tests/kernels/test_cuda_emulator.py runs it on a CPU"
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    (
+        "gadcore/config/device.py",
+        'raise UserError(f"run.device = {config.run.device!r}, but torch sees no CUDA device: use cpu or auto")',
+    ): _NO_GPU,
+    ("gadcore/rollout/vllm.py", "return"): "no room to wake a sleeping vLLM: tests/unit/rollout/test_vllm_on_cuda.py",
+    (
+        "kernels/cuda/cast_copy.py",
+        "processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1",
+    ): _NO_LIBRARY,
+    ("kernels/cuda/native.py", "with torch.cuda.device(device):"): _NO_LIBRARY,
+    (
+        "kernels/cuda/native.py",
+        "error = self._functions[op](*arguments, torch.cuda.current_stream(device).cuda_stream)",
+    ): _NO_LIBRARY,
+}
 
 _ON_CUDA = {
     "{}.type == 'cuda'": True,

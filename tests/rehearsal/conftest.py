@@ -47,7 +47,8 @@ def measured(folder: Path) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     if FOLDER and INTERPRETED:
-        measuring = measured(Path(FOLDER))
+        # Tests may leave this process in another folder.
+        measuring = measured(Path(FOLDER).resolve())
         measuring.__enter__()
         config.add_cleanup(lambda: measuring.__exit__(None, None, None))
 

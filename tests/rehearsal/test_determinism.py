@@ -28,7 +28,10 @@ def repeating() -> list[Any]:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "budget", "autocast"),
-    [("llama", True, 60, "none"), ("qwen2", False, 10**6, "bfloat16")],
+    [
+        pytest.param("llama", True, 60, "none", marks=pytest.mark.slow),
+        ("qwen2", False, 10**6, "bfloat16"),
+    ],
 )
 def test_of_the_student(kind: str, tied: bool, budget: int, autocast: str) -> None:
     with gpu(MEMORY):

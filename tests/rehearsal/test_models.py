@@ -63,7 +63,9 @@ def error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 TOLERANCE = {"none": 1e-5, "bfloat16": 0.1}
 
 
-@pytest.mark.parametrize(("kind", "autocast"), [("llama", "none"), ("qwen2", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "autocast"), [pytest.param("llama", "none", marks=pytest.mark.slow), ("qwen2", "bfloat16")]
+)
 def test_gradients_of_the_student(kind, autocast) -> None:
     expected = student_gradients("cpu", kind, "none", "off")
     with gpu(MEMORY):
@@ -71,7 +73,7 @@ def test_gradients_of_the_student(kind, autocast) -> None:
     assert error(found, expected) < TOLERANCE[autocast]
 
 
-@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+@pytest.mark.parametrize("autocast", [pytest.param("none", marks=pytest.mark.slow), "bfloat16"])
 def test_what_is_computed_again_is_the_same_to_the_bit(autocast) -> None:
     def found(mode: str) -> dict[str, torch.Tensor]:
         policy = student_on("cuda", "llama", autocast, mode)
@@ -84,7 +86,9 @@ def test_what_is_computed_again_is_the_same_to_the_bit(autocast) -> None:
         assert all(torch.equal(again[name], off[name]) for name in off)
 
 
-@pytest.mark.parametrize(("autocast", "mode"), [("none", "off"), ("bfloat16", "selective")])
+@pytest.mark.parametrize(
+    ("autocast", "mode"), [("none", "off"), pytest.param("bfloat16", "selective", marks=pytest.mark.slow)]
+)
 def test_gradients_of_the_discriminator(tmp_path, autocast, mode) -> None:
     expected = discriminator_gradients(tmp_path, "cpu", "llama", "none", "off")
     with gpu(MEMORY):
@@ -92,7 +96,9 @@ def test_gradients_of_the_discriminator(tmp_path, autocast, mode) -> None:
     assert error(found, expected) < TOLERANCE[autocast]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "smollm3"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3", "smollm3")), "gemma3"]
+)
 def test_gradients_of_other_families(tmp_path, kind) -> None:
     """Norms of queries and keys, norms behind attention and MLP, layers without positions."""
     judged = discriminator_gradients(tmp_path, "cpu", kind, "none", "off")

@@ -82,9 +82,9 @@ def peak(model, role: str, mode: str, budget: int, groups: list[Group]) -> int:
     ("role", "mode", "budget"),
     [
         ("student", "off", 4096),
-        ("student", "full", 512),
         ("discriminator", "selective", 512),
-        ("discriminator", "off", 512),
+        pytest.param("student", "full", 512, marks=pytest.mark.slow),
+        pytest.param("discriminator", "off", 512, marks=pytest.mark.slow),
     ],
 )
 def test_peaks_are_those_of_the_plan(tmp_path, role, mode, budget) -> None:

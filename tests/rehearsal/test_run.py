@@ -38,9 +38,9 @@ def arguments(folder: Path, **more: object) -> list[str]:
         "rollout.gpu_memory_utilization": 0.002,
         "data.train": data,
         "data.eval": data,
-        "data.eval_rows": 4,
+        "data.eval_rows": 2,
         "data.max_prompt_tokens": 64,
-        "data.max_response_tokens": 6,
+        "data.max_response_tokens": 4,
         "rollout.group_size": 2,
         "rollout.block_size": 4,
         "schedule.batch_size": 2,
@@ -54,6 +54,7 @@ def arguments(folder: Path, **more: object) -> list[str]:
         "discriminator.lr": 1e-3,
         "algorithm.kl_coef": 0.05,
         "tracking.monitor_interval": 0,
+        "tracking.sample_every": 1,
     } | {name.replace("__", "."): value for name, value in more.items()}
     return ["--preset", "smollm2-cpu", *(str(item) for k, v in settings.items() for item in (f"--{k}", v))]
 
