@@ -16,8 +16,14 @@ from bench.offline.cuda_standin.tensors import CUDA, Tensors
 NAME, UUID = "NVIDIA H100 80GB HBM3 (stand-in)", "00000000-0000-0000-0000-000000000000"
 
 
+class _Error(int):
+    success = 0
+
+
 class _Runtime:
     """torch.cuda.cudart(), as far as page-locked memory needs it: driver_types.h, cudaSuccess = 0."""
+
+    cudaError = _Error
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors, self.registered = tensors, dict[int, int]()
@@ -28,9 +34,6 @@ class _Runtime:
         self.registered[address] = size
         self._tensors.pinned_bytes += size
         return 0
-
-    def cudaError(self, code: int) -> int:
-        return code
 
     def cudaGetErrorString(self, code: int) -> str:
         return f"CUDA error {code}"
