@@ -52,6 +52,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(Autotuner, "_bench", bench)
+    # vLLM lets Triton keep timings on the disk, for the whole process that it was once started in.
+    monkeypatch.setattr(triton.knobs.autotuning, "cache", False)
     monkeypatch.setattr(
         triton.runtime.driver, "_active", FakeDriver(triton.backends.compiler.GPUTarget("cuda", 90, 32))
     )

@@ -7,7 +7,7 @@ import torch
 
 from bench import __main__ as command
 from bench import peak, record
-from bench.kernels import cases, gpu
+from bench.kernels import cases
 from bench.kernels.cases import COMPILED, CUT, LIGER, NAIVE, TRL, Size
 from bench.kernels.compare import Setup, line, measure
 from bench.runner import Rounds, wall
@@ -47,10 +47,4 @@ def test_gpu_suite_says_that_it_was_skipped(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(record, "write", lambda path, rows: pytest.fail(f"wrote {path}"))
     assert command.main(["gpu"]) == 0
-    assert capsys.readouterr().out.strip() == "skipped: no CUDA device"
-
-
-def test_cases_of_the_gpu_suite_run() -> None:
-    """On the CPU with the references: the same code but for the clock."""
-    passed = [r for each in gpu.all_cases(REFERENCE, quick=True) for r in measure(each, REFERENCE) if r.gate == "pass"]
-    assert {r.op for r in passed} == {"linear_grpo_loss", "linear_logprob", "bt_score", "grpo_ratio_loss"}
+    assert capsys.readouterr().out.startswith("skipped: no CUDA device")
