@@ -35,9 +35,10 @@ test-rehearsal: $(READY)
 	REHEARSAL_COVERAGE=build/rehearsal TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL) $(SAMPLE) tests/rehearsal
 	$(PYTHON) -m bench.offline.cuda_lines build/rehearsal/.coverage.*
 
-# Everything must hold without what only makes a CPU faster as well.
+# Everything that computes must hold without what only makes a CPU faster as well.
+COMPUTES := $(addprefix tests/unit/,checkpoint cpu data evaluate measure memory models rollout train) tests/exactness
 test-without-native: $(READY)
-	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest $(PARALLEL) -m "not slow" tests/unit tests/exactness $(ARGS)
+	GADCORE_NO_NATIVE=1 $(PYTHON) -m pytest $(PARALLEL) -m "not slow" $(COMPUTES) $(ARGS)
 
 setup: $(READY)
 
