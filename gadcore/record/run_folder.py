@@ -78,19 +78,7 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """What the run wrote when it was finished; None: it is not. UserError where that is damaged."""
-        path = self.path / SUMMARY
-        if not path.exists():
-            return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): put it back, or delete it and have the run finish again by "
-                "--resume auto"
-            ) from None
-        return found
+        return _object(self.path / SUMMARY, "have the run finish again by --resume auto")
 
     def keep_config(self, config: Config, step: int) -> None:
         """Writes the settings that a resumed run goes on with; the ones before are kept as config-<step>.toml."""
@@ -113,19 +101,11 @@ class RunFolder:
 
         UserError where that is damaged.
         """
-        path = self.path / TILES
-        if not path.exists():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): put it back, or delete it and have the kernels choose their tiles "
-                "anew, with which the run may differ in its last bits from the one that was stopped"
-            ) from None
-        return found
+        otherwise = (
+            "have the kernels choose their tiles anew, with which the run may differ in its last bits from the one "
+            "that was stopped"
+        )
+        return _object(self.path / TILES, otherwise) or {}
 
     def step(self, row: Row) -> None:
         """Records a step's figures. The first one makes a run of runs/ the latest."""
@@ -280,6 +260,20 @@ def _refuse_another_run(path: Path) -> None:
             raise UserError(
                 f"{path / name} is there already and would be mixed with the new run: choose another run.dir"
             )
+
+
+def _object(path: Path, otherwise: str) -> dict[str, Any] | None:
+    """A JSON object of the folder, None where there is none. UserError where it is damaged; otherwise: what deleting it
+    and going on leads to."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): put it back, or delete it and {otherwise}") from None
+    return found
 
 
 def _belongs_to_runs(path: Path) -> bool:
