@@ -39,6 +39,7 @@ LOOKED_UP = {
     "make run": "the whole default job: tests/e2e runs it",
     "make test": "these tests are part of it",
     "make lint": ".ci/run runs it",
+    "make test-rehearsal": "part of make test",
     "make test-without-native": ".ci/run runs it",
     "make doctor": "`python -m gadcore.run doctor`, which is run",
     "make gpu-test": "needs a GPU",
