@@ -300,10 +300,8 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     whole = is_student and not single if on_cpu else is_student and d.tied or not single
     embedding = d.head * (item + (precision.gradients if precision.gradients > item else 0)) if whole else 0.0
     working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
-    # With one micro-batch gradients appear while activations go: on CUDA the larger of the two is the peak, while
-    # malloc keeps what activations leave.
-    overlap = gradients if single and ranks == 1 and case.machine.kind == "cuda" else 0.0
-    working["activations and head"] = max(kept + head - overlap, 0.0)
+    # Gradients appear while activations go, but malloc keeps what those leave, and shards are small.
+    working["activations and head"] = kept + head
     if ranks > 1:
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
         working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))
