@@ -13,14 +13,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without what only makes a CPU faster, tests of that have nothing to test."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without what only makes a CPU faster, tests of that have nothing to test. Those by hand are asked for by name."""
     from gadcore.kernels.cpu import native
 
     reason = native.why_missing("cpu_linear_logprob")
+    asked = "by_hand" in config.getoption("markexpr")
     for item in items:
         if reason is not None and item.get_closest_marker("native"):
             item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("by_hand") and not asked:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run it by -m by_hand"))
 
 
 class FailuresAtOnce:
