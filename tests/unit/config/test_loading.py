@@ -39,6 +39,10 @@ LATER = {
     "algorithm.importance_cap": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
+    "checkpoint.asynchronous": False,
+    "distributed.shard": 0,
+    "distributed.replicate": 1,
+    "distributed.timeout_s": 1800.0,
 }
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
