@@ -164,4 +164,3 @@ def _as_user_error(what: str, error: CheckpointException) -> UserError:
     rank, (failure, _) = min(error.failures.items())
     why = failure.strerror if isinstance(failure, OSError) else None
     return UserError(f"{what}: rank {rank}: {why or cause(failure)}")
-

@@ -1,8 +1,8 @@
 """Checkpoints that all processes of a job write together: each its shards, the first one everything else.
 
 The first process makes the folder under its temporary name, all write into it, and when the sizes and checksums of all
-files are known it gets its name: a job that dies at any moment leaves the whole checkpoint or none, as one process does.
-Nothing of it waits for a process that failed: an error of one is raised on all.
+files are known it gets its name: a job that dies at any moment leaves the whole checkpoint or none. Nothing of it waits
+for a process that failed: an error of one is raised on all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Together:
 
     def __init__(self, world: World, *, asynchronous: bool = False) -> None:
         """asynchronous: save() returns when what is to be written lies in host memory; finish() waits for the files."""
-        self._world, self._asynchronous = world, asynchronous
+        self._world, self.is_asynchronous = world, asynchronous
         # Planning goes on beside the collectives of training.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -62,8 +62,8 @@ class Together:
         *,
         pinned: int | None = None,
     ) -> Path:
-        """As gadcore.checkpoint.store.save(). tensors: DTensors, of which each process writes what it holds, and others,
-        which one of those writes that have one of that name. state: the first process's counts.
+        """As gadcore.checkpoint.store.save(). tensors: DTensors, of which each process writes what it holds; another
+        tensor is written by one of those that have one of that name. state: the first process's counts.
 
         Where it is asynchronous the tensors must not change before finish(). Raises UserError on all processes.
         """

@@ -245,7 +245,8 @@ class DistributedSettings(Section):
     """The processes that torchrun starts (docs/guide/distributed.md)."""
 
     shard: NonNegative = Field(
-        0, description="Processes that every model is cut over (FSDP2); 0: all, or all of a copy where there are several."
+        0,
+        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
     )
     replicate: Positive = Field(
         1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."

@@ -31,6 +31,7 @@ from gadcore.memory.holdings import State
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
+from gadcore.train.agreement import of_first
 from gadcore.train.progress import Progress, other_stages
 
 # The states in which a model and its optimizer are on the device.
@@ -75,7 +76,7 @@ class Checkpoints:
         The records that it counts on are on the disk before. Raises UserError where the folder cannot be written;
         earlier checkpoints are as they were.
         """
-        self.folder.sync()
+        records = of_first(self._world, self._records)
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
@@ -90,16 +91,26 @@ class Checkpoints:
             "stages": self._stages,
             "progress": asdict(progress),
             "loader": self._loader.state(),
-            "data": dict(self._data()),
-            "records": self.folder.counts(),
+            "data": dict(self._data()) if self._world.is_first else {},
+            "records": records,
             "rng": rng.state if self._world.size == 1 else states,
         }
         best = progress.convergence.best
         return self._save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
 
+    def _records(self) -> dict[str, int]:
+        """What the checkpoint counts on, when it is on the disk."""
+        self.folder.sync()
+        return self.folder.counts()
+
     def _save(self, root: Path, *arguments: Any, **others: Any) -> Path:
         save = store.save if self._together is None else self._together.save
         return save(root, *arguments, **others)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether save() returns before the checkpoint is whole."""
+        return self._together is not None and self._together.is_asynchronous
 
     def finish(self) -> None:
         """Returns when what save() has begun is whole: before anything that it writes may change."""

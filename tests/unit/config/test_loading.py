@@ -306,6 +306,8 @@ def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> 
         section, _, setting = key.partition(".")
         assert settings[section][setting] == "none"
         settings[section][setting] = value
+    # A section of nothing but later settings.
+    settings = {section: kept for section, kept in settings.items() if kept}
     assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
 
 
