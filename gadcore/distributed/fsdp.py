@@ -10,6 +10,7 @@ Gradients are added up over the processes, not averaged: every denominator is co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,8 @@ class _Forward:
     """The forward() of a sharded model: its own, or whatever is to be computed with its whole parameters."""
 
     def __init__(self, own: Callable[..., Any]) -> None:
+        # Others look at its signature: generate() asks what the model takes.
+        update_wrapper(self, own)
         self.own = own
         self.running = False
 

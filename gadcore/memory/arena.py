@@ -173,7 +173,7 @@ def _start(tensor: Tensor) -> int:
     """Where a tensor begins; data_ptr() is 0 of an empty one, whatever memory it looks at."""
     if tensor.numel():
         return tensor.data_ptr()
-    return tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().data_ptr() + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _extent(tensor: Tensor) -> int:
