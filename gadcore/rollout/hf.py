@@ -57,9 +57,11 @@ class HFEngine(Engine):
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _nothing_of_its_own(self.model):
             torch.manual_seed(request.seed)
+            # Of a sharded model every process does the same, and gathers together with the others.
             out = self.model.generate(  # type: ignore[operator]
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
+            reshard_all(self.model)
         scale = 1.0 if greedy else temperature
         logits = torch.stack(out.logits, 1).float() / scale
         responses = []
@@ -74,7 +76,7 @@ class HFEngine(Engine):
     def update_weights(self, source: WeightSource) -> None:
         own = self.weights()
         for name, tensor in source:
-            if name not in own or own[name].data_ptr() != tensor.data_ptr():
+            if name not in own or local(own[name]).data_ptr() != local(tensor).data_ptr():
                 raise RuntimeError(f"the Hugging Face engine samples from the model it was built with, not from {name}")
 
     def weights(self) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def build(
             if world.size > 1:
                 place /= f"rank-{world.rank}"
             on_copy = trace.copy if trace else None
-            memory = Colocation(device, config.memory, place, shared=shared, on_copy=on_copy)
+            memory = Colocation(device, config.memory, place, shared=shared, on_copy=on_copy, world=world)
             stack.callback(memory.close)
             # Each leaves the device, where holdings move, before the next one needs it: together they may not fit.
             view.status("loading the student")
@@ -193,7 +193,7 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
     model.optimizer.allocate()
     memory.add(f"{model.owner}.optimizer", model.optimizer.moments)
     memory.add(f"{model.owner}.parameters", model.parameter_tensors, aliases)
-    memory.add_gradients(f"{model.owner}.gradients", model.model.parameters())
+    memory.add_gradients(f"{model.owner}.gradients", model.optimizer.parameters)
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
+from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
@@ -339,12 +341,12 @@ class Trainer:
         """
         # The reference alone: it is made of the student's values wherever they wait.
         self.memory.enter("rest")
-        self.student.freeze_reference(self.memory.readable(dict(self.student.model.named_parameters())))
+        self.student.freeze_reference(self.memory.readable(self.student.local_parameters()))
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
+            self.memory.add("reference.parameters", partial(fsdp.memory, self.student.reference), frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""
