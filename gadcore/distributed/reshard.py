@@ -1,9 +1,9 @@
 """From the trainer's shards to the engine's: who sends which rows to whom, planned once, each byte moved once.
 
-The trainer cuts every parameter by rows over the ranks of a mesh (FSDP2), once a replica (HSDP); the engine cuts some by
-rows, some by columns, and keeps some whole (gadcore.distributed.reshard_blocks finds how). What a rank's engine needs
-and the rank has is copied; the rest comes from the one rank of its own replica that has it. There is no gathering: a
-rank receives what it stores and does not have, which is the least that can be.
+The trainer cuts every parameter by rows over the ranks of a mesh (FSDP2), once a replica (HSDP); the engine cuts some
+by rows, some by columns, and keeps some whole (gadcore.distributed.reshard_blocks finds how). What a rank's engine
+needs and the rank has is copied; the rest comes from the one rank of its own replica that has it. There is no
+gathering: a rank receives what it stores and does not have, which is the least that can be.
 
 A plan is plain numbers. It needs no process and no weight: a layout of any number of ranks can be planned anywhere.
 """
@@ -112,8 +112,8 @@ class Plan:
     order, and buckets are runs of units, cut so that no rank sends or receives more than the limit in one, unless a
     single row is more.
 
-    own, sends, takes: of `rank` alone, in order of unit; empty where the plan is of none. sent, received: bytes over the
-    wire, of every rank. kept: bytes that a rank's engine has from the rank itself.
+    own, sends, takes: of `rank` alone, in order of unit; empty where the plan is of none. sent, received: bytes over
+    the wire, of every rank. kept: bytes that a rank's engine has from the rank itself. pieces: of all ranks.
     """
 
     layout: Layout

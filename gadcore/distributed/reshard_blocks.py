@@ -138,7 +138,7 @@ def _storage(tensor: Tensor) -> int:
 def _place(name: str, whole: Tensor, part: Tensor) -> tuple[int, int, int, int]:
     """(row, column, rows, columns) of a view of a contiguous tensor. Raises NotACopy where it is no block of it."""
     columns = width(tuple(whole.shape))
-    offset = part.storage_offset() - whole.storage_offset()
+    offset = int(part.storage_offset()) - int(whole.storage_offset())
     if not part.numel():
         return 0, 0, 0, 0
     sizes = [(size, stride) for size, stride in zip(part.shape, part.stride(), strict=True) if size > 1]

@@ -19,7 +19,7 @@ from gadcore.kernels.cast_copy import cast_copy
 
 @dataclass(frozen=True)
 class Moved:
-    """What a push took on this rank. Bytes over the wire; calls: collectives; buffers: most bytes in buffers at a time."""
+    """What a push took on this rank: bytes over the wire, collectives, most bytes in buffers at a time."""
 
     sent: int
     received: int
