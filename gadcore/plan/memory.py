@@ -132,7 +132,7 @@ class Case:
     @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
-        return self.engine.shares_weights(self.config, self.machine.kind)
+        return self.engine.shares_weights(self.config, self.machine.kind, self.machine.ranks)
 
 
 @dataclass(frozen=True)
