@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
+from gadcore.distributed.fsdp import local, reshard_all
 from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.weights import WeightSource
 
@@ -19,8 +20,11 @@ from gadcore.rollout.weights import WeightSource
 class HFEngine(Engine):
     """Samples from the trainer's own model object: there is no second copy of the weights.
 
-    One prompt at a time, so that its seed alone decides its samples.
+    One prompt at a time, so that its seed alone decides its samples. Over several processes all draw all prompts, in
+    step: nothing is faster for it.
     """
+
+    spans_ranks = True
 
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model

@@ -39,6 +39,7 @@ from gadcore.train import resuming
 from gadcore.train.agreement import facts_of, notes_of, of_first, resumed_elsewhere
 from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
+from gadcore.train.probing import probe_of
 from gadcore.train.progress import stage_steps
 from gadcore.train.records import RunRecords
 from gadcore.train.reproducible import reproducible
@@ -84,7 +85,7 @@ def build(
             for note in (*inputs.notes, *notes_of(config, world), *notes):
                 view.message(note)
             sampling = engine_class(config)
-            shared = sampling.shares_weights(config, device.type)
+            shared = sampling.shares_weights(config, device.type, world.size)
             place = Path(config.memory.dir or folder.path / "offload")
             if world.size > 1:
                 place /= f"rank-{world.rank}"
@@ -107,7 +108,7 @@ def build(
                     _hand_over(memory, discriminator)
                 view.status(f"starting the sampler ({config.rollout.engine})")
                 there = partial(memory.there, "student.parameters")
-                engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there)
+                engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there, world)
                 stack.callback(engine.close)
                 for note in engine.notes:
                     view.message(note)
@@ -204,6 +205,7 @@ def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -
         max_tokens=config.data.max_response_tokens,
         seed=config.run.seed,
         states=phases,
+        probe=probe_of(config, engine, student),
     )
 
 
