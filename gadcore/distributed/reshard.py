@@ -97,6 +97,11 @@ class Layout:
     engine_dtypes: Mapping[str, torch.dtype]
     blocks: Sequence[Sequence[Block]]
 
+    @property
+    def stored(self) -> dict[str, torch.dtype]:
+        """The engine's dtypes by the trainer's names."""
+        return {block.source: self.engine_dtypes[block.target] for blocks in self.blocks for block in blocks}
+
     def wire(self, block: Block) -> torch.dtype:
         """The dtype in which a block travels: the narrower of the two, so that no bit is sent that is dropped, or was
         not there."""
