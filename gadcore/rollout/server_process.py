@@ -45,7 +45,12 @@ def arguments(config: Config, model_path: str, *, device: str, backend: str) -> 
     else:
         named["--gpu-memory-utilization"] = rollout.gpu_memory_utilization
         flags.append("--enable-sleep-mode")
-    return ["--model", model_path, *(str(p) for key, value in named.items() if value is not None for p in (key, value)), *flags]
+    return [
+        "--model",
+        model_path,
+        *(str(p) for key, value in named.items() if value is not None for p in (key, value)),
+        *flags,
+    ]
 
 
 def environment(rollout: VLLMServerRollout, token: str, backend: str) -> dict[str, str]:
