@@ -56,6 +56,16 @@ class World:
         """Which of the shards this process has."""
         return 0 if self.mesh is None else self.mesh[SHARD].get_local_rank()
 
+    @property
+    def replica(self) -> int:
+        """Which of the whole copies its shard is part of."""
+        return 0 if self.mesh is None or self.mesh.ndim == 1 else self.mesh[REPLICATE].get_local_rank()
+
+    @property
+    def neighbours(self) -> int:
+        """Processes of this node, which share its memory."""
+        return self.size // self.nodes
+
     def mine(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of what is done once: every item is exactly one process's."""
         return items[self.rank :: self.size]
@@ -71,6 +81,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[size, ..]: the tensor of every process, by rank; all are of one shape."""
+        found = tensor.new_empty(self.size, *tensor.shape)
+        if self.size > 1:
+            dist.all_gather_single(found.view(-1), tensor.contiguous().view(-1))
+        else:
+            found[0] = tensor
+        return found
 
     def all_gather_objects(self, value: T) -> list[T]:
         """The value of every process, by rank. For what is small: it is pickled."""
@@ -98,6 +117,9 @@ class World:
 
         Of a UserError it is a UserError. Without an error anywhere it returns.
         """
+        # Texts are exchanged only where there is one.
+        if not int(self.max_(torch.tensor(int(error is not None)))):
+            return
         by_user = isinstance(error, UserError)
         told = None if error is None else (by_user, str(error) if by_user else cause(error))
         found = self.all_gather_objects(told)

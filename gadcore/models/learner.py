@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
+from gadcore.errors import UserError
 from gadcore.models.activations import Mode, set_mode
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
@@ -17,8 +21,11 @@ from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
 from gadcore.models.readout import Readout
+from gadcore.models.shallow import decoder_layers
+from gadcore.models.streaming import save_sharded
 
 R = TypeVar("R", bound=Readout)
+T = TypeVar("T")
 
 
 class Learner:
@@ -26,6 +33,8 @@ class Learner:
 
     model: the Hugging Face model; its layers attend, norm and multiply by gadcore's functions from here on.
     keeps: what its backward pass keeps (gadcore.models.activations).
+    world: the processes that it is trained by. All of them know every batch as a whole, take their shares of its
+        micro-batches, and find the same figures; every method is called by all of them.
     """
 
     def __init__(
@@ -37,28 +46,38 @@ class Learner:
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        world: World = ALONE,
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
-        tokenizer: what save() writes beside the model.
+        tokenizer: what save() writes beside the model. world: of several processes, where the model is sharded here
+        unless it has been.
+
+        Raises UserError for what does not work over several processes.
         """
+        if world.size > 1:
+            _refuse(settings, owner)
+            if not fsdp.is_sharded(model):
+                fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
-        kind = HostMaster if settings.master == "host" else Optimizer
-        self.optimizer = kind(model, settings, lr=settings.lr, owner=owner)
+        if settings.master == "host":
+            self.optimizer: Optimizer = HostMaster(model, settings, lr=settings.lr, owner=owner)
+        else:
+            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, world=world)
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
-        prune_last_layer(model)
-        self.model, self.owner = model, owner
+        fsdp.inside(model, lambda: prune_last_layer(model))
+        self.model, self.owner, self.world = model, owner, world
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast, world)
         self._unread: list[Readout] = []
 
     def packed(
         self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
     ) -> Iterator[MicroBatch]:
-        """A batch in micro-batches on the model's device; see gadcore.data.groups.packed()."""
+        """This process's micro-batches of a batch, on the model's device; see gadcore.data.groups.packed()."""
         return packed(
             groups,
             self.micro_batch_tokens,
@@ -66,7 +85,17 @@ class Learner:
             teacher=teacher,
             logprobs=logprobs,
             device=self.model.device,
+            rank=self.world.rank,
+            size=self.world.size,
         )
+
+    def parameter_tensors(self) -> list[Tensor]:
+        """All tensors that look at the memory of its parameters: who moves that memory moves these."""
+        return fsdp.memory(self.model)
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Its parameters by their names, of sharded ones the rows that are here: plain tensors, no copies."""
+        return {name: fsdp.local(p) for name, p in self.model.named_parameters()}
 
     def later(self, readout: R) -> R:
         """Lets step() read what a pass has found, beside the gradient's norm."""
@@ -87,9 +116,21 @@ class Learner:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
         The weights are those that the optimizer updates, in their dtype.
+        Of several processes the first one writes; none has more than one tensor whole at a time.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
+        if self.world.size > 1:
+            save_sharded(self.model, self._tokenizer, folder, self.world)
+            return
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
         save_model(self.model, self._tokenizer, folder, weights)
+
+
+def _refuse(settings: StudentSettings | DiscriminatorSettings, owner: str) -> None:
+    if settings.master == "host":
+        raise UserError(
+            f"{owner}.master = host keeps whole masters in one process's host memory, and this job has several "
+            f"processes: set {owner}.master = device, every process holds its share of them there"
+        )

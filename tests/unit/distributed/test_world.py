@@ -18,10 +18,18 @@ def collectives(world: World) -> dict:
     rank = world.rank
     found = {
         "rank": (rank, world.local_rank, world.nodes, world.is_first),
-        "place": (world.shards, world.shard, tuple(world.mesh.mesh_dim_names), tuple(world.mesh.shape)),
+        "place": (
+            world.shards,
+            world.shard,
+            world.replica,
+            world.neighbours,
+            tuple(world.mesh.mesh_dim_names),
+            tuple(world.mesh.shape),
+        ),
         "mine": list(world.mine(range(10))),
         "sum": world.sum_(torch.tensor([1.0, rank])).tolist(),
         "max": world.max_(torch.tensor([-rank, rank])).tolist(),
+        "all": world.all_gather(torch.tensor([[rank, 1]])).tolist(),
         "objects": world.all_gather_objects({"rank": rank}),
         "first": world.broadcast_object(f"of rank {rank}"),
     }
@@ -50,13 +58,16 @@ def four() -> list[dict]:
 
 def test_everybody_knows_its_place(four):
     assert [found["rank"] for found in four] == [(0, 0, 2, True), (1, 1, 2, False), (2, 0, 2, False), (3, 1, 2, False)]
-    assert [found["place"] for found in four] == [(2, i % 2, ("replicate", "shard"), (2, 2)) for i in range(4)]
+    assert [found["place"] for found in four] == [
+        (2, i % 2, i // 2, 2, ("replicate", "shard"), (2, 2)) for i in range(4)
+    ]
     assert sorted(item for found in four for item in found["mine"]) == list(range(10))
 
 
 def test_collectives_give_everybody_the_same(four):
     for found in four:
         assert found["sum"] == [4.0, 6.0] and found["max"] == [0, 3]
+        assert found["all"] == [[[rank, 1]] for rank in range(4)]
         assert found["objects"] == [{"rank": rank} for rank in range(4)]
         assert found["first"] == "of rank 0"
 
@@ -72,6 +83,7 @@ def test_a_process_alone_asks_nobody():
     world = World.alone()
     tensor = torch.tensor([3.0])
     assert world.sum_(tensor) is tensor and world.max_(tensor) is tensor and tensor.item() == 3
+    assert world.all_gather(tensor).tolist() == [[3.0]] and (world.replica, world.neighbours) == (0, 1)
     assert world.all_gather_objects(5) == [5] and world.broadcast_object(6) == 6
     assert world.mine([1, 2]) == [1, 2] and world.is_first and world.shards == 1 and world.shard == 0
     with pytest.raises(ValueError, match="its own"), world.agreeing():
