@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from gadcore.config.kinds import Trained
-from gadcore.config.rollout import VLLMRollout
+from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
@@ -83,7 +83,7 @@ class Case:
     def sequences_at_once(self) -> int:
         """Sequences that a sampler works on at a time, at most."""
         rollout = self.config.rollout
-        if not isinstance(rollout, VLLMRollout):
+        if not isinstance(rollout, VLLMSettings):
             return self.work.samples
         machine = self.machine
         return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
@@ -92,7 +92,7 @@ class Case:
     def graphs(self) -> bool:
         """Whether the sampler replays CUDA graphs."""
         rollout = self.config.rollout
-        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.eager("cuda")
+        return isinstance(rollout, VLLMSettings) and self.machine.kind == "cuda" and not rollout.eager("cuda")
 
     @property
     def context_tokens(self) -> int:
