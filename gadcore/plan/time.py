@@ -73,8 +73,12 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
-    # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
-    moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
+    # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
+    # gradients are reduced in float32.
+    inside = d.layers * d.layer
+    moved = inside * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype])
+    moved += (parameters - inside) * (precision.weights + 4 * work.backward)
+    moved *= micro_batches
     hidden = figures["overlap_share"] * computing
     talking = moved / collective_bandwidth(case)
     if work.backward:
