@@ -10,7 +10,7 @@ Gradients are added up over the processes, not averaged: every denominator is co
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +99,8 @@ def gather_in(dtype: torch.dtype, layers: Iterable[nn.Module], parameters: Colle
         assert isinstance(layer, FSDPModule)
         found = [p for p in _parameters(layer) if p.sharded_param in parameters and p.orig_dtype == torch.float32]
         for parameter in found:
-            parameter.param_dtype = dtype
+            # FSDP asks for it again and again.
+            parameter.init_dtype_attrs = partial(_narrow, parameter, dtype)
             # Made by the first gathering, in the dtype that it had.
             parameter.all_gather_outputs = []
             vars(parameter).pop("_unsharded_param", None)
@@ -107,6 +108,12 @@ def gather_in(dtype: torch.dtype, layers: Iterable[nn.Module], parameters: Colle
         for parameter in found:
             parameter.unsharded_param.grad_dtype = torch.float32
         layer.reshard()
+
+
+def _narrow(parameter: Any, dtype: torch.dtype, policy: MixedPrecisionPolicy) -> None:
+    """In place of what a policy says of all parameters of a group alike."""
+    parameter.orig_dtype, parameter.param_dtype = parameter.sharded_param.dtype, dtype
+    parameter.reduce_dtype = policy.reduce_dtype
 
 
 def is_sharded(model: nn.Module) -> bool:
