@@ -43,12 +43,12 @@ def cases(folder: Path) -> dict[str, Case]:
 
 def two(world: World, folder: Path) -> dict:
     found = {name: train(case, world, folder / f"{name}-{world.rank}") for name, case in cases(folder).items()}
-    found["gathered"] = gathered_narrow(world, replace(cases(folder)[AUTOCAST], mode="off"))
+    found["gathered"] = gathered_narrow(world, Case(folder / "llama", autocast="bfloat16"))
     return found
 
 
 def gathered_narrow(world: World, case: Case) -> dict:
-    """Gradients under autocast, with parameters gathered in its dtype and in their own."""
+    """Gradients under autocast, with parameters gathered in its dtype and in their own, and what is kept of a token."""
     batch = groups(case.count, ragged=True)
     made, dtypes, kept = [], [], []
     for narrow in (True, False):
