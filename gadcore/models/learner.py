@@ -70,8 +70,10 @@ class Learner:
         embed_in_place(model)
         fsdp.inside(model, lambda: prune_last_layer(model))
         if world.size > 1 and settings.autocast != "none":
-            # The bits that autocast would make of them, in half of the bytes. Not before the probe, which has no autocast.
-            fsdp.gather_in(getattr(torch, settings.autocast), decoder_layers(model), of_products_alone(model))
+            # The bits that autocast would make of them, in half of the bytes. After the probe: that has no autocast.
+            # A head of one row, a discriminator's, scores in float32.
+            products = {p for p in of_products_alone(model) if len(p) > 1}
+            fsdp.gather_in(getattr(torch, settings.autocast), model, products)
         self.model, self.owner, self.world = model, owner, world
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
