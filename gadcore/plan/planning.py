@@ -106,7 +106,7 @@ def as_given(case: Case, *, sequence_fits: bool = False) -> Plan:
     sequence_fits: the sampler's cache holds one sequence of full length, whatever its share of the memory comes to.
     """
     config, machine = case.config, case.machine
-    degree, _ = _sampler(case)
+    degree = _sampler(case)[0] if machine.ranks == 1 or not case.engine.holds_memory else config.vllm.tensor_parallel
     kv = 0.0
     if case.engine.holds_memory and machine.kind == "cpu":
         kv = float(config.vllm.kv_cache_gib * _GIB)
