@@ -9,7 +9,7 @@ Gradients are added up over the processes, not averaged: every denominator is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import update_wrapper
 from typing import Any, TypeVar
 
@@ -86,6 +86,27 @@ def _settle(model: nn.Module) -> None:
         data, local = parameter._sharded_param_data, parameter.sharded_param._local_tensor
         if data.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
             raise RuntimeError("FSDP gathers from other memory than its parameters': this PyTorch is not supported")
+
+
+def gather_in(dtype: torch.dtype, layers: Iterable[nn.Module], parameters: Collection[nn.Parameter]) -> None:
+    """Lets those of `parameters` that are float32 and a sharded layer's be gathered in a narrower dtype.
+
+    For what every computation casts to it, as autocast does for products: the same bits, half of the bytes on their
+    way, and nothing of them that a backward pass keeps stays when the layer's parameters go. Gradients are float32, and
+    so are shards. On all processes together.
+    """
+    for layer in layers:
+        assert isinstance(layer, FSDPModule)
+        found = [p for p in _parameters(layer) if p.sharded_param in parameters and p.orig_dtype == torch.float32]
+        for parameter in found:
+            parameter.param_dtype = dtype
+            # Made by the first gathering, in the dtype that it had.
+            parameter.all_gather_outputs = []
+            vars(parameter).pop("_unsharded_param", None)
+        layer.unshard()
+        for parameter in found:
+            parameter.unsharded_param.grad_dtype = torch.float32
+        layer.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:

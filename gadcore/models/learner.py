@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from gadcore.models.fused import embed_in_place, fuse_backbone
 from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
+from gadcore.models.precision import of_products_alone
 from gadcore.models.readout import Readout
 from gadcore.models.shallow import decoder_layers
 from gadcore.models.streaming import save_sharded
@@ -67,6 +69,9 @@ class Learner:
         fuse_backbone(model)
         embed_in_place(model)
         fsdp.inside(model, lambda: prune_last_layer(model))
+        if world.size > 1 and settings.autocast != "none":
+            # The bits that autocast would make of them, in half of the bytes. Not before the probe, which has no autocast.
+            fsdp.gather_in(getattr(torch, settings.autocast), decoder_layers(model), of_products_alone(model))
         self.model, self.owner, self.world = model, owner, world
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens

@@ -30,7 +30,7 @@ class PlanSettings(Section):
     )
     gpus: Positive | None = Field(
         None,
-        description="Accelerators, up to 8 a node, of plan.machine's kind or an H100's where it has none; default: its own.",
+        description="Accelerators like plan.machine's, or H100 where it has none, up to 8 a node; default: its own.",
     )
     calibrate: bool = Field(False, description="Measure this machine first, within a minute, and keep the figures.")
     rows: Positive | None = Field(None, description="Training rows; default: those of the data.")

@@ -115,7 +115,7 @@ def _choice_table(plan: Plan, given: Plan) -> Table:
             f"{config.vllm.gpu_memory_utilization:.2f} (KV cache {given.choice.kv_bytes / 1e9:.1f} GB)",
         )
         if case.machine.ranks > 1:
-            table.add_row("rollout.tensor_parallel", str(plan.choice.tensor_parallel), str(config.vllm.tensor_parallel))
+            table.add_row("rollout.tensor_parallel", *(str(p.choice.tensor_parallel) for p in (plan, given)))
     table.add_row("memory.offload", case.offload, config.memory.offload)
     fits = "fits" if given.fits else "does not fit"
     table.add_row("", "fits" if plan.fits else "does not fit", fits)

@@ -56,7 +56,12 @@ class Served:
         self.path, self.server = path, serve(path)
         self.model = load_causal_lm(path, "float32", torch.device("cpu"))
         self.config = config_of(url=self.server.url, wait_s=900)
-        self.engine = make_engine(self.config, path, self.model, TEMPLATE)
+        try:
+            self.engine = make_engine(self.config, path, self.model, TEMPLATE)
+        except BaseException:
+            print(self.server.said())
+            self.server.close()
+            raise
         self.sampler = Sampler(self.engine, PlainWeights(self.model), temperature=0.8, max_tokens=24)
         self.reference = HFEngine(self.config, "", self.model, TEMPLATE)
 
