@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
-from gadcore.distributed.reshard import Layout, Plan, make_plan
+import torch
+
+from gadcore.config.rollout import VLLMRollout
+from gadcore.distributed.reshard import Layout, Mesh, Plan, make_plan
 from gadcore.distributed.reshard_blocks import width
+from gadcore.errors import UserError
+from gadcore.plan.dimensions import read_config
 from gadcore.plan.machine import Machine
+from gadcore.plan.memory import Case
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,25 @@ class Resharding:
     @property
     def seconds(self) -> float:
         return self.exchange_s + self.copy_s + self.fingerprint_s
+
+
+def of_case(case: Case) -> list[Resharding]:
+    """For every number of ranks of a node that may share a sampler. UserError where there is no vLLM to ask."""
+    # Imported only here: vLLM takes seconds to load.
+    from gadcore.rollout.vllm_layout import layouts
+
+    machine, mesh = case.machine, Mesh.even(case.shards, case.config.distributed.replicate)
+    if machine.ranks == 1 or not isinstance(case.config.rollout, VLLMRollout):
+        raise UserError(
+            "plan.resharding = true is for several ranks whose sampler is vLLM in the same processes: name a machine "
+            "that has more, or leave it out"
+        )
+    degrees = [k for k in (1, 2, 4, 8) if machine.per_node % k == 0 and case.student.heads % k == 0]
+    dtypes = (getattr(torch, case.config.student.weights_dtype), getattr(torch, case.sampling_dtype))
+    with TemporaryDirectory() as folder:
+        read_config(case.student.name)[1].save_pretrained(folder)
+        found = layouts(folder, mesh, degrees, trainer=dtypes[0], engine=dtypes[1])
+        return [resharding(layout, degree, machine) for degree, layout in found]
 
 
 def resharding(layout: Layout, tensor_parallel: int, machine: Machine) -> Resharding:

@@ -47,6 +47,11 @@ class PlanSettings(Section):
     check_activations: bool = Field(
         True, description="Run the real code on fake tensors and compare the activations that it keeps."
     )
+    resharding: bool = Field(
+        False,
+        description="Of several ranks: ask vLLM for its layout at every size of tensor parallelism, and count what a "
+        "sync of the weights moves.",
+    )
     against: Location | None = Field(None, description="Run folder: set the prediction beside what that run measured.")
     out: Location | None = Field(None, description="File that gets everything as JSON.")
 

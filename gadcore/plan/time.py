@@ -198,16 +198,25 @@ def _decay(mean: float, limit: int) -> float:
     return low
 
 
-def synchronise_seconds(case: Case) -> float:
-    """The student's weights reach the sampler: gathered, copied, and compared by a fingerprint."""
+def synchronise_seconds(case: Case, choice: Choice) -> float:
+    """The student's weights reach the sampler: copied, what a rank's part of it lacks from others, and compared by a
+    fingerprint. Of several ranks it is a bound: gadcore.plan.resharding counts what is really exchanged."""
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (case.student_precision.weights + 3 * ITEM[case.sampling_dtype])
-    seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
-    if case.machine.ranks > 1:
-        seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
-    return seconds
+    bandwidth = figures["memory_bandwidth"] * figures["memory_share"]
+    item = ITEM[case.sampling_dtype]
+    if case.machine.ranks == 1:
+        return parameters * (case.student_precision.weights + 3 * item) / bandwidth
+    engine, shard = (
+        parameters * item / choice.tensor_parallel,
+        parameters * case.student_precision.weights / case.shards,
+    )
+    # Packed, unpacked and stored; the fingerprint reads both sides twice.
+    seconds = (4 * engine + 2 * engine + 3 * shard) / bandwidth
+    near, far = min(case.shards, case.machine.per_node) - 1, max(0, case.shards - case.machine.per_node)
+    links = (near / figures["node_link"], far / figures["network_link"] if far else 0.0)
+    return seconds + engine / case.shards * max(links) / figures["collective_share"]
 
 
 def offload_seconds(case: Case, choice: Choice) -> float:
@@ -253,7 +262,7 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
 
     sampling = {
-        "synchronise": synchronise_seconds(case),
+        "synchronise": synchronise_seconds(case, choice),
         "rollout": rollout_seconds(case, choice, work.prompts, work.samples),
         "offload": offload_seconds(case, choice),
     }

@@ -65,7 +65,7 @@ class Client:
             )
         if response.status_code == 404:
             raise UserError(
-                f"the vLLM server {self.url} has no route {path}: start it as docs/guide/extend.md says, with "
+                f"the vLLM server {self.url} has no route {path}: start it as docs/guide/sampling.md says, with "
                 "VLLM_SERVER_DEV_MODE=1 and --enable-scale-out"
             )
         if response.status_code >= 400:

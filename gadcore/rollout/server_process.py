@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
 _SAID_LINES = 15
+_PR_SET_PDEATHSIG = 1
 
 
 def arguments(config: Config, model_path: str, *, device: str, backend: str) -> list[str]:
@@ -85,6 +88,7 @@ class ServerProcess:
                 [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command]
                 + ["--host", "127.0.0.1", "--port", str(self.port)],
                 env=inherited | variables,
+                preexec_fn=_end_with_parent,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -108,6 +112,12 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
         self._folder.cleanup()
+
+
+def _end_with_parent() -> None:
+    """In the server's process: where the trainer is killed, nobody would end it. Linux alone has this."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -29,7 +29,7 @@ from tests.support.builders import TEMPLATE
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny
 
-pytestmark = [pytest.mark.by_hand, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.by_hand, pytest.mark.timeout(1800)]
 HERE = "tests.engine.test_server"
 TOKEN = "a-token-of-the-test"
 
@@ -55,8 +55,13 @@ class Served:
     def __init__(self, path: str) -> None:
         self.path, self.server = path, serve(path)
         self.model = load_causal_lm(path, "float32", torch.device("cpu"))
-        self.config = config_of(url=self.server.url, wait_s=240)
-        self.engine = make_engine(self.config, path, self.model, TEMPLATE)
+        self.config = config_of(url=self.server.url, wait_s=900)
+        try:
+            self.engine = make_engine(self.config, path, self.model, TEMPLATE)
+        except BaseException:
+            print(self.server.said())
+            self.server.close()
+            raise
         self.sampler = Sampler(self.engine, PlainWeights(self.model), temperature=0.8, max_tokens=24)
         self.reference = HFEngine(self.config, "", self.model, TEMPLATE)
 
@@ -183,7 +188,7 @@ def test_a_server_that_is_killed_while_it_samples(served, monkeypatch) -> None:
 def test_a_server_of_our_own_that_ends_ends_the_run(tmp_path: Path) -> None:
     path = str(save_tiny(tmp_path, "qwen2"))
     model = load_causal_lm(path, "float32", torch.device("cpu"))
-    engine = make_engine(config_of(), path, model, TEMPLATE)
+    engine = make_engine(config_of(wait_s=900), path, model, TEMPLATE)
     os.kill(engine._process.process.pid, signal.SIGKILL)
     engine._process.process.wait()
     time.sleep(1)
@@ -195,7 +200,7 @@ def test_a_server_of_our_own_that_ends_ends_the_run(tmp_path: Path) -> None:
 
 def over_ranks(world: World, path: str) -> dict:
     trainer = Trainer(path, world)
-    engine = make_engine(config_of(), path, trainer.model, TEMPLATE, world=world)
+    engine = make_engine(config_of(wait_s=900), path, trainer.model, TEMPLATE, world=world)
     reference = HFEngine(config_of(), "", trainer.whole, TEMPLATE)
     sampler = Sampler(
         engine, PlainWeights(trainer.model), temperature=0.8, max_tokens=24,
@@ -216,7 +221,7 @@ def over_ranks(world: World, path: str) -> dict:
 
 
 def test_two_ranks_feed_a_server_with_their_shards(tmp_path: Path) -> None:
-    one, other = run_ranks(2, f"{HERE}:over_ranks", str(save_tiny(tmp_path, "qwen2")), deadline=600)
+    one, other = run_ranks(2, f"{HERE}:over_ranks", str(save_tiny(tmp_path, "qwen2")), deadline=1200)
     assert one["greedy"] == one["expected"] == other["greedy"]
     assert one["sampled"] == other["sampled"]
     for found in (one, other):
