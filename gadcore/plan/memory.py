@@ -261,8 +261,9 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
+        outside = _outside(d, d.root, precision, head=True)
         working["gathered layers"] = gathered_bytes(
-            d.layer, d.root, precision.products, sum(working.values()), precision.weights
+            d.layer, d.root, precision.products, sum(working.values()), outside=outside
         )
     return working
 
@@ -311,10 +312,16 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     working["activations and head"] = kept + head
     if ranks > 1:
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
-        if autocast and is_student:
-            # Layers are gathered as products read them, what is outside of them as it is.
+        if autocast and is_student and d.tied:
             working["casts of the weights"] = 2.0 * d.head
-        working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()), item)
+        working["gathered layers"] = gathered_bytes(
+            d.layer,
+            root,
+            compute,
+            sum(working.values()),
+            outside=_outside(d, root, precision, head=is_student),
+            gradients=precision.gradients,
+        )
     elif autocast:
         working["casts of the weights"] = _casts(d, choice.mode, d.head if is_student else 0)
     return working
@@ -333,16 +340,25 @@ def part_tokens(case: Case, budget: int, is_student: bool) -> int:
     return max(budget, longest)
 
 
-def gathered_bytes(layer: int, root: int, compute: int, beside: float, root_item: int | None = None) -> float:
+def gathered_bytes(
+    layer: int, root: int, compute: int, beside: float, *, outside: float | None = None, gradients: int | None = None
+) -> float:
     """Whole weights of FSDP2 beside the shards: of the root throughout, of two layers, and a layer's whole gradient.
 
-    compute: bytes of a number of a layer as it is gathered, in the dtype of products; root_item: of embedding, norm and
-    head, default the same. Gradients are reduced in float32. At the end of the backward pass, when what was kept
-    (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
+    compute: bytes of a number of a layer as it is gathered, in the dtype of products; outside: of all of embedding,
+    norm and head, gradients: of a number; default as layers. They are reduced in float32. At the end of the backward
+    pass, when what was kept (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
     """
-    item = compute if root_item is None else root_item
-    during = item * root + compute * 3 * layer + (4 * layer if compute < 4 else 0)
-    return max(during, root * (2 * item + 4) - beside)
+    around = float(compute * root) if outside is None else outside
+    made = compute if gradients is None else gradients
+    during = around + (2 * compute + made) * layer + (4 * layer if made < 4 else 0)
+    return max(during, around + root * (made + 4) - beside)
+
+
+def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
+    """Bytes of embedding, norm and head as they are gathered: an untied head, where there is one, as products read it."""
+    narrow = d.head if head and precision.autocast and not d.tied else 0
+    return float(precision.weights * (root - narrow) + precision.products * narrow)
 
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:
