@@ -60,10 +60,12 @@ def gathered_narrow(world: World, case: Case) -> dict:
         scores = judge.score(batch, backward=True)
         policy.grpo_backward(batch, scores.sample_scores)
         made.append([local(p.grad).clone() for model in (policy, judge) for p in model.optimizer.parameters])
-        layer = decoder_layers(policy.model)[0]
+        layer, model = decoder_layers(policy.model)[0], policy.model
         layer.unshard()
-        dtypes.append((layer.self_attn.q_proj.weight.dtype, layer.input_layernorm.weight.dtype))
-        layer.reshard()
+        model.unshard()
+        parts = (layer.self_attn.q_proj, model.lm_head, layer.input_layernorm, model.model.embed_tokens)
+        dtypes.append([part.weight.dtype for part in parts])
+        fsdp.reshard_all(model)
         kept.append(bytes_per_token(policy.model, "bfloat16")["off"])
     return {"same": all(map(torch.equal, *made)), "dtypes": dtypes, "kept": kept}
 
@@ -99,12 +101,12 @@ def cut_for_two(*args, rank, size, **kwargs):
 
 @pytest.fixture(scope="module")
 def of_two(folder: Path) -> list[dict]:
-    return run_ranks(2, f"{HERE}:two", folder, deadline=240)
+    return run_ranks(2, f"{HERE}:two", folder, deadline=540)
 
 
 @pytest.fixture(scope="module")
 def of_four(folder: Path) -> list[dict]:
-    return run_ranks(4, f"{HERE}:four", folder, deadline=240)
+    return run_ranks(4, f"{HERE}:four", folder, deadline=540)
 
 
 @pytest.mark.parametrize("name", list(cases(Path())))
@@ -142,7 +144,7 @@ def test_each_process_holds_its_shards(alone, of_two):
 def test_autocasts_products_are_gathered_narrow_to_the_same_bits(of_two):
     for found in of_two:
         assert found["gathered"]["same"]
-        assert found["gathered"]["dtypes"] == [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
+        assert found["gathered"]["dtypes"] == [[torch.bfloat16] * 2 + [torch.float32] * 2, [torch.float32] * 4]
         narrow, wide = found["gathered"]["kept"]
         # No copies of the weights by autocast, which the backward pass would keep of all layers.
         assert narrow < wide / 2

@@ -154,7 +154,7 @@ def _beside(model, path: Path, **kwargs) -> None:
 
 @pytest.fixture(scope="module")
 def of_two(folder: Path) -> list[dict]:
-    return run_ranks(2, f"{HERE}:two", folder, deadline=240)
+    return run_ranks(2, f"{HERE}:two", folder, deadline=540)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3", "several files", "no prefix"])
