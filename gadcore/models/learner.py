@@ -27,7 +27,6 @@ from gadcore.models.shallow import decoder_layers
 from gadcore.models.streaming import save_sharded
 
 R = TypeVar("R", bound=Readout)
-T = TypeVar("T")
 
 
 class Learner:
