@@ -45,7 +45,7 @@ def run(quick: bool, threads: Sequence[int] = THREADS) -> list[dict[str, Any]]:
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     """A machine with other instructions is measured beside the one before, not in place of it."""
-    facts = (row["machine"].get("isa"), row["op"], row["opponent"], row["direction"], row["shape"], row["config"])
+    facts = (row["machine"].get("isa"), row["op"], row["opponent"], row["direction"], row["shape"], row.get("config"))
     return (str(row["threads"]), *(json.dumps(fact, sort_keys=True) for fact in facts))
 
 
