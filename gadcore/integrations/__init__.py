@@ -1,1 +1,1 @@
-"""gadcore inside other stacks; a module imports its own stack alone."""
+"""gadcore inside programs and frameworks of others."""
