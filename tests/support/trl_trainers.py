@@ -92,3 +92,19 @@ def batch(vocabulary: int, *, samples: int = 4, prompts: int = 2, seed: int = 0,
         "num_items_in_batch": mask.sum() + 11,
         "noise": noise,
     }
+
+
+def replayed(prompts: Sequence[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+    """A rollout function whose samples depend on the prompt and on how often it stands before alone: what is drawn
+    does not depend on how TRL cuts its batches. Some end by themselves, some are cut."""
+    tokenizer = trainer.processing_class
+    prompt_ids = trainer._tokenize_prompts(prompts)[0]
+    seen: dict[tuple[int, ...], int] = {}
+    completions = []
+    for ids in prompt_ids:
+        n = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+        generator = torch.Generator().manual_seed(sum(ids) * 31 + n)
+        length = 2 + n % 4
+        drawn = torch.randint(3, len(tokenizer), (length,), generator=generator).tolist()
+        completions.append(drawn + [tokenizer.eos_token_id] * (n % 2))
+    return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
