@@ -9,8 +9,10 @@ except ImportError as error:
         "gadcore.integrations.trl needs TRL, which is not installed: pip install 'gadcore[trl]'"
     ) from error
 
+from gadcore.integrations.trl.remote import GADServiceReward
 from gadcore.integrations.trl.reward import GADReward
 from gadcore.integrations.trl.trainer import GADGRPOTrainer
+from gadcore.integrations.trl.warmup import GADWarmup
 
-__all__ = ["GADGRPOTrainer", "GADReward"]
+__all__ = ["GADGRPOTrainer", "GADReward", "GADServiceReward", "GADWarmup"]
 del _trl

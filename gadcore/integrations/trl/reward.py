@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from gadcore.data.groups import Group
 from gadcore.errors import UserError
+from gadcore.integrations.trl.checkpoint import Checkpointed
 from gadcore.integrations.trl.rows import Prompt, Row, SampleTexts, end_ids_of, groups_of, rows_of
 from gadcore.integrations.trl.update import FIGURES, Found, Update, gathered, ranks
 from gadcore.models.discriminator import Discriminator
@@ -28,7 +28,7 @@ from gadcore.models.discriminator import Discriminator
 Log = Callable[[str, float], None]
 
 
-class GADReward(TrainerCallback):
+class GADReward(Checkpointed):
     """Reward function and callback in one: give the same object as reward_funcs=[..] and as callbacks=[..].
 
     discriminator: on the device where it is to compute; on several ranks every one loads the same.
@@ -54,10 +54,9 @@ class GADReward(TrainerCallback):
             raise UserError(f"groups_per_update must be 1 or more, is {groups_per_update}")
         # What TRL calls the reward in its log.
         self.__name__ = "discriminator"
-        self.discriminator = discriminator
+        super().__init__(discriminator, resume_from)
         self.teacher_column = teacher_column
         self.groups_per_update = groups_per_update
-        self.resume_from = None if resume_from is None else Path(resume_from)
         self.frozen = frozen
         self.updates = 0
         self._update = Update(discriminator)
@@ -150,34 +149,10 @@ class GADReward(TrainerCallback):
         tokenizer = kwargs["processing_class"]
         self._texts = SampleTexts(tokenizer, end_ids_of(self._model, tokenizer))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run goes on with the discriminator of its checkpoint, to the bit."""
-        if not state.global_step:
-            return
-        folder = self.resume_from or _checkpoint(args, state)
-        if not (folder / STATE).exists():
-            raise UserError(
-                f"{folder} has no {STATE}: go on from a checkpoint that GADReward took part in as a callback, or name "
-                "the folder with GADReward(resume_from=..)"
-            )
-        self.discriminator.load_state(folder)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch may end in an optimizer step of fewer samples: the discriminator has one then as well."""
         if self._update.groups:
             self._step()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            self.discriminator.save_state(_checkpoint(args, state))
-
-
-# What Discriminator.save_state() writes into a folder.
-STATE = "discriminator-state.safetensors"
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def _tell(found: Found, log: Log) -> None:
