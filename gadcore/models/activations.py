@@ -111,7 +111,8 @@ def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with torch.enable_grad(), shallow(model, layers), again.collected(), hooks, products_in(autocast, model.device):
-        out = fsdp.inside(model, lambda: hidden_states(model, batch))
+        # Not a view of it, of which FSDP would warn.
+        out = fsdp.inside(model, lambda: hidden_states(model, batch).sum())
     assert out.grad_fn is not None, "the model has no parameter that is trained"
     fsdp.reset(model)
     return sum(kept.values())

@@ -24,6 +24,7 @@ from gadcore.models.fused import embed_in_place, fuse_backbone
 from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
+from gadcore.models.precision import of_products_alone
 from gadcore.models.readout import Readout
 from gadcore.models.shallow import decoder_layers
 from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
@@ -75,6 +76,11 @@ class Learner:
         fuse_backbone(model)
         embed_in_place(model)
         fsdp.inside(model, lambda: prune_last_layer(model))
+        if world.size > 1 and settings.autocast != "none":
+            # The bits that autocast would make of them, in half of the bytes. After the probe: that has no autocast.
+            # A head of one row, a discriminator's, scores in float32.
+            products = {p for p in of_products_alone(model) if len(p) > 1}
+            fsdp.gather_in(getattr(torch, settings.autocast), model, products)
         self.model, self.owner, self.world = model, owner, world
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
