@@ -53,6 +53,9 @@ SUITES = {
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),
+    "reshard": Suite(
+        "bench.reshard.suite", "plans from FSDP's shards to vLLM's on the meta device: bytes, and seconds to plan"
+    ),
     "real": Suite(
         "bench.paper.real",
         "runs on real text, GAD's first, compared over their seconds of training",
@@ -66,5 +69,6 @@ TABLES = (
     "bench.step.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
+    "bench.reshard.tables",
     "bench.paper.tables",
 )

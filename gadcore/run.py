@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -18,7 +19,7 @@ from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_functions
-from gadcore.config.process import StopSignals, keep_writing, leave, set_environment, several_processes
+from gadcore.config.process import StopSignals, keep_writing, leave, restarts, set_environment, several_processes
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError, is_users
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
@@ -225,10 +226,11 @@ def report_main(arguments: list[str]) -> int:
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
+    arguments += _restarted(arguments)
     saved = _saved_config(arguments)
     default = loading.DEFAULT_PRESET if saved else default_preset(arguments)
     config = loading.load(arguments, saved=saved, default=default)
-    if default == GPU_PRESET:
+    if default == GPU_PRESET and os.environ.get("RANK", "0") == "0":
         say(
             f"gadcore: no preset is named and there is a GPU: --preset {GPU_PRESET}; --run.device cpu means "
             f"{loading.DEFAULT_PRESET}",
@@ -312,6 +314,13 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
             write_report(folder.path)
         trainer.records.finished(summary)
     return 0
+
+
+def _restarted(arguments: list[str]) -> list[str]:
+    """What has a job that torchrun starts again (--max-restarts) go on with its run, which --run.dir names."""
+    directory = split(arguments, setting_kinds(Config))[1].get("run.dir", "none")
+    begun = directory != "none" and (Path(directory).expanduser() / "config.toml").is_file()
+    return ["--run.resume", "auto"] if begun and restarts() else []
 
 
 def _saved_config(arguments: list[str]) -> Path | None:

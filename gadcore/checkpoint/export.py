@@ -17,14 +17,16 @@ import torch
 
 from gadcore.checkpoint import store
 from gadcore.checkpoint.card import model_card
+from gadcore.checkpoint.shards import ShardedTensors
 from gadcore.config import loading
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.files import LOCK, held, whole_folder, write_whole
-from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
+from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model, without_weights
 from gadcore.models.spec import ModelSpec
-from gadcore.models.state import restore_parameters
+from gadcore.models.state import check_parameters, copy_into
+from gadcore.models.streaming import save_streamed
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -51,15 +53,24 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
     spec = ModelSpec.resolve(
         _name(config, which), system_prompt=config.data.system_prompt, arguments=config.data.template_arguments
     )
-    model = _untrained(config, which, spec)
-    restore_parameters(dict(model.named_parameters()), tensors[which], which)
+    saved_as = tensors[which]
+    sharded = isinstance(saved_as, ShardedTensors)
+    model = _shell(config, which, spec) if sharded else _untrained(config, which, spec)
+    check_parameters(dict(model.named_parameters()), saved_as, which)
+    if not sharded:
+        copy_into(dict(model.named_parameters()), saved_as)
     if dtype is not None:
         model.to(getattr(torch, dtype))
     place = Path(os.path.abspath(out))
     with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
         try:
             with whole_folder(place) as folder:
-                save_model(model, spec.tokenizer, folder)
+                if sharded:
+                    # One tensor after the other: nobody may have room for all.
+                    kinds = {name: tensor.dtype for name, tensor in model.named_parameters()}
+                    save_streamed(model, spec.tokenizer, folder, lambda name: saved_as[name].to(kinds[name]))
+                else:
+                    save_model(model, spec.tokenizer, folder)
                 write_whole(folder / "README.md", model_card(config, which, checkpoint.state["progress"]))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -110,3 +121,10 @@ def _untrained(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
         end_id=spec.template.end_id,
         tokenizer=spec.tokenizer,
     )
+
+
+def _shell(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
+    """The model without weights, which are read one by one."""
+    if which == "student":
+        return without_weights(spec.path, config.student.dtype)
+    return without_weights(spec.path, config.discriminator.dtype, end_id=spec.template.end_id, tokenizer=spec.tokenizer)

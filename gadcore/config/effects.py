@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gadcore.config.data import SPLIT
 from gadcore.config.kinds import Section
+from gadcore.config.rollout import VLLMServerRollout
 from gadcore.config.settings import AlgorithmSettings, Config
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
@@ -70,11 +71,21 @@ def told(config: Section, reasons: Iterable[Reason]) -> list[str]:
     return sentences
 
 
+# Engines that are vLLM.
+VLLM = ("vllm", "vllm-server")
+# What a server that is running has decided itself; rollout.dtype says which it has.
+_OF_A_STARTED_SERVER = (
+    *(f"rollout.{name}" for name in ("block_size", "max_num_seqs", "prefix_caching", "enforce_eager")),
+    *(f"rollout.{name}" for name in ("head_dtype", "batch_invariant", "kv_cache_gib", "gpu_memory_utilization")),
+    "rollout.tensor_parallel",
+)
+
+
 def of_vllm(section: str, engine: str, device: str) -> Iterator[Reason]:
     """What vLLM does not read on a device, of the settings in `section`."""
-    if engine == "vllm" and device == "cuda":
+    if engine in VLLM and device == "cuda":
         yield f"on CUDA {section}.gpu_memory_utilization says how much vLLM takes", (f"{section}.kv_cache_gib",)
-    if engine == "vllm" and device == "cpu":
+    if engine in VLLM and device == "cpu":
         yield f"on a CPU {section}.kv_cache_gib says how much vLLM takes", (f"{section}.gpu_memory_utilization",)
         yield "on a CPU a prompt's samples depend on its seed alone in any case", (f"{section}.batch_invariant",)
 
@@ -123,10 +134,15 @@ def _of_processes(processes: int) -> Iterator[Reason]:
 
 def _of_machine(config: Config, device: str) -> Iterator[Reason]:
     yield from of_vllm("rollout", config.rollout.engine, device)
-    if config.rollout.engine == "vllm" and config.vllm.dtype == "float32":
+    if isinstance(config.rollout, VLLMServerRollout) and config.rollout.url is not None:
+        yield f"rollout.url = {config.rollout.url} names a server that runs already", _OF_A_STARTED_SERVER
+    if config.rollout.engine in VLLM and config.vllm.dtype == "float32":
         yield 'rollout.dtype = "float32" has its logits in float32', ("rollout.head_dtype",)
     if config.rollout.engine == "hf":
-        yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', ("memory.shared_weights",)
+        idle = ("memory.shared_weights", "rollout.probe_every")
+        yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', idle
+    elif config.rollout.engine == "vllm-server":
+        yield "a vLLM server has always a copy of its own", ("memory.shared_weights",)
     elif device == "cuda":
         yield "on CUDA vLLM has always a copy of its own", ("memory.shared_weights",)
     offload = config.memory.offload

@@ -26,7 +26,7 @@ from gadcore.config.kinds import (
     Trained,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
 
 
 class RunSettings(Section):
@@ -276,7 +276,12 @@ class Config(Section):
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
-    rollout: Annotated[Annotated[VLLMRollout, Tag("vllm")] | Annotated[HFRollout, Tag("hf")], BY_ENGINE] = VLLMRollout()
+    rollout: Annotated[
+        Annotated[VLLMRollout, Tag("vllm")]
+        | Annotated[VLLMServerRollout, Tag("vllm-server")]
+        | Annotated[HFRollout, Tag("hf")],
+        BY_ENGINE,
+    ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
@@ -292,9 +297,9 @@ class Config(Section):
         return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
 
     @property
-    def vllm(self) -> VLLMRollout:
+    def vllm(self) -> VLLMSettings:
         """The settings of a run whose engine is vLLM; TypeError for another."""
-        if not isinstance(self.rollout, VLLMRollout):
+        if not isinstance(self.rollout, VLLMSettings):
             raise TypeError(f"the engine is {self.rollout.engine}")
         return self.rollout
 

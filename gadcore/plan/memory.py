@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from gadcore.config.kinds import Trained
-from gadcore.config.rollout import VLLMRollout
+from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
@@ -83,7 +83,7 @@ class Case:
     def sequences_at_once(self) -> int:
         """Sequences that a sampler works on at a time, at most."""
         rollout = self.config.rollout
-        if not isinstance(rollout, VLLMRollout):
+        if not isinstance(rollout, VLLMSettings):
             return self.work.samples
         machine = self.machine
         return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
@@ -92,7 +92,7 @@ class Case:
     def graphs(self) -> bool:
         """Whether the sampler replays CUDA graphs."""
         rollout = self.config.rollout
-        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.eager("cuda")
+        return isinstance(rollout, VLLMSettings) and self.machine.kind == "cuda" and not rollout.eager("cuda")
 
     @property
     def context_tokens(self) -> int:
@@ -261,7 +261,10 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
-        working["gathered layers"] = gathered_bytes(d.layer, d.root, precision.products, sum(working.values()))
+        outside = _outside(d, d.root, precision, head=True)
+        working["gathered layers"] = gathered_bytes(
+            d.layer, d.root, precision.products, sum(working.values()), outside=outside
+        )
     return working
 
 
@@ -309,7 +312,16 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     working["activations and head"] = kept + head
     if ranks > 1:
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
-        working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))
+        if autocast and is_student and d.tied:
+            working["casts of the weights"] = 2.0 * d.head
+        working["gathered layers"] = gathered_bytes(
+            d.layer,
+            root,
+            compute,
+            sum(working.values()),
+            outside=_outside(d, root, precision, head=is_student),
+            gradients=precision.gradients,
+        )
     elif autocast:
         working["casts of the weights"] = _casts(d, choice.mode, d.head if is_student else 0)
     return working
@@ -328,14 +340,25 @@ def part_tokens(case: Case, budget: int, is_student: bool) -> int:
     return max(budget, longest)
 
 
-def gathered_bytes(layer: int, root: int, compute: int, beside: float) -> float:
+def gathered_bytes(
+    layer: int, root: int, compute: int, beside: float, *, outside: float | None = None, gradients: int | None = None
+) -> float:
     """Whole weights of FSDP2 beside the shards: of the root throughout, of two layers, and a layer's whole gradient.
 
-    Gradients are reduced in float32. At the end of the backward pass, when what was kept (`beside`) is gone, the root
-    has its weights, its gradient and the copy that is reduced.
+    compute: bytes of a number of a layer as it is gathered, in the dtype of products; outside: of all of embedding,
+    norm and head, gradients: of a number; default as layers. They are reduced in float32. At the end of the backward
+    pass, when what was kept (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
     """
-    during = compute * (root + 3 * layer) + (4 * layer if compute < 4 else 0)
-    return max(during, root * (2 * compute + 4) - beside)
+    around = float(compute * root) if outside is None else outside
+    made = compute if gradients is None else gradients
+    during = around + (2 * compute + made) * layer + (4 * layer if made < 4 else 0)
+    return max(during, around + root * (made + 4) - beside)
+
+
+def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
+    """Bytes of embedding, norm and (head: where there is one) head as they are gathered: untied, as products read it."""
+    narrow = d.head if head and precision.autocast and not d.tied else 0
+    return float(precision.weights * (root - narrow) + precision.products * narrow)
 
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:

@@ -73,8 +73,12 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
-    # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
-    moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
+    # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
+    # gradients are reduced in float32.
+    inside = d.layers * d.layer
+    moved = inside * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype])
+    moved += (parameters - inside) * (precision.weights + 4 * work.backward)
+    moved *= micro_batches
     hidden = figures["overlap_share"] * computing
     talking = moved / collective_bandwidth(case)
     if work.backward:
@@ -194,16 +198,25 @@ def _decay(mean: float, limit: int) -> float:
     return low
 
 
-def synchronise_seconds(case: Case) -> float:
-    """The student's weights reach the sampler: gathered, copied, and compared by a fingerprint."""
+def synchronise_seconds(case: Case, choice: Choice) -> float:
+    """The student's weights reach the sampler: copied, what a rank's part of it lacks from others, and compared by a
+    fingerprint. Of several ranks it is a bound: gadcore.plan.resharding counts what is really exchanged."""
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (case.student_precision.weights + 3 * ITEM[case.sampling_dtype])
-    seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
-    if case.machine.ranks > 1:
-        seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
-    return seconds
+    bandwidth = figures["memory_bandwidth"] * figures["memory_share"]
+    item = ITEM[case.sampling_dtype]
+    if case.machine.ranks == 1:
+        return parameters * (case.student_precision.weights + 3 * item) / bandwidth
+    engine, shard = (
+        parameters * item / choice.tensor_parallel,
+        parameters * case.student_precision.weights / case.shards,
+    )
+    # Packed, unpacked and stored; the fingerprint reads both sides twice.
+    seconds = (4 * engine + 2 * engine + 3 * shard) / bandwidth
+    near, far = min(case.shards, case.machine.per_node) - 1, max(0, case.shards - case.machine.per_node)
+    links = (near / figures["node_link"], far / figures["network_link"] if far else 0.0)
+    return seconds + engine / case.shards * max(links) / figures["collective_share"]
 
 
 def offload_seconds(case: Case, choice: Choice) -> float:
@@ -249,7 +262,7 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
 
     sampling = {
-        "synchronise": synchronise_seconds(case),
+        "synchronise": synchronise_seconds(case, choice),
         "rollout": rollout_seconds(case, choice, work.prompts, work.samples),
         "offload": offload_seconds(case, choice),
     }

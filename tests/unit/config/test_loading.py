@@ -39,6 +39,8 @@ LATER = {
     "algorithm.importance_cap": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
+    "rollout.tensor_parallel": 1,
+    "rollout.probe_every": 10,
     "checkpoint.asynchronous": False,
     "distributed.shard": 0,
     "distributed.replicate": 1,
@@ -160,7 +162,11 @@ def test_values_on_the_command_line_take_the_type_of_their_setting(key: str, tex
             "rollout.prefix_caching = 0",
             "rollout.prefix_caching = 0 ({}) must be true or false",
         ),
-        (["--rollout.engine", "vlm"], 'rollout.engine = "vlm"', "rollout.engine = \"vlm\" ({}) must be 'vllm' or 'hf'"),
+        (
+            ["--rollout.engine", "vlm"],
+            'rollout.engine = "vlm"',
+            "rollout.engine = \"vlm\" ({}) must be 'vllm' or 'vllm-server' or 'hf'",
+        ),
         (
             ["--student.betas", "0.9"],
             "student.betas = 0.9",
@@ -383,7 +389,7 @@ def test_another_engine_leaves_the_former_ones_settings_behind(toml) -> None:
 
 def test_an_engine_that_is_none(toml) -> None:
     path = toml("rollout.engine = [1]")
-    assert error_of("--config", path) == f"rollout.engine = [1] ({path}) must be 'vllm' or 'hf'"
+    assert error_of("--config", path) == f"rollout.engine = [1] ({path}) must be 'vllm' or 'vllm-server' or 'hf'"
 
 
 def test_settings_of_vllm_are_vllms_alone() -> None:
