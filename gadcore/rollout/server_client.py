@@ -132,7 +132,14 @@ class Client:
         self.post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self.post("/start_weight_update")
+        try:
+            self.post("/start_weight_update")
+        except RuntimeError as error:
+            if "already active" not in str(error):
+                raise
+            # A trainer before this one has ended in the middle of an update.
+            self.post("/finish_weight_update")
+            self.post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         handles = update_info.pop("ipc_handles", None) if isinstance(update_info, dict) else None

@@ -22,6 +22,7 @@ from gadcore.rollout.engine import make_engine
 from gadcore.rollout.hf import HFEngine
 from gadcore.rollout.probe import Probe
 from gadcore.rollout.sampler import Sampler
+from gadcore.rollout.server_memory import MemoryTrainer
 from gadcore.rollout.server_process import ServerProcess, arguments, environment
 from gadcore.rollout.weights import PlainWeights
 from tests.engine.test_engine_over_ranks import Trainer, error_of, requests, tokens
@@ -135,23 +136,29 @@ def test_an_update_that_is_left_out_is_noticed(served, monkeypatch) -> None:
     sampler.generate(requests())
     served.step()
     with monkeypatch.context() as patched:
-        patched.setattr(served.engine._sender, "send_weights", served.engine.client.finish_weight_update)
-        patched.setattr(served.engine.client, "finish_weight_update", lambda: None)
-        patched.setattr(served.engine._sender, "send_weights", lambda: None)
+        patched.setattr(MemoryTrainer, "send_weights", lambda sender: None)
         with pytest.raises(RuntimeError, match="the server's weights differ from the trainer's after an update"):
             sampler.generate(requests())
         patched.setattr(served.engine, "_compare", lambda pairs: None)
         # The server tells the version that it has: it is the one before.
         with pytest.raises(RuntimeError, match="was restarted while it sampled"):
             sampler.generate(requests())
+        client = served.engine.client
         patched.setattr(
-            served.engine._sender,
+            MemoryTrainer,
             "send_weights",
-            lambda: served.engine.client.post("/update_weight_version", {"new_version": served.engine.client.version}),
+            lambda sender: client.post("/update_weight_version", {"new_version": client.version}),
         )
         with pytest.raises(UserError, match="the probe of sync 2"):
             sampler.generate(requests())
     sampler.generate(requests())
+    assert served.agrees()
+
+
+def test_an_update_that_a_trainer_left_open_is_ended(served) -> None:
+    served.engine.client.start_weight_update()
+    served.step()
+    served.sampler.generate(requests())
     assert served.agrees()
 
 
@@ -212,10 +219,9 @@ def over_ranks(world: World, path: str) -> dict:
         found["sampled"].append(tokens(sampler.generate(requests())))
         found["greedy"].append(tokens(engine.generate(requests(), temperature=0.0, max_tokens=24)))
         found["expected"].append(tokens(reference.generate(requests(), temperature=0.0, max_tokens=24)))
-    kept, engine._sender.send_weights = engine._sender.send_weights, lambda: None
+    engine._sender.send_weights = lambda: None
     trainer.step()
     found["skipped"] = error_of(sampler.generate, requests())
-    engine._sender.send_weights = kept
     engine.close()
     return found
 
