@@ -95,7 +95,7 @@ def config_path(saved: Path) -> Path:
 
 def _card(saved: Path, config: Config, which: str, checkpoint: store.Checkpoint, spec: ModelSpec) -> str:
     progress = checkpoint.state["progress"]
-    end = spec.tokenizer.decode(spec.template.response_ids("", finished=True), clean_up_tokenization_spaces=False)
+    end = str(spec.tokenizer.decode(list(spec.template.response_ids("", finished=True))))
     figures = _figures_of(saved.resolve().parent.parent / "metrics.jsonl", progress["step"])
     return model_card(config, which, progress, end=end, figures=figures)
 
