@@ -138,12 +138,14 @@ def test_every_group_is_trained_once_whatever_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.by_hand
+@pytest.mark.timeout(5400)
 def test_ten_thousand_requests_of_eight_clients(tmp_path: Path) -> None:
     found = under_fire(
         tmp_path, 10_000, 8, kills=25, calm=0.3, service__checkpoint_every=50, service__batch_groups=6,
         service__batch_seconds=0.05,
     )  # fmt: skip
-    sizes = found.pop("rss")
-    first, last = (sum(size for _, size in part) / len(part) for part in (sizes[20:40], sizes[-20:]))
-    print(found, f"resident MiB: {first / 2**20:.1f} after {sizes[20][0]} requests, {last / 2**20:.1f} at the end")
+    # A process that has just been started has not seen every kind of batch yet.
+    sizes = [(answered, size) for answered, size in found.pop("rss") if answered >= 8000]
+    first, last = (sum(size for _, size in part) / len(part) for part in (sizes[:20], sizes[-20:]))
+    print(found, f"resident MiB: {first / 2**20:.1f} after {sizes[0][0]} requests, {last / 2**20:.1f} at the end")
     assert last < first + 8 * 2**20
