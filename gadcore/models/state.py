@@ -45,28 +45,6 @@ def check_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Ten
         )
 
 
-def facts(self) -> dict[str, tuple[torch.Size, torch.dtype]]: ...
-    def read_into(self, targets: Mapping[str, Tensor]) -> None: ...
-
-
-@torch.no_grad()
-def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
-    """Copies a checkpoint's tensors into the parameters of these names.
-
-    model: "student" or "discriminator", for the message. Raises UserError, with the parameters as they were, where
-    names or shapes are not the same.
-    """
-    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    saved = {name: tuple(shape) for name, (shape, _) in facts(tensors).items()}
-    if here != saved:
-        name = min(name for name in here.keys() | saved.keys() if here.get(name) != saved.get(name))
-        raise UserError(
-            f"the checkpoint holds another {model} than {model}.model: its {name} is "
-            f"{_shape(saved.get(name))}, the model's {_shape(here.get(name))}; keep the {model}.model of the run"
-        )
-    copy_into(parameters, tensors)
-
-
 def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every saved tensor as a whole."""
     if isinstance(tensors, OnDisk):

@@ -24,9 +24,12 @@ from gadcore.integrations.service.settings import ServiceConfig
 from gadcore.text import say
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from gadcore.integrations.service.metrics import Metrics
     from gadcore.integrations.service.owner import Owner
     from gadcore.integrations.service.rows import Rows
+    from gadcore.integrations.service.worker import Worker
     from gadcore.models.discriminator import Discriminator
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -59,31 +62,13 @@ def main(arguments: Sequence[str], prepare: Callable[[ServiceConfig], None] | No
 
 def serve(config: ServiceConfig, token: str | None) -> int:
     """Loads, goes on or warms up, and listens until SIGTERM or SIGINT; returns the exit code."""
-    import uvicorn
-
     from gadcore.config.device import quiet
-    from gadcore.integrations.service.app import make_app
-    from gadcore.integrations.service.guard import Guard
-    from gadcore.integrations.service.metrics import Metrics
-    from gadcore.integrations.service.rows import Rows
-    from gadcore.integrations.service.worker import Worker
 
     quiet()
-    settings, metrics, rows = config.service, Metrics(), Rows(config.data)
-    worker = Worker(settings, metrics, on_death=lambda: setattr(server, "should_exit", True))
-    app = Guard(
-        make_app(config, worker, rows, metrics), token=token, most_bytes=int(settings.most_body_mib * 2**20),
-        body_seconds=settings.body_seconds, only_local=settings.on_loopback,
-    )  # fmt: skip
-    serving = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, lifespan="on",
-        limit_concurrency=settings.most_connections, timeout_graceful_shutdown=30, server_header=False,
-    )  # fmt: skip
-    server = uvicorn.Server(serving)
+    settings = config.service
     # Before the model, whose loading takes long: a port that is taken is told at once.
     bound = _bound(settings.host, settings.port)
-    for note in worker.start(lambda: _make(config, rows, metrics)):
-        say(f"gadcore: {note}")
+    server, worker, rows = start(config, token)
     assert worker.owner is not None
     write_whole(Path(settings.dir).expanduser() / "config.toml", loading.dump(config))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -104,6 +89,40 @@ def serve(config: ServiceConfig, token: str | None) -> int:
         return 1
     say(f"stopped at version {worker.owner.version}; {settings.dir}/discriminator holds the model")
     return 0
+
+
+def start(config: ServiceConfig, token: str | None) -> tuple[uvicorn.Server, Worker, Rows]:
+    """A server that is to be run, and the worker behind it, whose discriminator is ready; it ends with the server."""
+    import uvicorn
+
+    from gadcore.integrations.service.app import make_app
+    from gadcore.integrations.service.guard import Guard
+    from gadcore.integrations.service.metrics import Metrics
+    from gadcore.integrations.service.rows import Rows
+    from gadcore.integrations.service.worker import Worker
+
+    settings, metrics, rows = config.service, Metrics(), Rows(config.data)
+    worker = Worker(settings, metrics, on_death=lambda: setattr(server, "should_exit", True))
+    app = Guard(
+        make_app(config, worker, rows, metrics),
+        token=token,
+        most_bytes=int(settings.most_body_mib * 2**20),
+        body_seconds=settings.body_seconds,
+        only_local=settings.on_loopback,
+    )
+    serving = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        limit_concurrency=settings.most_connections,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+    )
+    server = uvicorn.Server(serving)
+    for note in worker.start(lambda: _make(config, rows, metrics)):
+        say(f"gadcore: {note}")
+    return server, worker, rows
 
 
 def _bound(host: str, port: int) -> socket.socket:

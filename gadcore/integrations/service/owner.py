@@ -200,7 +200,7 @@ class Owner:
         try:
             scores = self._update(groups)
         except (UserError, torch.OutOfMemoryError, MemoryError) as error:
-            told = {"code": "not_trained", "message": f"nothing was trained: {cause(error)}"}
+            told = {"code": "not_trained", "message": f"nothing was trained: {_told(error)}"}
             self.journal.fail(version, told)
             raise Refused(500, told["code"], told["message"]) from error
         answers = answers_of(requests, scores, version, version - 1)
@@ -321,6 +321,10 @@ def answers_of(requests: Sequence[Request], scores: Scores, version: int, scored
 def _no_journal(journal: Journal, error: sqlite3.OperationalError) -> Refused:
     message = f"nothing was trained, {journal.path} cannot be written ({error}): free some space, then ask again"
     return Refused(503, "no_journal", message, 10)
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else cause(error)
 
 
 def _finite(scores: Scores) -> None:
