@@ -96,7 +96,7 @@ class Learner:
         readouts, self._unread = self._unread, []
         return self.optimizer.step(readouts)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
         The weights are those that the optimizer updates, in their dtype.
@@ -105,7 +105,7 @@ class Learner:
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
-        save_model(self.model, self._tokenizer, folder, weights)
+        save_model(self.model, self._tokenizer, Path(folder), weights)
 
     def discard(self) -> None:
         """Drops the gradient that is there, and what was found with it: the next pass begins anew."""
