@@ -17,7 +17,6 @@ import torch
 
 from gadcore.checkpoint import store
 from gadcore.checkpoint.card import model_card
-from gadcore.checkpoint.state import restore_parameters
 from gadcore.config import loading
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
@@ -25,6 +24,7 @@ from gadcore.errors import UserError
 from gadcore.files import LOCK, held, whole_folder, write_whole
 from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model
 from gadcore.models.spec import ModelSpec
+from gadcore.models.state import restore_parameters
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -10,10 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gadcore.models.state import optimizer_tensors as optimizer_tensors
-from gadcore.models.state import restore_optimizer as restore_optimizer
-from gadcore.models.state import restore_parameters as restore_parameters
-
 _log = logging.getLogger(__name__)
 
 

