@@ -25,7 +25,7 @@ from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
 from gadcore.record.tracking import check_tracker
 from gadcore.text import say
 
-TRAINING = ("train", "seqkd")
+TRAINING = ("train", "seqkd", "soda")
 
 
 class Command(NamedTuple):
@@ -43,6 +43,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("[settings]", "train a student; without a command this one is meant"),
     "seqkd": Command("[settings]", "the baseline: cross-entropy on the teacher's responses only"),
+    "soda": Command(
+        "[settings]", "the baseline: DPO of the teacher's responses against one snapshot of the student's own"
+    ),
     "data": Command(
         "FILE [settings]",
         "what a run would read of a file: rows, lengths, what is cut, examples",

@@ -227,6 +227,11 @@ class Loader:
         self.position = 0
 
     @property
+    def groups(self) -> Sequence[Group]:
+        """What the batches are made of, in its own order."""
+        return self._groups
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch, the smaller last one included."""
         return -(-len(self._groups) // self._batch_size)

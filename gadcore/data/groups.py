@@ -260,21 +260,24 @@ def packed(
     cost: Cost,
     *,
     teacher: bool,
+    scored: bool | None = None,
     logprobs: Sequence[Sequence[float]] = (),
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """A batch in micro-batches, as micro_batches() cuts it, packed on `device` by one copy each.
 
-    teacher: the first response of every group is its teacher's; last tokens are inputs then, where scores are read.
+    teacher: the first response of every group is its teacher's. scored: last tokens are inputs, where scores are read,
+    and no tokens are predicted; default where there is a teacher.
     logprobs: of every token of every response of the batch, by the sampler; () for none.
     """
     begin = [0, *accumulate(len(group.responses) for group in groups)]
+    scored = teacher if scored is None else scored
     for parts in micro_batches(groups, token_budget, cost, teacher=teacher):
-        tokens = GroupedBatch.of(select(groups, parts), last_tokens=teacher)
+        tokens = GroupedBatch.of(select(groups, parts), last_tokens=scored)
         sequences = GroupLayout.of(
             [len(part.responses) - teacher for part in parts],
             teacher=teacher,
-            lengths=None if teacher else tokens.lengths,
+            lengths=None if scored else tokens.lengths,
         )
         index = [begin[p.group] + i for p in parts for i in p.responses]
         sampled = np.fromiter(chain.from_iterable(logprobs[i] for i in index if logprobs), dtype=np.float32)

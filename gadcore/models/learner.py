@@ -56,7 +56,12 @@ class Learner:
         self._unread: list[Readout] = []
 
     def packed(
-        self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
+        self,
+        groups: Sequence[GroupTokens],
+        *,
+        teacher: bool,
+        scored: bool | None = None,
+        logprobs: Sequence[Sequence[float]] = (),
     ) -> Iterator[MicroBatch]:
         """A batch in micro-batches on the model's device; see gadcore.data.groups.packed()."""
         return packed(
@@ -64,6 +69,7 @@ class Learner:
             self.micro_batch_tokens,
             self.cost,
             teacher=teacher,
+            scored=scored,
             logprobs=logprobs,
             device=self.model.device,
         )

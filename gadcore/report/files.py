@@ -16,7 +16,7 @@ from gadcore.errors import UserError
 from gadcore.record.reading import Count, Figure, Finite, fitting, read_json
 from gadcore.record.tracking import Row, scan
 
-KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_gad")
+KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_soda", "after_gad")
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Word = str | Finite | None
 

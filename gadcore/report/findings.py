@@ -103,7 +103,9 @@ def _scores(row: Row) -> tuple[float, float] | None:
 
 def pretty(name: str) -> str:
     """The name of an evaluation or stage as people write it."""
-    return " ".join({"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT"}.get(word, word) for word in name.split("_"))
+    return " ".join(
+        {"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT", "soda": "SODA"}.get(word, word) for word in name.split("_")
+    )
 
 
 def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> list[str]:

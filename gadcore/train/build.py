@@ -36,7 +36,7 @@ from gadcore.rollout.weights import PlainWeights
 from gadcore.train import resuming
 from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import has_discriminator, stage_steps
 from gadcore.train.records import RunRecords
 from gadcore.train.reproducible import reproducible
 from gadcore.train.trainer import Trainer
@@ -157,7 +157,7 @@ def _plan(config: Config, stages: Sequence[str], folder: RunFolder, device: torc
         run=config.run.name,
         folder=folder.path,
         student=config.student.model,
-        discriminator="none" if tuple(stages) == ("seqkd",) else config.discriminator_model,
+        discriminator=config.discriminator_model if has_discriminator(stages) else "none",
         device=str(device),
         stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
     )

@@ -19,7 +19,7 @@ from gadcore.data.sources import Source
 from gadcore.errors import UserError
 from gadcore.models.loading import cache_dir
 from gadcore.models.spec import ModelSpec
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import has_discriminator, stage_steps
 
 # Rows whose lengths in a discriminator's own tokens are counted at the start, which takes some seconds.
 _LOOKED_AT = 10_000
@@ -116,11 +116,6 @@ def _split_note(config: Config, train: int, held_out: int) -> str:
         f"{held_out} of the {train + held_out} rows of {data.train} are held out and not trained on "
         f"(data.eval_share = {data.eval_share:g}{most}); data.eval names other held-out rows, or none"
     )
-
-
-def has_discriminator(stages: Sequence[str]) -> bool:
-    """Whether a run of these stages trains a discriminator: all but the baseline do."""
-    return tuple(stages) != ("seqkd",)
 
 
 def _discriminator_spec(config: Config, student: ModelSpec) -> ModelSpec:

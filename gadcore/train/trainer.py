@@ -27,9 +27,10 @@ from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
 from gadcore.train.phases import Phases
-from gadcore.train.progress import TIME_FORMAT, Progress, stage_steps
+from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
 from gadcore.train.reward import Reward, rewards_by
+from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
 
 
@@ -83,6 +84,8 @@ class Trainer:
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
+        place = None if folder is None else folder.snapshot
+        self._snapshot = Snapshot(place, loader.groups, sampler, student, self.phases, config.algorithm.soda_samples)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -141,7 +144,8 @@ class Trainer:
             if self.progress.step:
                 self.save()
                 saved = f"after step {self.progress.step}, saved"
-        command = "seqkd " if "seqkd" in self.stage_steps else ""
+        command = command_of(self.stage_steps)
+        command = "" if command == "train" else f"{command} "
         raise Interrupted(
             f"stopped by {reason} {saved}; go on with: "
             f"{shlex.quote(sys.executable)} -m gadcore.run {command}{where}--resume auto"
@@ -160,6 +164,18 @@ class Trainer:
             return None
         with self.phases("rewards"):
             return rewards_by(self._reward, name, groups, scores)
+
+    def take_snapshot(self) -> None:
+        """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
+        begun = self.progress.stage_step > 0
+        if self._length("soda"):
+            self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
+        if not begun:
+            self.progress.tokens["sampled"] += self._snapshot.tokens
+
+    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Gives every group its samples of the snapshot; returns the reference log-probs."""
+        return self._snapshot.of(groups)
 
     # What a step leaves
 

@@ -37,6 +37,11 @@ LATER = {
     "student.master": "device",
     "discriminator.master": "device",
     "algorithm.importance_cap": "none",
+    "student.soda_lr": 5e-7,
+    "algorithm.soda_beta": 0.1,
+    "algorithm.soda_samples": 1,
+    "schedule.soda_epochs": 1,
+    "schedule.soda_steps": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
 }
@@ -314,7 +319,11 @@ def test_a_cap_that_would_only_scale_the_loss_is_refused(cap: str) -> None:
 
 
 def test_every_preset_is_watched() -> None:
-    assert set(presets()) == {*RESOLVED, "paper"}
+    assert set(presets()) == {*RESOLVED, "paper", "soda"}
+
+
+def test_the_soda_preset_is_the_paper_and_the_defaults_of_soda() -> None:
+    assert load(["--preset", "soda"]) == load(["--preset", "paper", "--run.name", "soda"])
 
 
 def test_a_paper_preset_is_the_paper_and_a_model() -> None:
