@@ -58,7 +58,7 @@ class Run(Protocol):
         """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores, in the phase rewards; None: they are the rewards."""
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
 
     def record(self, result: StepResult) -> None:
         """Ends a step: figures, a checkpoint when due, a measurement of the convergence rule when due."""

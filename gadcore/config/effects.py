@@ -43,12 +43,15 @@ _OF_GAD = (
     "convergence.*",
     *(f"algorithm.{name}" for name in ("clip_low", "clip_high", "kl_coef", "normalise_advantage", "loss", "reward")),
     "algorithm.importance_cap",
+    "algorithm.score_clip",
+    "algorithm.length_debias",
     "algorithm.advantage_std_floor",
     "algorithm.freeze_discriminator",
 )
 _OF_UPDATES = (
     *(f"discriminator.{name}" for name in ("lr", "betas", "weight_decay", "grad_clip", "label_smoothing")),
     "discriminator.margin_cap",
+    "discriminator.score_l2",
     "algorithm.discriminator_steps",
     "algorithm.discriminator_every",
 )

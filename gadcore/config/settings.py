@@ -96,6 +96,9 @@ class DiscriminatorSettings(Trained):
     margin_cap: Above | None = Field(
         None, description="A pair whose margin is above this gives no gradient; none: every pair does."
     )
+    score_l2: Rate = Field(
+        0.0, description="lambda: adds the mean over pairs of lambda (D(x, y_t)^2 + D(x, y_s)^2) to the loss."
+    )
 
 
 class AlgorithmSettings(Section):
@@ -124,6 +127,10 @@ class AlgorithmSettings(Section):
         1, description="Update the discriminator only in every k-th step, of both stages."
     )
     advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+    score_clip: Above | None = Field(
+        None, description="c: a reward differs from the teacher's score by this at most; none: by whatever it does."
+    )
+    length_debias: float = Field(0.0, description="b: a reward is less by b log(1 + tokens of the sample).")
     soda_beta: Above = Field(
         0.1, description="Of the baseline `soda`: how strongly DPO holds the student to where it began."
     )

@@ -41,6 +41,8 @@ def evaluate(
         for row, teacher, rewards in zip(rows, scores.teacher_scores, scores.rewards, strict=True):
             row |= {"teacher_score": teacher, "student_score": fmean(rewards)}
             row |= {"margin": teacher - fmean(rewards), "accuracy": fmean(teacher > reward for reward in rewards)}
+            for sample, reward in zip(row["samples"], rewards, strict=True):
+                sample["score"] = reward
     return result, rows
 
 
@@ -50,6 +52,8 @@ def _row(group: Group) -> dict[str, Any]:
         "prompt": group.prompt.messages[-1]["content"],
         "teacher": reference,
         "student": texts[0],
+        "teacher_finished": group.teacher.finished,
+        "samples": [{"text": sample.text, "finished": sample.finished} for sample in group.samples],
         "rouge_l": fmean(rouge_l(text, reference) for text in texts),
         "ngram_f1": {str(n): fmean(ngram_f1(text, reference, n) for text in texts) for n in NGRAMS},
         "length_ratio": fmean(length_ratio(text, reference) for text in texts),

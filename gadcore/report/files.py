@@ -147,6 +147,15 @@ class _Sample:
 
 
 @dataclass(frozen=True)
+class _Drawn:
+    """One of a prompt's samples."""
+
+    text: str
+    finished: bool
+    score: Figure | None = None
+
+
+@dataclass(frozen=True)
 class _Answer:
     """Of evaluations/<name>.jsonl; older runs hold fewer of the figures."""
 
@@ -157,6 +166,8 @@ class _Answer:
     length_ratio: Annotated[Finite, Field(ge=0)]
     teacher_score: Figure | None = None
     student_score: Figure | None = None
+    teacher_finished: bool | None = None
+    samples: list[_Drawn] | None = None
     ngram_f1: dict[str, Figure] | None = None
     cut_share: Figure | None = None
     repeated: Figure | None = None

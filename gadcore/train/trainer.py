@@ -20,6 +20,7 @@ from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.score_shaping import shaped
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
@@ -158,12 +159,12 @@ class Trainer:
         self.sampler.draw(groups, n, f"{stage}/{step}")
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores; None: they are the rewards."""
-        name = self.config.algorithm.reward
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
+        name, found = self.config.algorithm.reward, shaped(groups, scores, self.config.algorithm)
         if self._reward is None or name is None:
-            return None
+            return found
         with self.phases("rewards"):
-            return rewards_by(self._reward, name, groups, scores)
+            return rewards_by(self._reward, name, groups, scores, found)
 
     def take_snapshot(self) -> None:
         """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
