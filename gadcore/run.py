@@ -90,6 +90,12 @@ COMMANDS = {
         "a checkpoint as a Hugging Face directory",
         "gadcore.checkpoint.export_command:main",
     ),
+    "doctor-d": Command(
+        "[RUN_FOLDER] [--noise]",
+        f"what is wrong with a run's discriminator, and the setting that mends it (default {LATEST})",
+        "gadcore.run:doctor_d_main",
+        own_help=False,
+    ),
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
     ),
@@ -194,6 +200,16 @@ def report_main(arguments: list[str]) -> int:
     folders = [Path(argument).expanduser() for argument in arguments] or [LATEST]
     say(write_overlay(folders[0], folders[1]) if len(folders) == 2 else write_report(folders[0]))
     return 0
+
+
+def doctor_d_main(arguments: list[str]) -> int:
+    """Examines the discriminator of a run, and writes its report again; 0, or 1 where something is wrong."""
+    from gadcore.evaluate.doctor_d_command import main as examine
+    from gadcore.report.page import write_report
+
+    folder, wrong = examine(arguments, _prepare)
+    say(write_report(folder))
+    return int(wrong)
 
 
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:

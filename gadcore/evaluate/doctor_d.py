@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ ASYMMETRY = 0.1
 MEMORISED = 0.1
 NOISE = 0.5
 HOT = 3.0
+# Of a standard deviation: what rounding leaves between two passes.
+SAME = 1e-2
 # What a chat template writes, and no answer does: special tokens, the header of a turn.
 _ARTEFACT = re.compile(
     r"<\|[^|>]*\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>|^\s*(assistant|user|system)\b\s*[:\n]", re.I
@@ -45,11 +47,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class FromModel:
-    """What only the model says. identical: largest difference of the scores of one text as the teacher's and as the
-    student's. end_marker: mean absolute change of a teacher's score where its end marker is taken off, over the
-    standard deviation of scores. trained, held_out: mean score of teachers' texts that were trained on, and that were
-    not, over the same deviation. noise: correlation of two fresh discriminators' rewards inside groups; None: not
-    asked for."""
+    """What only the model says; all but noise over the standard deviation of scores.
+
+    identical: largest difference of the scores of one text as the teacher's and as the student's. end_marker: mean
+    absolute change of a teacher's score where its end marker is taken off, or given. trained, held_out: mean score of
+    teachers' texts that were trained on, and that were not. noise: correlation of two fresh discriminators' rewards
+    inside groups; None: not asked for.
+    """
 
     identical: float
     end_marker: float
@@ -78,13 +82,16 @@ class Evidence:
     ) -> Evidence | None:
         """From the rows of a run's evaluations by name, in their order, and of metrics.jsonl; None where no evaluation
         holds samples with D's scores."""
-        for name, rows in reversed(evaluations.items()):
+        for name, rows in reversed(list(evaluations.items())):
             pairs = pairs_of(rows)
             if pairs:
                 seen = [row["discriminator/accuracy"] for row in metrics if "discriminator/accuracy" in row]
                 trained = fmean(seen[-TAIL:]) if seen else None
                 return cls(pairs, name, trained, model, baselines(pairs))
         return None
+
+    def with_model(self, model: FromModel) -> Evidence:
+        return replace(self, model=model)
 
     @property
     def margins(self) -> list[list[float]]:
@@ -108,12 +115,13 @@ def pairs_of(rows: Sequence[Mapping[str, Any]]) -> list[Pairs]:
     """Of the rows of an evaluation; [] where one of them lacks its samples, or D's finite scores of them."""
     found = []
     for row in rows:
-        samples, teacher = row.get("samples") or [], row.get("teacher_score")
-        scores = [sample.get("score") for sample in samples]
-        if not samples or any(score is None or not math.isfinite(score) for score in (teacher, *scores)):
+        samples = row.get("samples") or []
+        teacher, scores = row.get("teacher_score"), [sample.get("score") for sample in samples]
+        known = [score for score in (teacher, *scores) if score is not None and math.isfinite(score)]
+        if not samples or len(known) <= len(samples):
             return []
         sides = tuple(Side(sample["text"], sample["finished"]) for sample in samples)
-        found.append(Pairs(Side(row["teacher"], row.get("teacher_finished", True)), sides, teacher, tuple(scores)))
+        found.append(Pairs(Side(row["teacher"], row.get("teacher_finished", True)), sides, known[0], tuple(known[1:])))
     return found
 
 
@@ -137,12 +145,13 @@ def share(estimate: Estimate) -> str:
 def _identical(e: Evidence) -> Finding | None:
     if e.model is None:
         return None
-    if e.model.identical == 0:
-        return Finding("identical text", "ok", "One text gets one score, whoever wrote it, to the bit.")
+    if e.model.identical < SAME:
+        return Finding("identical text", "ok", "One text gets one score, whoever wrote it.")
     return Finding(
         "identical text",
         "wrong",
-        f"One text as the teacher's and as the student's gets scores that differ by up to {e.model.identical:.2g}.",
+        f"One text as the teacher's and as the student's gets scores that differ by up to "
+        f"{e.model.identical:.2g} standard deviations.",
         "the chat template writes the two sides differently: look at data.template_arguments and discriminator.model",
     )
 

@@ -67,9 +67,9 @@ Features = Callable[[Side], Mapping[str, float]]
 
 
 def _length(side: Side) -> Mapping[str, float]:
-    size = np.log1p(len(words(side.text)))
-    # Squared too: a length between too short and too long can be the teacher's.
-    return {"length": size, "square": size**2}
+    size = np.log2(1 + len(words(side.text)))
+    # By ranges of a factor of 1.4 too: a length between too short and too long can be the teacher's.
+    return {"length": size, f"about {round(2 * size)}": 1.0}
 
 
 def _piece(at: int) -> Features:

@@ -30,7 +30,8 @@ LATEST = RUNS / "latest"
 # run's own.
 CONFIG, SUMMARY, TILES = "config.toml", "summary.json", "tiles.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations")
-RESULTS = (SUMMARY, "report.html", "student", "discriminator")
+DOCTOR_D = "doctor-d.json"
+RESULTS = (SUMMARY, "report.html", "student", "discriminator", DOCTOR_D)
 OTHERS = ("checkpoints", "reference", "snapshot", "trace.json", "offload", "tracker.json", TILES)
 TRACKERS = ("tensorboard", "wandb", "mlflow.db", "mlflow-artifacts")
 NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
