@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gadcore.config.device import quiet
 from gadcore.data.batches import build_prompts
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
+from gadcore.data.reasoning import of_student
 from gadcore.data.rows import load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
@@ -162,6 +163,8 @@ def _made_from(config: EvalConfig, weights: str, rows: list[RawRow]) -> dict[str
     if not settings["template_arguments"]:
         # As before there were any: what is on disk without them is not drawn again.
         del settings["template_arguments"]
+    if settings["reasoning"] == "keep":
+        del settings["reasoning"]
     settings |= {name: getattr(config.sampling, name) for name in ("temperature", "dtype")}
     return {"weights": weights, "rows": text, **settings}
 
@@ -317,8 +320,14 @@ def _sample(
     missing = [place for place in range(len(requests)) if place not in drawn.rows]
     if drawn.rows:
         log(f"  {len(drawn.rows)} of them are there already")
+
+    def done(at: int, samples: Sequence[Response]) -> None:
+        place = missing[at]
+        where = f"the prompt of row {groups[place].prompt.index} (from 0)"
+        drawn.add(place, *(of_student(sample, sampler.config.data.reasoning, where) for sample in samples))
+
     if missing:
-        sampler.generate([requests[place] for place in missing], lambda at, samples: drawn.add(missing[at], *samples))
+        sampler.generate([requests[place] for place in missing], done)
     drawn.close()
     rows_of = [drawn.rows[place] for place in range(len(requests))]
     tokens, seconds = sum(row["tokens"] for row in rows_of), drawn.seconds

@@ -92,6 +92,9 @@ class LimitSettings(Section):
     long_prompt: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
     )
+    reasoning: Literal["keep", "strip", "error"] = Field(
+        "keep", description="Blocks of reasoning (<think>) of references and responses: kept, taken off, or refused."
+    )
 
 
 class CommonSampling(Section):

@@ -30,6 +30,7 @@ from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
 from gadcore.record.tracking import Tracker, make_tracker
 from gadcore.record.view import View, make_view
+from gadcore.rollout.answers import AnswerSampler
 from gadcore.rollout.engine import Engine, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights
@@ -174,13 +175,14 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
-    return Sampler(
+    return AnswerSampler(
         engine,
         PlainWeights(student.model),
         temperature=config.rollout.temperature,
         max_tokens=config.data.max_response_tokens,
         seed=config.run.seed,
         states=phases,
+        reasoning=config.data.reasoning,
     )
 
 

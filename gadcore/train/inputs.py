@@ -12,6 +12,7 @@ from gadcore.config.data import SPLIT
 from gadcore.config.device import device_of, quiet
 from gadcore.config.effects import without_effect
 from gadcore.config.settings import Config
+from gadcore.data import reasoning
 from gadcore.data.batches import DataReport, Loader
 from gadcore.data.encoded import Rows, Subset, split_off, token_lengths
 from gadcore.data.groups import Group
@@ -76,6 +77,7 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
     train, report, told = rows.groups(student.template, cache_dir(), _say)
+    told += reasoning.check(data.reasoning, student.template, report.reasoned, report.rows)
     warnings = [f"training: {sentence}" for sentence in report.warnings()]
     told += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: Sequence[Group] = []

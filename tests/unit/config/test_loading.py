@@ -31,6 +31,7 @@ LATER = {
     "data.bad_rows": "error",
     "data.eval_columns": "none",
     "data.eval_samples": 1,
+    "data.reasoning": "keep",
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
