@@ -49,6 +49,9 @@ class _Evaluation:
     words: Figure | None = None
     repeated: Figure | None = None
     distinct_2: Figure | None = None
+    style: Figure | None = None
+    word_range: Figure | None = None
+    style_checks: dict[str, Figure] | None = None
     rouge_l: Figure | None = None
     ngram_f1: dict[str, Figure] | None = None
     length_ratio: Figure | None = None
@@ -172,6 +175,9 @@ class _Answer:
     cut_share: Figure | None = None
     repeated: Figure | None = None
     distinct_2: Figure | None = None
+    style: Figure | None = None
+    word_range: Figure | None = None
+    style_checks: dict[str, Figure] | None = None
     words: Figure | None = None
     accuracy: Figure | None = None
     margin: Figure | None = None
