@@ -13,7 +13,7 @@ The last three are asked only of responses that have such a thing, and only of p
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean
 
@@ -54,7 +54,7 @@ def checks(text: str, finished: bool, prompt: str, teacher: str, within: tuple[f
     return {name: value for name, value in found.items() if value is not None}
 
 
-def score(kept: dict[str, float]) -> float:
+def score(kept: Mapping[str, float]) -> float:
     """Mean of checks()."""
     return fmean(kept.values())
 
