@@ -49,7 +49,7 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
     checkpoint = store.load(saved)
     tensors = checkpoint.tensors
     if which not in tensors:
-        raise UserError(f"{saved} has no {which}: a run of seqkd trains none; export its student")
+        raise UserError(f"{saved} has no {which}: the baselines train none; export its student")
     spec = ModelSpec.resolve(
         _name(config, which), system_prompt=config.data.system_prompt, arguments=config.data.template_arguments
     )

@@ -279,11 +279,23 @@ class Discriminator(Learner):
             hidden = last_hidden_states(self.model, batch)
         head: nn.Linear = self.model.score  # type: ignore[assignment]
         result = bt_score(hidden, batch.packed_as, head.weight[0], head.bias, layout, denominator=denominator)
-        smoothing, cap = self.settings.label_smoothing, self.settings.margin_cap
-        if smoothing == 0 and cap is None:
+        smoothing, cap, l2 = self.settings.label_smoothing, self.settings.margin_cap, self.settings.score_l2
+        if smoothing == 0 and cap is None and l2 == 0:
             return result
         # The op's own loss gets no gradient then; that of its scores is all that is needed.
-        return result._replace(loss=softened_bt_loss(result.scores, layout, smoothing, cap) / denominator)
+        loss = softened_bt_loss(result.scores, layout, smoothing, cap)
+        if l2:
+            loss = loss + l2 * score_penalty(result.scores, layout)
+        return result._replace(loss=loss / denominator)
+
+
+def score_penalty(scores: Tensor, groups: GroupLayout) -> Tensor:
+    """Sum over pairs of D(x, y_t)^2 + D(x, y_s)^2: over pairs, so that it adds up however a group is cut.
+
+    scores: [S], floating, every group's teacher first; groups without one form no pairs.
+    """
+    squares = scores.square()
+    return (squares[groups.group_offsets[groups.group_of]] + squares).where(groups.paired, 0.0).sum()
 
     @classmethod
     def wrap(

@@ -89,7 +89,12 @@ class Learner:
         self._unread: list[Readout] = []
 
     def packed(
-        self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
+        self,
+        groups: Sequence[GroupTokens],
+        *,
+        teacher: bool,
+        scored: bool | None = None,
+        logprobs: Sequence[Sequence[float]] = (),
     ) -> Iterator[MicroBatch]:
         """This process's micro-batches of a batch, on the model's device; see gadcore.data.groups.packed()."""
         return packed(
@@ -97,6 +102,7 @@ class Learner:
             self.micro_batch_tokens,
             self.cost,
             teacher=teacher,
+            scored=scored,
             logprobs=logprobs,
             device=self.model.device,
             rank=self.world.rank,
