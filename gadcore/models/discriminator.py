@@ -24,6 +24,7 @@ from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
 from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
+from gadcore.models.bt_loss import score_penalty, softened_bt_loss
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_discriminator
 from gadcore.models.precision import autocast
@@ -288,15 +289,6 @@ class Discriminator(Learner):
             loss = loss + l2 * score_penalty(result.scores, layout)
         return result._replace(loss=loss / denominator)
 
-
-def score_penalty(scores: Tensor, groups: GroupLayout) -> Tensor:
-    """Sum over pairs of D(x, y_t)^2 + D(x, y_s)^2: over pairs, so that it adds up however a group is cut.
-
-    scores: [S], floating, every group's teacher first; groups without one form no pairs.
-    """
-    squares = scores.square()
-    return (squares[groups.group_offsets[groups.group_of]] + squares).where(groups.paired, 0.0).sum()
-
     @classmethod
     def wrap(
         cls,
@@ -385,19 +377,3 @@ def _too_long(group: Group, needed: int, context: int) -> str:
         f"context has {context}: lower data.max_prompt_tokens or data.max_response_tokens "
         "(they count the student's tokens), or choose another discriminator.model"
     )
-
-
-def softened_bt_loss(scores: Tensor, groups: GroupLayout, smoothing: float, cap: float | None) -> Tensor:
-    """The BT loss with opt-in remedies against a discriminator that wins too clearly, summed over pairs.
-
-        m    = min(D(x, y_t) - D(x, y_s^i), cap)
-        loss = (1 - e) softplus(-m) + e softplus(m) = softplus(-m) + e m
-
-    With smoothing e > 0 the loss of a pair is least at the margin log((1 - e) / e), not at infinity. A pair whose
-    margin is above the cap gives no gradient. scores: [S], floating, every group's teacher first; groups without one
-    form no pairs.
-    """
-    margin = scores[groups.group_offsets[groups.group_of]] - scores
-    if cap is not None:
-        margin = margin.clamp(max=cap)
-    return (F.softplus(-margin) + smoothing * margin).where(groups.paired, 0.0).sum()

@@ -11,7 +11,8 @@ import torch
 from examples import my_checked_reward
 from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models.discriminator import Scores, score_penalty
+from gadcore.models.bt_loss import score_penalty
+from gadcore.models.discriminator import Scores
 from gadcore.models.score_shaping import shaped
 from gadcore.train.reward import rewards_by
 from tests.support.builders import assert_same_gradients, discriminator, gradients, groups
