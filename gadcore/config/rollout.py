@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field
 
-from gadcore.config.kinds import Positive, Section
+from gadcore.config.kinds import NonNegative, Positive, Section
 
 
 def _engine_of(value: Any) -> Any:
@@ -24,12 +24,16 @@ class CommonRollout(Section):
     group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
     temperature: Annotated[float, Field(gt=0)] = 0.8
     context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
+    probe_every: NonNegative = Field(
+        10,
+        description="Syncs from one to the next whose samples the trainer scores itself, the first one's too, to prove "
+        "that the engine has its weights; 0: none. For engines with weights of their own.",
+    )
 
 
-class VLLMRollout(CommonRollout):
-    """Sampling by vLLM: many prompts at a time, with weights and a KV cache of its own."""
+class VLLMSettings(CommonRollout):
+    """What both ways to run vLLM have."""
 
-    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
     dtype: Literal["float32", "bfloat16"] = "float32"
     head_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the logits, where dtype is bfloat16.")
     block_size: Positive = 32
@@ -40,6 +44,10 @@ class VLLMRollout(CommonRollout):
     enforce_eager: bool | None = Field(None, description="none: CUDA graphs on CUDA, no graphs on a CPU; true: none.")
     batch_invariant: bool = Field(
         False, description="On CUDA: a prompt's samples depend on its seed alone, not on the batch; slower."
+    )
+    tensor_parallel: Positive = Field(
+        1,
+        description="Of the processes that train together, as many share the weights of one sampler.",
     )
     kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -59,7 +67,32 @@ class VLLMRollout(CommonRollout):
         return 1024 if device == "cuda" and large else 256
 
 
+class VLLMRollout(VLLMSettings):
+    """Sampling by vLLM in the trainer's processes: many prompts at a time, with weights and a KV cache of its own."""
+
+    engine: Literal["vllm"] = Field(
+        "vllm", description='Or "vllm-server", or "hf", which has only the settings of every engine.'
+    )
+
+
+class VLLMServerRollout(VLLMSettings):
+    """Sampling by a vLLM server, which gets the weights over vLLM's weight transfer."""
+
+    engine: Literal["vllm-server"] = "vllm-server"
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = Field(
+        None, description="Of a server that is running, for example http://127.0.0.1:8000; none: one is started here."
+    )
+    token_env: str = Field("GADCORE_SERVER_TOKEN", description="Environment variable that holds the server's token.")
+    transfer: Literal["auto", "memory", "ipc", "nccl"] = Field(
+        "auto",
+        description="How weights travel. memory: shared, on one machine's CPU; ipc: on the same GPUs; nccl: to others; "
+        "auto: the one that fits.",
+    )
+    wait_s: Positive = Field(300, description="Seconds for a server to start, or to come back.")
+    answer_s: Positive = Field(3600, description="Seconds for one answer of the server.")
+
+
 class HFRollout(CommonRollout):
     """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
 
-    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
+    engine: Literal["hf"] = Field("hf", description='Or "vllm" and "vllm-server", which have more settings.')

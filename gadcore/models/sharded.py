@@ -36,7 +36,7 @@ def load_sharded(
     missing_keys, mismatched_keys, unexpected_keys. Missing weights are 0.
     Raises UserError, on all processes, where the files cannot be read, do not fit the config or hold NaN.
     """
-    with foreign(f"cannot load the model {path}"), _parameters_on_meta():
+    with foreign(f"cannot load the model {path}"), parameters_on_meta():
         model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False)
     _finish(model, device, world)
     folder = _folder(path, world)
@@ -57,7 +57,7 @@ def copy_sharded(
     values: this process's rows of every parameter. dtypes: of the copy's parameters.
     """
     kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    with _parameters_on_meta():
+    with parameters_on_meta():
         other: PreTrainedModel = kind._from_config(
             copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=ATTENTION
         )
@@ -80,7 +80,7 @@ def _finish(model: PreTrainedModel, device: torch.device, world: World) -> None:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules that are made inside have parameters on the meta device, and real buffers: no checkpoint holds these."""
     register = nn.Module.register_parameter
 

@@ -1,8 +1,8 @@
 """Bytes of every state of a step on one rank: what is held, and what computing takes beside it.
 
-Parameters, gradients and moments are cut over the ranks; the sampler's weights are whole, or cut over `tensor_parallel`
-ranks. States are never added up: they follow each other. Masters in host memory, and what is moved off an accelerator,
-count for the host alone.
+Parameters, gradients and moments are cut over the ranks, or over those of a copy (distributed.replicate); the sampler's
+weights are whole, or cut over `tensor_parallel` ranks. States are never added up: they follow each other. Masters in
+host memory, and what is moved off an accelerator, count for the host alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from gadcore.config.kinds import Trained
-from gadcore.config.rollout import VLLMRollout
+from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
 from gadcore.memory.holdings import Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
@@ -25,6 +25,7 @@ from gadcore.plan.machine import Machine
 from gadcore.plan.moments import Pass
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
+from gadcore.train.progress import has_discriminator
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -66,6 +67,11 @@ class Case:
         return tier_name(self.config.memory.offload, self.machine.kind)
 
     @property
+    def shards(self) -> int:
+        """Ranks that a model, or a copy of it, is cut over."""
+        return max(1, self.machine.ranks // self.config.distributed.replicate)
+
+    @property
     def engine(self) -> type[Engine]:
         """The class of the sampler's engine."""
         return engine_class(self.config)
@@ -78,7 +84,7 @@ class Case:
     def sequences_at_once(self) -> int:
         """Sequences that a sampler works on at a time, at most."""
         rollout = self.config.rollout
-        if not isinstance(rollout, VLLMRollout):
+        if not isinstance(rollout, VLLMSettings):
             return self.work.samples
         machine = self.machine
         return rollout.sequences_at_once(machine.kind, machine.figures["memory_bytes"], machine.name)
@@ -87,7 +93,7 @@ class Case:
     def graphs(self) -> bool:
         """Whether the sampler replays CUDA graphs."""
         rollout = self.config.rollout
-        return isinstance(rollout, VLLMRollout) and self.machine.kind == "cuda" and not rollout.eager("cuda")
+        return isinstance(rollout, VLLMSettings) and self.machine.kind == "cuda" and not rollout.eager("cuda")
 
     @property
     def context_tokens(self) -> int:
@@ -110,8 +116,8 @@ class Case:
 
     @property
     def has_discriminator(self) -> bool:
-        """Whether the run trains one: all but the baseline `seqkd` do."""
-        return "seqkd" not in self.work.steps
+        """Whether the run trains one: all but the baselines do."""
+        return has_discriminator(self.work.steps)
 
     @property
     def has_reference(self) -> bool:
@@ -127,7 +133,7 @@ class Case:
     @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
-        return self.engine.shares_weights(self.config, self.machine.kind)
+        return self.engine.shares_weights(self.config, self.machine.kind, self.machine.ranks)
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,8 @@ class StateMemory:
 
 def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
-    ranks, student, discriminator = case.machine.ranks, case.student_precision, case.discriminator_precision
-    policy, scorer = case.student.parameters / ranks, case.discriminator.scalar_parameters / ranks
+    shards, student, discriminator = case.shards, case.student_precision, case.discriminator_precision
+    policy, scorer = case.student.parameters / shards, case.discriminator.scalar_parameters / shards
     if not case.has_discriminator:
         scorer = 0.0
     engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
@@ -163,7 +169,7 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
         "student.parameters": policy * student.weights,
         "student.gradients": policy * student.gradients,
         "student.optimizer": 0.0 if student.host else 2 * policy * student.weights,
-        "reference.parameters": reference_bytes(case.student, student) / ranks if case.has_reference else 0.0,
+        "reference.parameters": reference_bytes(case.student, student) / shards if case.has_reference else 0.0,
         "discriminator.parameters": scorer * discriminator.weights,
         "discriminator.gradients": scorer * discriminator.gradients,
         "discriminator.optimizer": 0.0 if discriminator.host else 2 * scorer * discriminator.weights,
@@ -182,7 +188,7 @@ def master_bytes(case: Case) -> float:
     """Bytes of float32 masters and their moments in the memory of the host, of one rank."""
     policy, scorer = case.student.parameters, case.discriminator.scalar_parameters if case.has_discriminator else 0
     kept = policy * case.student_precision.host + scorer * case.discriminator_precision.host
-    return 12.0 * kept / case.machine.ranks
+    return 12.0 * kept / case.shards
 
 
 def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
@@ -238,7 +244,7 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
         is_student = state == "student_update"
         if (case.student_precision if is_student else case.discriminator_precision).host:
             d = case.student if is_student else case.discriminator
-            working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.machine.ranks)
+            working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.shards)
     return StateMemory(lies, working)
 
 
@@ -256,7 +262,10 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
-        working["gathered layers"] = gathered_bytes(d.layer, d.root, precision.products, sum(working.values()))
+        outside = _outside(d, d.root, precision, head=True)
+        working["gathered layers"] = gathered_bytes(
+            d.layer, d.root, precision.products, sum(working.values()), outside=outside
+        )
     return working
 
 
@@ -304,7 +313,16 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     working["activations and head"] = kept + head
     if ranks > 1:
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
-        working["gathered layers"] = gathered_bytes(d.layer, root, compute, sum(working.values()))
+        if autocast and is_student and d.tied:
+            working["casts of the weights"] = 2.0 * d.head
+        working["gathered layers"] = gathered_bytes(
+            d.layer,
+            root,
+            compute,
+            sum(working.values()),
+            outside=_outside(d, root, precision, head=is_student),
+            gradients=precision.gradients,
+        )
     elif autocast:
         working["casts of the weights"] = _casts(d, choice.mode, d.head if is_student else 0)
     return working
@@ -323,14 +341,25 @@ def part_tokens(case: Case, budget: int, is_student: bool) -> int:
     return max(budget, longest)
 
 
-def gathered_bytes(layer: int, root: int, compute: int, beside: float) -> float:
+def gathered_bytes(
+    layer: int, root: int, compute: int, beside: float, *, outside: float | None = None, gradients: int | None = None
+) -> float:
     """Whole weights of FSDP2 beside the shards: of the root throughout, of two layers, and a layer's whole gradient.
 
-    Gradients are reduced in float32. At the end of the backward pass, when what was kept (`beside`) is gone, the root
-    has its weights, its gradient and the copy that is reduced.
+    compute: bytes of a number of a layer as it is gathered, in the dtype of products; outside: of all of embedding,
+    norm and head, gradients: of a number; default as layers. They are reduced in float32. At the end of the backward
+    pass, when what was kept (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
     """
-    during = compute * (root + 3 * layer) + (4 * layer if compute < 4 else 0)
-    return max(during, root * (2 * compute + 4) - beside)
+    around = float(compute * root) if outside is None else outside
+    made = compute if gradients is None else gradients
+    during = around + (2 * compute + made) * layer + (4 * layer if made < 4 else 0)
+    return max(during, around + root * (made + 4) - beside)
+
+
+def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
+    """Bytes of embedding, norm and (head: where there is one) head as they are gathered: untied, as products read it."""
+    narrow = d.head if head and precision.autocast and not d.tied else 0
+    return float(precision.weights * (root - narrow) + precision.products * narrow)
 
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:

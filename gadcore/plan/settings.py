@@ -28,6 +28,10 @@ class PlanSettings(Section):
         "here",
         description="here: this machine; h100-80gb-x1 .. h100-80gb-x8; 2x8-h100-80gb: 2 nodes of 8; or a TOML file.",
     )
+    gpus: Positive | None = Field(
+        None,
+        description="Accelerators like plan.machine's, or H100 where it has none, up to 8 a node; default: its own.",
+    )
     calibrate: bool = Field(False, description="Measure this machine first, within a minute, and keep the figures.")
     rows: Positive | None = Field(None, description="Training rows; default: those of the data.")
     prompt_tokens: AtLeastOne | None = Field(None, description="Mean tokens of a prompt; default: of the data.")
@@ -42,6 +46,11 @@ class PlanSettings(Section):
     )
     check_activations: bool = Field(
         True, description="Run the real code on fake tensors and compare the activations that it keeps."
+    )
+    resharding: bool = Field(
+        False,
+        description="Of several ranks: ask vLLM for its layout at every size of tensor parallelism, and count what a "
+        "sync of the weights moves.",
     )
     against: Location | None = Field(None, description="Run folder: set the prediction beside what that run measured.")
     out: Location | None = Field(None, description="File that gets everything as JSON.")

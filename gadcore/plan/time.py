@@ -4,7 +4,7 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
             over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
             casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
-head        three products in the policy's pass, one in the reference's, four in the warmup's
+head        three products in the policy's pass, one in the reference's, four in the warmup's and in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
             at a time
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
+from gadcore.plan.workload import Workload, pairs_of
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,17 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
-    # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
-    moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
+    # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
+    # gradients are reduced in float32.
+    inside = d.layers * d.layer
+    moved = inside * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype])
+    moved += (parameters - inside) * (precision.weights + 4 * work.backward)
+    moved *= micro_batches
     hidden = figures["overlap_share"] * computing
-    return computing + max(0.0, moved / collective_bandwidth(case) - hidden)
+    talking = moved / collective_bandwidth(case)
+    if work.backward:
+        talking += micro_batches * _copies_seconds(case, parameters)
+    return computing + max(0.0, talking - hidden)
 
 
 def _weights_seconds(case: Case, choice: Choice, parameters: int, precision: Precision, backward: bool) -> float:
@@ -95,23 +103,32 @@ def _weights_seconds(case: Case, choice: Choice, parameters: int, precision: Pre
 
 
 def collective_bandwidth(case: Case) -> float:
-    """Bytes/s at which every rank gathers, or reduces, what is cut over all of them."""
-    figures, machine = case.machine.figures, case.machine
+    """Bytes/s at which every rank gathers, or reduces, what is cut over the ranks of a copy."""
+    figures, machine, shards = case.machine.figures, case.machine, case.shards
     link = figures["node_link"]
-    if machine.nodes > 1:
+    if shards > machine.per_node:
         # A ring over nodes enters and leaves each one by all of its network links.
         link = min(link, figures["network_link"] * machine.per_node)
-    return link * figures["collective_share"] * machine.ranks / (machine.ranks - 1)
+    return link * figures["collective_share"] * shards / (shards - 1) if shards > 1 else math.inf
+
+
+def _copies_seconds(case: Case, parameters: int) -> float:
+    """Gradients of every shard, added up over the copies in float32 (HSDP)."""
+    figures, copies = case.machine.figures, case.config.distributed.replicate
+    if copies == 1:
+        return 0.0
+    link = figures["network_link" if case.machine.nodes > 1 else "node_link"] * figures["collective_share"]
+    return 2 * (copies - 1) / copies * 4 * parameters / case.shards / link
 
 
 def optimizer_seconds(case: Case, parameters: int, precision: Precision) -> float:
     """Clipping and AdamW on every rank's shard."""
     figures = case.machine.figures
-    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.machine.ranks
+    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.shards
     seconds = moved / (figures["memory_bandwidth"] * figures["memory_share"])
     if not precision.host or case.machine.kind == "cpu":
         return seconds
-    both_ways = 2 * 12.0 * parameters / case.machine.ranks
+    both_ways = 2 * 12.0 * parameters / case.shards
     return max(seconds, both_ways / (2 * figures["host_link"] * figures["duplex_share"]))
 
 
@@ -182,16 +199,25 @@ def _decay(mean: float, limit: int) -> float:
     return low
 
 
-def synchronise_seconds(case: Case) -> float:
-    """The student's weights reach the sampler: gathered, copied, and compared by a fingerprint."""
+def synchronise_seconds(case: Case, choice: Choice) -> float:
+    """The student's weights reach the sampler: copied, what a rank's part of it lacks from others, and compared by a
+    fingerprint. Of several ranks it is a bound: gadcore.plan.resharding counts what is really exchanged."""
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (case.student_precision.weights + 3 * ITEM[case.sampling_dtype])
-    seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
-    if case.machine.ranks > 1:
-        seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
-    return seconds
+    bandwidth = figures["memory_bandwidth"] * figures["memory_share"]
+    item = ITEM[case.sampling_dtype]
+    if case.machine.ranks == 1:
+        return parameters * (case.student_precision.weights + 3 * item) / bandwidth
+    engine, shard = (
+        parameters * item / choice.tensor_parallel,
+        parameters * case.student_precision.weights / case.shards,
+    )
+    # Packed, unpacked and stored; the fingerprint reads both sides twice.
+    seconds = (4 * engine + 2 * engine + 3 * shard) / bandwidth
+    near, far = min(case.shards, case.machine.per_node) - 1, max(0, case.shards - case.machine.per_node)
+    links = (near / figures["node_link"], far / figures["network_link"] if far else 0.0)
+    return seconds + engine / case.shards * max(links) / figures["collective_share"]
 
 
 def offload_seconds(case: Case, choice: Choice) -> float:
@@ -237,7 +263,7 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
 
     sampling = {
-        "synchronise": synchronise_seconds(case),
+        "synchronise": synchronise_seconds(case, choice),
         "rollout": rollout_seconds(case, choice, work.prompts, work.samples),
         "offload": offload_seconds(case, choice),
     }
@@ -247,7 +273,23 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
     ce = {"student": ce_seconds}
     stages = {"sft": ce, "seqkd": ce, "warmup": warmup, "gad": gad}
-    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, _once(case, choice, looked))
+    once = _once(case, choice, looked)
+    if "soda" in work.steps:
+        pairs = _pairs_pass(work, algorithm.soda_samples)
+        stages["soda"] = {"student": pass_seconds(case, choice, case.student, "student", pairs) + g_update}
+        if rows := work.prompts * work.steps["soda"] / max(1, config.schedule.soda_epochs):
+            known = pass_seconds(case, choice, case.student, "student", replace(pairs, head=1, backward=False))
+            once["rollout"] = rollout_seconds(case, choice, rows, algorithm.soda_samples)
+            once["reference"] = known * rows / work.prompts
+    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, once)
+
+
+def _pairs_pass(work: Workload, samples: int) -> Pass:
+    """The pass of a step of `soda`: prompt, teacher's response and samples; its head computes the logits twice."""
+    lengths = [work.teacher, *[work.response] * samples]
+    tokens = work.prompts * (work.prompt + sum(lengths))
+    pairs = work.prompts * pairs_of(work.prompt, lengths)
+    return Pass(tokens, pairs, work.prompts * sum(lengths), 4, True)
 
 
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:

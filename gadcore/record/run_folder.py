@@ -6,7 +6,6 @@ it runs its process holds the folder's lock. runs/latest is the run of runs/ tha
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
-from gadcore.errors import Interrupted, UserError
+from gadcore.errors import Interrupted, UserError, is_users
 from gadcore.files import LOCK, clear_temporaries, free_name, held, remove, replace_link, sync, write_jsonl, write_whole
 from gadcore.record.tracking import MetricsLog, Row
 
@@ -30,8 +29,9 @@ LATEST = RUNS / "latest"
 # run's own.
 CONFIG, SUMMARY, TILES = "config.toml", "summary.json", "tiles.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations")
-RESULTS = (SUMMARY, "report.html", "student", "discriminator")
-OTHERS = ("checkpoints", "reference", "trace.json", "offload", "tracker.json", TILES)
+DOCTOR_D = "doctor-d.json"
+RESULTS = (SUMMARY, "report.html", "student", "discriminator", DOCTOR_D)
+OTHERS = ("checkpoints", "reference", "snapshot", "trace.json", "offload", "tracker.json", TILES)
 TRACKERS = ("tensorboard", "wandb", "mlflow.db", "mlflow-artifacts")
 NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
 
@@ -71,6 +71,11 @@ class RunFolder:
     def reference(self) -> Path:
         """The saved reference policy of the GAD stage."""
         return self.path / "reference"
+
+    @property
+    def snapshot(self) -> Path:
+        """What the baseline `soda` learns from beside the teacher's responses (gadcore.train.snapshot)."""
+        return self.path / "snapshot"
 
     @property
     def trace(self) -> Path:
@@ -214,8 +219,7 @@ def _told(folder: RunFolder, *, stays: bool) -> Iterator[None]:
             then = "nothing is left of this start, give the same command again"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"stopped at once; {then}") from None
-        # A full disk names no file.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not is_users(error):
             raise
         raise UserError(f"{error.filename or folder.path}: {error.strerror}; mend that, then {then}") from error
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gadcore.rollout.weights import row_sums
+from gadcore.kernels.cast_copy import cast_copy
+from gadcore.rollout.weights import checksums, row_sums
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,43 @@ class Slice:
     vllm_name: str
     start: int
     end: int
+
+
+class WholeWeights:
+    """vLLM's parameters where it has all of every one, as the trainer has. Made while they are the directory's."""
+
+    def __init__(self, engine_model: nn.Module, *, shared: bool) -> None:
+        """shared: the trainer's parameters will be views into vLLM's."""
+        self._engine_model, self._shared = engine_model, shared
+        self._loaded = {name: row_sums(p) for name, p in engine_model.named_parameters()}
+        self._slices: list[Slice] = []
+
+    def match(self, model: PreTrainedModel) -> None:
+        """Finds the trainer's parameters in vLLM's; RuntimeError where it did not load what the trainer has."""
+        self._slices = map_weights(model, self._engine_model, self._loaded)
+
+    def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
+        """vLLM has the trainer's weights from here on; RuntimeError where it does not."""
+        weights = self.named()
+        pairs = [(name, tensor, weights[name]) for name, tensor in source]
+        if self._shared:
+            if moved := [name for name, tensor, own in pairs if tensor.data_ptr() != own.data_ptr()]:
+                raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
+            return
+        cast_copy([(tensor, own) for _, tensor, own in pairs])
+        expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in pairs)
+        if not torch.equal(checksums((name, own) for name, _, own in pairs), expected):
+            raise RuntimeError("vLLM's weights differ from the trainer's after an update")
+
+    def named(self) -> dict[str, Tensor]:
+        """Under the trainer's names, no copies."""
+        engine = dict(self._engine_model.named_parameters())
+        return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self._slices}
+
+    def own(self) -> list[Tensor]:
+        """vLLM's parameters that the trainer's lie in."""
+        engine = dict(self._engine_model.named_parameters())
+        return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self._slices)]
 
 
 def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping[str, Tensor]) -> list[Slice]:

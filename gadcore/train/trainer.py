@@ -6,7 +6,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,27 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.learner import Learner
+from gadcore.models.score_shaping import shaped
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
+from gadcore.train.agreement import of_first
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
 from gadcore.train.phases import Phases
-from gadcore.train.progress import TIME_FORMAT, Progress, stage_steps
+from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
 from gadcore.train.reward import Reward, rewards_by
+from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
 
 
@@ -54,13 +62,14 @@ class Trainer:
         make_discriminator: Callable[[], Discriminator] | None = None,
         facts: dict[str, Any] | None = None,
         data: Callable[[], dict[str, str]] = dict,
+        world: World = ALONE,
     ) -> None:
         """held_out: groups without samples. records: default none are kept. folder: of checkpoints and results; without
         one nothing can be saved. memory: default a device on which everything stays. stop_requested: why the run is to
         stop after this step, None to go on. make_discriminator: see Heldout. facts: for the summary. data: see
-        Checkpoints.
+        Checkpoints. world: every process of it has a Trainer of the same run; the first one's records are the run's.
         """
-        self.config = config
+        self.config, self.world = config, world
         self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
         self.folder, self.records = folder, records or Records()
         self.student, self._discriminator = student, discriminator
@@ -83,11 +92,22 @@ class Trainer:
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
+        place = None if folder is None else folder.snapshot
+        self._snapshot = Snapshot(place, loader.groups, sampler, student, self.phases, config.algorithm.soda_samples)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
-                folder, self.memory, loader, list(self.stage_steps), student, discriminator, data
+                folder,
+                self.memory,
+                loader,
+                list(self.stage_steps),
+                student,
+                discriminator,
+                data,
+                world,
+                asynchronous=config.checkpoint.asynchronous,
             )
+            self.phases.before_update = self._checkpoints.finish
 
     @property
     def discriminator(self) -> Discriminator:
@@ -140,12 +160,18 @@ class Trainer:
             where = f"--run.dir {shlex.quote(str(self.folder.path))} "
             if self.progress.step:
                 self.save()
+                self.checkpoints.finish()
                 saved = f"after step {self.progress.step}, saved"
-        command = "seqkd " if "seqkd" in self.stage_steps else ""
-        raise Interrupted(
-            f"stopped by {reason} {saved}; go on with: "
-            f"{shlex.quote(sys.executable)} -m gadcore.run {command}{where}--resume auto"
-        )
+        command = command_of(self.stage_steps)
+        command = "" if command == "train" else f"{command} "
+        start = f"{shlex.quote(sys.executable)} -m gadcore.run"
+        if self.world.size > 1:
+            start = "the torchrun command that started it, and -m gadcore.run"
+        raise Interrupted(f"stopped by {reason} {saved}; go on with: {start} {command}{where}--resume auto")
+
+    def where(self) -> tuple[str, int]:
+        """(the phase that is at work, the step), from any thread: what is told of a process that hangs."""
+        return self.phases.current or self.progress.stage or "setup", self.progress.step + 1
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
         """Draws N samples of the current student for every group of the batch."""
@@ -154,12 +180,26 @@ class Trainer:
         self.sampler.draw(groups, n, f"{stage}/{step}")
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores; None: they are the rewards."""
-        name = self.config.algorithm.reward
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
+        name, found = self.config.algorithm.reward, shaped(groups, scores, self.config.algorithm)
         if self._reward is None or name is None:
-            return None
+            return found
+        reward = self._reward
         with self.phases("rewards"):
-            return rewards_by(self._reward, name, groups, scores)
+            # A function of one's own need not give the same twice.
+            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores, found))
+
+    def take_snapshot(self) -> None:
+        """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
+        begun = self.progress.stage_step > 0
+        if self._length("soda"):
+            self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
+        if not begun:
+            self.progress.tokens["sampled"] += self._snapshot.tokens
+
+    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Gives every group its samples of the snapshot; returns the reference log-probs."""
+        return self._snapshot.of(groups)
 
     # What a step leaves
 
@@ -236,7 +276,8 @@ class Trainer:
             return True
         if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
             self.records.status("measuring the discriminator at the gate")
-            progress.gate = progress.gate.look(progress.step, self.heldout.accuracy(settings.rows))
+            accuracy = self.world.broadcast_object(self.heldout.accuracy(settings.rows))
+            progress.gate = progress.gate.look(progress.step, accuracy)
         self.records.message(progress.gate.message(settings))
         if progress.gate.fails(settings):
             self.save()
@@ -257,7 +298,7 @@ class Trainer:
         if not settings.enabled:
             return {}
         self.records.status("training a fresh discriminator on held-out pairs")
-        found = self.heldout.fresh(settings, self.config.run.seed)
+        found = self.world.broadcast_object(self.heldout.fresh(settings, self.config.run.seed))
         progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
         self.records.message(progress.convergence.message())
         if progress.stage_step == 0:
@@ -270,7 +311,8 @@ class Trainer:
         best = self.progress.convergence.best
         if best is None or best[0] == self.progress.step:
             return
-        self.checkpoints.restore_models(store.load(store.at(self.checkpoints.root, best[0])))
+        self.checkpoints.finish()
+        self.checkpoints.restore_models(store.load(store.at(self.checkpoints.root, best[0]), self.world))
         self.records.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
 
     # Saving and going on
@@ -282,7 +324,8 @@ class Trainer:
             self.progress.seconds = dict(self.phases.seconds)
             path = self.checkpoints.save(self.progress, self.config.checkpoint.keep)
         self.phases.take_step()
-        self.records.message(f"checkpoint {path}")
+        written = " is being written" if self.checkpoints.is_asynchronous else ""
+        self.records.message(f"checkpoint {path}{written}")
 
     def resume(self, saved: store.Checkpoint | None) -> None:
         """Goes on from a checkpoint, or from the beginning where the run had none yet."""
@@ -299,8 +342,10 @@ class Trainer:
     def _go_back(self) -> None:
         """What came after the checkpoint is set aside, so that the run goes on from here whenever it is stopped."""
         step, folder = self.progress.step, self.checkpoints.folder
-        aside = folder.go_back(step, self.progress.evaluations)
-        kept = store.abandon_after(folder.checkpoints, step)
+        aside, kept = of_first(
+            self.world,
+            lambda: (folder.go_back(step, self.progress.evaluations), store.abandon_after(folder.checkpoints, step)),
+        )
         if aside or kept:
             self.records.message(
                 f"what came after step {step} is set aside: {', '.join(map(str, filter(None, (aside, *kept))))}"
@@ -313,28 +358,32 @@ class Trainer:
         """
         # The reference alone: it is made of the student's values wherever they wait.
         self.memory.enter("rest")
-        self.student.freeze_reference(self.memory.readable(dict(self.student.model.named_parameters())))
+        self.student.freeze_reference(self.memory.readable(self.student.local_parameters()))
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
+            self.memory.add("reference.parameters", partial(fsdp.memory, self.student.reference), frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""
         self.records.status("saving the models")
         folder = self.checkpoints.folder.path
         with self.phases("checkpoint"):
+            self.checkpoints.finish()
             self.memory.enter("student")
-            with whole_folder(folder / "student", replace=True) as place:
-                self.student.save(place)
+            self._export(self.student, folder / "student")
             if self._discriminator is not None:
                 self.memory.enter("discriminator")
-                with whole_folder(folder / "discriminator", replace=True) as place:
-                    self._discriminator.save(place)
+                self._export(self._discriminator, folder / "discriminator")
         summary = self.summary()
         self.records.summary(summary)
         return summary
+
+    def _export(self, model: Learner, place: Path) -> None:
+        """A model's directory, which the first process writes."""
+        with whole_folder(place, replace=True) if self.world.is_first else nullcontext(place) as folder:
+            model.save(folder)
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -122,7 +122,7 @@ def made(auto, world: World, **changes: object):
     _, config = read_config(NAME)
     for name, value in changes.items():
         setattr(config, name, value)
-    with sharded._parameters_on_meta():
+    with sharded.parameters_on_meta():
         model = auto.from_config(config, dtype=torch.float32, attn_implementation=backbone.ATTENTION)
     sharded._finish(model, torch.device("cpu"), world)
     return model
