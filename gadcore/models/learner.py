@@ -157,7 +157,9 @@ class Learner:
         """All that training changes, flat: "parameters.<name>" what is updated, "optimizer.<name>.<key>" its moments.
 
         The tensors themselves, no copies: they change with the next step. lr and the other settings are not among them.
+        UserError for a sharded model: a run's checkpoints are of shards.
         """
+        self._is_whole()
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
         moments = optimizer_tensors(self.optimizer.adamw, weights)
         return {f"parameters.{name}": weight.detach() for name, weight in weights.items()} | {
@@ -167,8 +169,9 @@ class Learner:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets what state_dict() gave, in place and to the bit; a gradient that is there is dropped.
 
-        Raises UserError where it is another model's: other names, shapes or dtypes.
+        Raises UserError where it is another model's: other names, shapes or dtypes; and for a sharded model.
         """
+        self._is_whole()
         parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}}
         for full, tensor in tensors.items():
             part, _, name = full.partition(".")
@@ -180,6 +183,13 @@ class Learner:
         restore_optimizer(self.optimizer.adamw, parts["optimizer"], weights)
         self.optimizer.weights_changed()
         self.discard()
+
+    def _is_whole(self) -> None:
+        if self.world.size > 1:
+            raise UserError(
+                f"the {self.owner} is sharded over {self.world.size} processes, none of which has its whole state: "
+                "save() writes a model directory, and checkpoints of a run keep shards"
+            )
 
     def save_state(self, folder: Path | str) -> Path:
         """Writes state_dict() to <folder>/<owner>-state.safetensors, whole or not at all; returns the file.

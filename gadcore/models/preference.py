@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gadcore.data.groups import Group, GroupTokens, MicroBatch
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models.readout import Readout
+from gadcore.models.readout import Readout, together
 from gadcore.models.student import Student
 
 
@@ -70,11 +70,15 @@ def sequence_sums(values: Tensor, layout: GroupLayout) -> Tensor:
 def sequence_logprobs(student: Student, groups: Sequence[Group]) -> list[list[float]]:
     """log pi(y | x) of the student as it is: per group the teacher's response first, then its samples."""
     tokens = _tokens(groups)
-    found = torch.zeros(sum(len(group.responses) for group in tokens), dtype=torch.float64, device=student.model.device)
+    count = sum(len(group.responses) for group in tokens)
+    found = torch.full((count,), -torch.inf, dtype=torch.float64, device=student.model.device)
     for micro in student.packed(tokens, teacher=True, scored=False):
-        # A teacher that several parts of a group have gets the same value from each, but for rounding.
-        found[micro.index] = _sums(student, micro)
-    values = iter(found.tolist())
+        sums = _sums(student, micro)
+        if not micro.idle:
+            # A teacher that several parts of a group have gets the same value from each, but for rounding.
+            found[micro.index] = sums
+    # Of several processes each has found its own.
+    values = iter(student.world.max_(found).tolist())
     return [[next(values) for _ in group.responses] for group in tokens]
 
 
@@ -94,6 +98,9 @@ def preference_backward(
     zero = torch.zeros((), dtype=torch.float64, device=device)
     figures = dict.fromkeys(("loss", "accuracy", "margin", "teacher", "student"), zero)
     for micro in student.packed(tokens, teacher=True, scored=False):
+        if micro.idle:
+            student.take_part(micro)
+            continue
         layout = micro.sequences
         made = dpo_loss(_sums(student, micro), known[micro.index], layout, beta)
         loss = made.loss / pairs
@@ -107,6 +114,7 @@ def preference_backward(
         }
         found["teacher"] = found["margin"] + found["student"]
         figures = {name: figures[name] + value for name, value in found.items()}
+    figures, _ = together(student.world, figures, {})
     return student.later(PreferenceStats(figures, tokens=sum(group.tokens for group in tokens)))
 
 

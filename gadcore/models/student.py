@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
@@ -24,15 +23,15 @@ from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
-from gadcore.models.backbone import predicting_states, prune_as
+from gadcore.models.backbone import predicting_states
 from gadcore.models.checks import check_head
-from gadcore.models.fused import fuse_backbone, gradient_in_place
+from gadcore.models.fused import gradient_in_place
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
-from gadcore.models.precision import autocast, of_products_alone
+from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout, together
-from gadcore.models.sharded import copy_sharded
+from gadcore.models.reference import frozen_copy
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import Messages, ready, text_group
 
@@ -152,22 +151,7 @@ class Student(Learner):
         """
         if self.algorithm.kl_coef <= 0:
             return
-        rounded = set() if self.settings.autocast == "none" else of_products_alone(self.model)
-        dtypes = {
-            name: getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
-            for name, p in self.model.named_parameters()
-        }
-        if self.world.size > 1:
-            values = self.local_parameters() if values is None else values
-            self.reference = copy_sharded(self.model, values, dtypes, self.world)
-            fuse_backbone(self.reference)
-            prune_as(self.reference, self.model)
-            return
-        copies: dict[int, object] = {}
-        for name, p in self.model.named_parameters():
-            value = p.detach() if values is None else values[name]
-            copies[id(p)] = nn.Parameter(value.to(p.device, dtypes[name], copy=True), requires_grad=False)
-        self.reference = copy.deepcopy(self.model, copies)
+        self.reference = frozen_copy(self.model, self.settings.autocast, values, self.world)
 
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch.
@@ -186,7 +170,7 @@ class Student(Learner):
         with autocast(self.settings.autocast, model.device):
             return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature)
 
-    def _take_part(self, micro: MicroBatch) -> None:
+    def take_part(self, micro: MicroBatch) -> None:
         """Gathers and adds up together with the others, where this process has nothing to do: a gradient of 0."""
         (self.logprobs(self.model, micro.tokens, self.temperature).sum() * 0.0).backward()
 
@@ -197,7 +181,7 @@ class Student(Learner):
         ce = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for micro in self.packed(tokens, teacher=False):
             if micro.idle:
-                self._take_part(micro)
+                self.take_part(micro)
                 continue
             logprob = self.logprobs(self.model, micro.tokens, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
@@ -247,7 +231,7 @@ class Student(Learner):
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), zero)
         for micro in self.packed(tokens, teacher=False, logprobs=[sample.logprobs for sample in samples]):
             if micro.idle:
-                self._take_part(micro)
+                self.take_part(micro)
                 continue
             size = len(micro.tokens.targets)
             reference = None if ref_logprob is None else ref_logprob[done : done + size]
@@ -393,7 +377,17 @@ class Student(Learner):
         found: dict[int, Tensor] = {}
         for micro in self.packed(_sampled(groups), teacher=False):
             logprob = self.logprobs(self.model, micro.tokens, self.temperature)
-            found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
+            if not micro.idle:
+                found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
+        if self.world.size > 1:
+            # Each process has those of its own micro-batches: the greatest of every token is the one there is.
+            lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            everybody = torch.full((sum(lengths),), -torch.inf, dtype=dtype, device=self.model.device)
+            places = everybody.split(lengths)
+            for i, logprob in found.items():
+                places[i].copy_(logprob)
+            found = dict(enumerate(self.world.max_(everybody).split(lengths)))
         rows = iter(range(len(found)))
         return [[found[next(rows)] for _ in group.samples] for group in groups]
 
