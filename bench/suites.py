@@ -36,6 +36,7 @@ SUITES = {
         "the whole GAD step beside TRL and beside the paper's literal schedule, on the CPU",
         threads=True,
     ),
+    "trl": Suite("bench.trl.suite", "gadcore's trainer inside TRL beside TRL's own: a group's loss, on the CPU"),
     "rollout": Suite(
         "bench.rollout.suite",
         "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
@@ -67,6 +68,7 @@ SUITES = {
 TABLES = (
     "bench.kernels.tables",
     "bench.step.tables",
+    "bench.trl.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
     "bench.reshard.tables",

@@ -29,7 +29,7 @@ from gadcore.text import say
 if TYPE_CHECKING:
     from gadcore.train.job import Job
 
-TRAINING = ("train", "seqkd")
+TRAINING = ("train", "seqkd", "soda")
 
 
 class Command(NamedTuple):
@@ -47,6 +47,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("[settings]", "train a student; without a command this one is meant"),
     "seqkd": Command("[settings]", "the baseline: cross-entropy on the teacher's responses only"),
+    "soda": Command(
+        "[settings]", "the baseline: DPO of the teacher's responses against one snapshot of the student's own"
+    ),
     "data": Command(
         "FILE [settings]",
         "what a run would read of a file: rows, lengths, what is cut, examples",
@@ -91,8 +94,20 @@ COMMANDS = {
         "a checkpoint as a Hugging Face directory",
         "gadcore.checkpoint.export_command:main",
     ),
+    "doctor-d": Command(
+        "[RUN_FOLDER] [--noise]",
+        f"what is wrong with a run's discriminator, and the setting that mends it (default {LATEST})",
+        "gadcore.run:doctor_d_main",
+        own_help=False,
+    ),
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
+    ),
+    "serve-discriminator": Command(
+        "[settings]",
+        "a discriminator that other trainers ask for rewards, and train, over HTTP",
+        "gadcore.integrations.service.command:main",
+        prepared=True,
     ),
     "doctor": Command(
         "[--json]",
@@ -217,6 +232,16 @@ def report_main(arguments: list[str]) -> int:
     folders = [Path(argument).expanduser() for argument in arguments] or [LATEST]
     say(write_overlay(folders[0], folders[1]) if len(folders) == 2 else write_report(folders[0]))
     return 0
+
+
+def doctor_d_main(arguments: list[str]) -> int:
+    """Examines the discriminator of a run, and writes its report again; 0, or 1 where something is wrong."""
+    from gadcore.evaluate.doctor_d_command import main as examine
+    from gadcore.report.page import write_report
+
+    folder, wrong = examine(arguments, _prepare)
+    say(write_report(folder))
+    return int(wrong)
 
 
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:

@@ -43,6 +43,12 @@ def run(quick: bool, threads: Sequence[int] = THREADS) -> list[dict[str, Any]]:
     return rows
 
 
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """A machine with other instructions is measured beside the one before, not in place of it."""
+    facts = (row["machine"].get("isa"), row["op"], row["opponent"], row["direction"], row["shape"], row.get("config"))
+    return (str(row["threads"]), *(json.dumps(fact, sort_keys=True) for fact in facts))
+
+
 def _child(threads: int, quick: bool) -> list[dict[str, Any]]:
     # Before torch is loaded in the child. passive: waiting threads do not take the core that the others work on.
     environment = {

@@ -22,6 +22,8 @@ from bench.offline import tables as offline
 from bench.record import Result, Timing
 from bench.tables import FACTS, Read, Row, as_they_are, cell, compact, mib, missing, provenance, rows_of, table
 
+# The widest of a machine's instruction sets names it.
+INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 DOCUMENT = record.DOCUMENTS / "kernels.md"
 
 
@@ -36,10 +38,7 @@ def document(read: Read = rows_of) -> str:
     gpu = [Result.from_json({k: v for k, v in row.items() if k != "stage"}) for row in staged if "op" in row]
     sections = [
         ("The ops", [OPS]),
-        ("CPU timings", _timings(cpu, "kernels")),
-        ("Extra memory", _memory(cpu)),
-        ("Two threads over one", _threads(cpu)),
-        ("Few-row linear", _few_rows(cpu)),
+        *_cpu_sections(cpu),
         ("The test grid", _grid(read("kernel_grid"))),
         *offline.sections(read),
         ("CUDA sources", as_they_are(read("cuda"), "cuda", CUDA)),
@@ -49,6 +48,28 @@ def document(read: Read = rows_of) -> str:
     ]
     parts = [HEADER, *(f"## {title}\n\n" + "\n\n".join(blocks) for title, blocks in sections)]
     return "\n\n".join(parts) + "\n"
+
+
+def _cpu_sections(results: Sequence[Result]) -> list[tuple[str, list[str]]]:
+    """By instruction set: the ops choose their products by it, and neither machine speaks for the other."""
+    by_set: dict[str, list[Result]] = {}
+    for r in results:
+        by_set.setdefault(_instructions(r), []).append(r)
+    sections = []
+    for name, mine in by_set.items() or [("", [])]:
+        on = f" on {name}" if name else ""
+        sections += [
+            (f"CPU timings{on}", _timings(mine, "kernels")),
+            (f"Extra memory{on}", _memory(mine)),
+            (f"Two threads over one{on}", _threads(mine)),
+            (f"Few-row linear{on}", _few_rows(mine)),
+        ]
+    return sections
+
+
+def _instructions(r: Result) -> str:
+    isa = r.machine.get("isa", [])
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in isa), "")
 
 
 def _as_rows(results: Sequence[Result]) -> list[Row]:

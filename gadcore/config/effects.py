@@ -14,11 +14,16 @@ Reason = tuple[str, tuple[str, ...]]
 
 # What only one of the commands reads.
 _OF_SEQKD = ("student.seqkd_lr", "schedule.seqkd_epochs", "schedule.seqkd_steps")
+_OF_SODA = (
+    "student.soda_lr",
+    "schedule.soda_epochs",
+    "schedule.soda_steps",
+    "algorithm.soda_beta",
+    "algorithm.soda_samples",
+)
+_OF_SFT = ("student.warmup_lr", "schedule.sft_epochs", "schedule.sft_steps")
 _OF_TRAIN = (
     "student.lr",
-    "student.warmup_lr",
-    "schedule.sft_epochs",
-    "schedule.sft_steps",
     "schedule.warmup_epochs",
     "schedule.warmup_steps",
     "schedule.gad_epochs",
@@ -27,7 +32,11 @@ _OF_TRAIN = (
     "discriminator.*",
     "gate.*",
     "convergence.*",
-    *(f"algorithm.{name}" for name in AlgorithmSettings.model_fields if name != "sft_temperature"),
+    *(
+        f"algorithm.{name}"
+        for name in AlgorithmSettings.model_fields
+        if name not in ("sft_temperature", "soda_beta", "soda_samples")
+    ),
 )
 _OF_CROSS_ENTROPY = ("student.warmup_lr", "algorithm.sft_temperature")
 _OF_GAD = (
@@ -35,12 +44,15 @@ _OF_GAD = (
     "convergence.*",
     *(f"algorithm.{name}" for name in ("clip_low", "clip_high", "kl_coef", "normalise_advantage", "loss", "reward")),
     "algorithm.importance_cap",
+    "algorithm.score_clip",
+    "algorithm.length_debias",
     "algorithm.advantage_std_floor",
     "algorithm.freeze_discriminator",
 )
 _OF_UPDATES = (
     *(f"discriminator.{name}" for name in ("lr", "betas", "weight_decay", "grad_clip", "label_smoothing")),
     "discriminator.margin_cap",
+    "discriminator.score_l2",
     "algorithm.discriminator_steps",
     "algorithm.discriminator_every",
 )
@@ -105,10 +117,16 @@ def _chosen(config: Section, keys: Iterable[str]) -> Iterator[str]:
 def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Reason]:
     """Those that hold."""
     if "seqkd" in stages:
-        yield "seqkd trains the student alone, by cross-entropy at student.seqkd_lr", _OF_TRAIN
+        yield "seqkd trains the student alone, by cross-entropy at student.seqkd_lr", (*_OF_TRAIN, *_OF_SFT)
+    elif "soda" in stages:
+        yield "soda trains the student alone, by DPO at student.soda_lr", _OF_TRAIN
+        if "sft" not in stages:
+            yield "soda has no cross-entropy before it (schedule.sft_epochs)", _OF_CROSS_ENTROPY
     else:
-        yield "for the baseline only, the command seqkd", _OF_SEQKD
         yield from _of_training(config)
+    for command, keys in (("seqkd", _OF_SEQKD), ("soda", _OF_SODA)):
+        if command not in stages:
+            yield f"for the baseline only, the command {command}", keys
     yield from _of_machine(config, device)
     data = config.data
     if data.eval is None:

@@ -71,6 +71,7 @@ class StudentSettings(Trained):
     lr: Rate = Field(1e-6, description="Of the GAD stage.")
     warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
     seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
+    soda_lr: Rate = Field(5e-7, description="Of the baseline `soda`.")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
@@ -94,6 +95,9 @@ class DiscriminatorSettings(Trained):
     )
     margin_cap: Above | None = Field(
         None, description="A pair whose margin is above this gives no gradient; none: every pair does."
+    )
+    score_l2: Rate = Field(
+        0.0, description="lambda: adds the mean over pairs of lambda (D(x, y_t)^2 + D(x, y_s)^2) to the loss."
     )
 
 
@@ -123,6 +127,16 @@ class AlgorithmSettings(Section):
         1, description="Update the discriminator only in every k-th step, of both stages."
     )
     advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+    score_clip: Above | None = Field(
+        None, description="c: a reward differs from the teacher's score by this at most; none: by whatever it does."
+    )
+    length_debias: float = Field(0.0, description="b: a reward is less by b log(1 + tokens of the sample).")
+    soda_beta: Above = Field(
+        0.1, description="Of the baseline `soda`: how strongly DPO holds the student to where it began."
+    )
+    soda_samples: Positive = Field(
+        1, description="Of the baseline `soda`: samples of every row in the snapshot, each one a pair."
+    )
     loss: str | None = Field(
         None, description='"module:function" in place of the clipped ratio loss (gadcore/models/policy_loss.py).'
     )
@@ -154,10 +168,12 @@ class ScheduleSettings(Section):
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    soda_epochs: NonNegative = Field(1, description="Of the baseline `soda`.")
     sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
-    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
+    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `seqkd`.")
+    soda_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `soda`.")
     micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +16,8 @@ from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
-from gadcore.errors import UserError
+from gadcore.errors import UserError, cause, foreign
+from gadcore.files import sync, temporary
 from gadcore.models.activations import Mode, set_mode
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
@@ -24,10 +27,10 @@ from gadcore.models.optim import Optimizer
 from gadcore.models.precision import of_products_alone
 from gadcore.models.readout import Readout
 from gadcore.models.shallow import decoder_layers
+from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.models.streaming import save_sharded
 
 R = TypeVar("R", bound=Readout)
-T = TypeVar("T")
 
 
 class Learner:
@@ -48,11 +51,12 @@ class Learner:
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         world: World = ALONE,
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
-        tokenizer: what save() writes beside the model. world: of several processes, where the model is sharded here
-        unless it has been.
+        tokenizer: what save() writes beside the model. optimizer: over the model's parameters; default AdamW, by the
+        settings. world: of several processes, where the model is sharded here unless it has been.
 
         Raises UserError for what does not work over several processes.
         """
@@ -62,9 +66,11 @@ class Learner:
                 fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
         if settings.master == "host":
+            if optimizer is not None:
+                raise ValueError(f"{owner}.master = host has an optimizer of its own: leave it at device")
             self.optimizer: Optimizer = HostMaster(model, settings, lr=settings.lr, owner=owner)
         else:
-            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, world=world)
+            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, own=optimizer, world=world)
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
@@ -82,7 +88,12 @@ class Learner:
         self._unread: list[Readout] = []
 
     def packed(
-        self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
+        self,
+        groups: Sequence[GroupTokens],
+        *,
+        teacher: bool,
+        scored: bool | None = None,
+        logprobs: Sequence[Sequence[float]] = (),
     ) -> Iterator[MicroBatch]:
         """This process's micro-batches of a batch, on the model's device; see gadcore.data.groups.packed()."""
         return packed(
@@ -90,6 +101,7 @@ class Learner:
             self.micro_batch_tokens,
             self.cost,
             teacher=teacher,
+            scored=scored,
             logprobs=logprobs,
             device=self.model.device,
             rank=self.world.rank,
@@ -119,7 +131,7 @@ class Learner:
         readouts, self._unread = self._unread, []
         return self.optimizer.step(readouts)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
         The weights are those that the optimizer updates, in their dtype.
@@ -129,10 +141,82 @@ class Learner:
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
         if self.world.size > 1:
-            save_sharded(self.model, self._tokenizer, folder, self.world)
+            save_sharded(self.model, self._tokenizer, Path(folder), self.world)
             return
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
-        save_model(self.model, self._tokenizer, folder, weights)
+        save_model(self.model, self._tokenizer, Path(folder), weights)
+
+    def discard(self) -> None:
+        """Drops the gradient that is there, and what was found with it: the next pass begins anew."""
+        self._unread = []
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        for p in self.optimizer.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that training changes, flat: "parameters.<name>" what is updated, "optimizer.<name>.<key>" its moments.
+
+        The tensors themselves, no copies: they change with the next step. lr and the other settings are not among them.
+        UserError for a sharded model: a run's checkpoints are of shards.
+        """
+        self._is_whole()
+        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        moments = optimizer_tensors(self.optimizer.adamw, weights)
+        return {f"parameters.{name}": weight.detach() for name, weight in weights.items()} | {
+            f"optimizer.{name}": tensor for name, tensor in moments.items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets what state_dict() gave, in place and to the bit; a gradient that is there is dropped.
+
+        Raises UserError where it is another model's: other names, shapes or dtypes; and for a sharded model.
+        """
+        self._is_whole()
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}}
+        for full, tensor in tensors.items():
+            part, _, name = full.partition(".")
+            if part not in parts:
+                raise UserError(f"the state has {full!r}, which no {self.owner} has: give what state_dict() gave")
+            parts[part][name] = tensor
+        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        restore_parameters(weights, parts["parameters"], self.owner)
+        restore_optimizer(self.optimizer.adamw, parts["optimizer"], weights)
+        self.optimizer.weights_changed()
+        self.discard()
+
+    def _is_whole(self) -> None:
+        if self.world.size > 1:
+            raise UserError(
+                f"the {self.owner} is sharded over {self.world.size} processes, none of which has its whole state: "
+                "save() writes a model directory, and checkpoints of a run keep shards"
+            )
+
+    def save_state(self, folder: Path | str) -> Path:
+        """Writes state_dict() to <folder>/<owner>-state.safetensors, whole or not at all; returns the file.
+
+        The folder may be a checkpoint of somebody else's trainer; it is made where it is missing. UserError where the
+        file cannot be written.
+        """
+        target = Path(folder) / f"{self.owner}-state.safetensors"
+        partial = temporary(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, partial)
+            sync(partial)
+            partial.replace(target)
+            sync(target.parent)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {target}: {cause(error)}; free some space, then save again") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def load_state(self, folder: Path | str) -> None:
+        """Reads what save_state() wrote. UserError where it is missing, damaged or another model's."""
+        path = Path(folder) / f"{self.owner}-state.safetensors"
+        with foreign(f"cannot read {path}", "give a folder that save_state() has written to"):
+            tensors = load_file(path)
+        self.load_state_dict(tensors)
 
 
 def _refuse(settings: StudentSettings | DiscriminatorSettings, owner: str) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
+from gadcore.data.template import ChatTemplate
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
@@ -23,15 +23,17 @@ from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
-from gadcore.models.backbone import predicting_states, prune_as
-from gadcore.models.fused import fuse_backbone, gradient_in_place
+from gadcore.models.backbone import predicting_states
+from gadcore.models.checks import check_head
+from gadcore.models.fused import gradient_in_place
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
-from gadcore.models.precision import autocast, of_products_alone
+from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout, together
-from gadcore.models.sharded import copy_sharded
+from gadcore.models.reference import frozen_copy
 from gadcore.models.spec import ModelSpec
+from gadcore.models.text_groups import Messages, ready, text_group
 
 # A difference of log-probs that no rounding explains: a factor of 1.1 between sampler and trainer.
 FAR = 0.1
@@ -80,9 +82,13 @@ class Student(Learner):
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        template: ChatTemplate | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         world: World = ALONE,
     ) -> None:
-        """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs."""
+        """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs.
+        template: by which group() encodes text. optimizer: as of wrap().
+        """
         super().__init__(
             model,
             settings,
@@ -90,8 +96,10 @@ class Student(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=tokenizer,
+            optimizer=optimizer,
             world=world,
         )
+        self.template = template
         self.reference: PreTrainedModel | None = None
         self.settings = settings
         self.algorithm = algorithm
@@ -130,6 +138,7 @@ class Student(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=spec.tokenizer,
+            template=spec.template,
             world=world,
         )
 
@@ -142,22 +151,7 @@ class Student(Learner):
         """
         if self.algorithm.kl_coef <= 0:
             return
-        rounded = set() if self.settings.autocast == "none" else of_products_alone(self.model)
-        dtypes = {
-            name: getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
-            for name, p in self.model.named_parameters()
-        }
-        if self.world.size > 1:
-            values = self.local_parameters() if values is None else values
-            self.reference = copy_sharded(self.model, values, dtypes, self.world)
-            fuse_backbone(self.reference)
-            prune_as(self.reference, self.model)
-            return
-        copies: dict[int, object] = {}
-        for name, p in self.model.named_parameters():
-            value = p.detach() if values is None else values[name]
-            copies[id(p)] = nn.Parameter(value.to(p.device, dtypes[name], copy=True), requires_grad=False)
-        self.reference = copy.deepcopy(self.model, copies)
+        self.reference = frozen_copy(self.model, self.settings.autocast, values, self.world)
 
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch.
@@ -176,7 +170,7 @@ class Student(Learner):
         with autocast(self.settings.autocast, model.device):
             return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature)
 
-    def _take_part(self, micro: MicroBatch) -> None:
+    def take_part(self, micro: MicroBatch) -> None:
         """Gathers and adds up together with the others, where this process has nothing to do: a gradient of 0."""
         (self.logprobs(self.model, micro.tokens, self.temperature).sum() * 0.0).backward()
 
@@ -187,7 +181,7 @@ class Student(Learner):
         ce = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for micro in self.packed(tokens, teacher=False):
             if micro.idle:
-                self._take_part(micro)
+                self.take_part(micro)
                 continue
             logprob = self.logprobs(self.model, micro.tokens, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
@@ -237,7 +231,7 @@ class Student(Learner):
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), zero)
         for micro in self.packed(tokens, teacher=False, logprobs=[sample.logprobs for sample in samples]):
             if micro.idle:
-                self._take_part(micro)
+                self.take_part(micro)
                 continue
             size = len(micro.tokens.targets)
             reference = None if ref_logprob is None else ref_logprob[done : done + size]
@@ -318,6 +312,84 @@ class Student(Learner):
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: StudentSettings | None = None,
+        algorithm: AlgorithmSettings | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        temperature: float = 0.8,
+        micro_batch_tokens: int = 16384,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
+    ) -> Student:
+        """The student from a causal language model that is there, on whatever device it lies. It is changed in place:
+        its layers compute by gadcore's functions from here on.
+
+        tokenizer: a fast one with a chat template. settings, algorithm: default the paper's; model, dtype have no
+        effect. optimizer: any of torch over the model's parameters, its learning rates as they are until step(lr) gives
+        one; default AdamW by the settings.
+        Raises UserError where the model does not fit packed groups, or where the tokenizer has no chat template that
+        gadcore can use.
+        """
+        name = model.config.name_or_path or type(model).__name__
+        template = ready(model, tokenizer, name)
+        check_head(model, name)
+        return cls(
+            model,
+            settings or StudentSettings(),
+            algorithm or AlgorithmSettings(),
+            temperature=temperature,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            tokenizer=tokenizer,
+            template=template,
+            optimizer=optimizer,
+        )
+
+    def group(
+        self,
+        prompt: Messages,
+        teacher: str,
+        samples: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        *,
+        teacher_finished: bool = True,
+        logprobs: Sequence[Sequence[float]] | None = None,
+    ) -> Group:
+        """A group from text, in the student's vocabulary; see gadcore.models.text_groups.text_group().
+
+        ValueError for a student that was made without a template.
+        """
+        if self.template is None:
+            raise ValueError("the student was made without a chat template: use Student.load or Student.wrap")
+        return text_group(
+            self.template, prompt, teacher, samples, finished, teacher_finished=teacher_finished, logprobs=logprobs
+        )
+
+    @torch.no_grad()
+    def sample_logprobs(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """Per group, per sample the log-probs [tokens] of its tokens under softmax(logits / temperature), in fp32 (fp64
+        of an fp64 model) on the model's device."""
+        found: dict[int, Tensor] = {}
+        for micro in self.packed(_sampled(groups), teacher=False):
+            logprob = self.logprobs(self.model, micro.tokens, self.temperature)
+            if not micro.idle:
+                found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
+        if self.world.size > 1:
+            # Each process has those of its own micro-batches: the greatest of every token is the one there is.
+            lengths = [len(sample.token_ids) for group in groups for sample in group.samples]
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            everybody = torch.full((sum(lengths),), -torch.inf, dtype=dtype, device=self.model.device)
+            places = everybody.split(lengths)
+            for i, logprob in found.items():
+                places[i].copy_(logprob)
+            found = dict(enumerate(self.world.max_(everybody).split(lengths)))
+        rows = iter(range(len(found)))
+        return [[found[next(rows)] for _ in group.samples] for group in groups]
 
 
 def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:

@@ -11,6 +11,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.dimensions import Dimensions, read_dimensions
 from gadcore.plan.memory import ITEM, Precision, reference_bytes
+from gadcore.train.progress import has_discriminator
 
 
 class Disk(NamedTuple):
@@ -46,7 +47,7 @@ def predict(config: Config, student_path: str, steps: Mapping[str, int]) -> Disk
         discriminator = student if same else read_dimensions(name)
     except UserError:
         return None
-    with_discriminator = tuple(steps) != ("seqkd",)
+    with_discriminator = has_discriminator(steps)
     return disk_of(config, student, discriminator if with_discriminator else None, list(steps.values()))
 
 

@@ -25,6 +25,7 @@ from gadcore.plan.machine import Machine
 from gadcore.plan.moments import Pass
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
+from gadcore.train.progress import has_discriminator
 
 STATES: tuple[State, ...] = get_args(State)
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -115,8 +116,8 @@ class Case:
 
     @property
     def has_discriminator(self) -> bool:
-        """Whether the run trains one: all but the baseline `seqkd` do."""
-        return "seqkd" not in self.work.steps
+        """Whether the run trains one: all but the baselines do."""
+        return has_discriminator(self.work.steps)
 
     @property
     def has_reference(self) -> bool:

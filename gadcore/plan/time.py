@@ -4,7 +4,7 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
             over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
             casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
-head        three products in the policy's pass, one in the reference's, four in the warmup's
+head        three products in the policy's pass, one in the reference's, four in the warmup's and in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
             at a time
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
+from gadcore.plan.workload import Workload, pairs_of
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,23 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
     ce = {"student": ce_seconds}
     stages = {"sft": ce, "seqkd": ce, "warmup": warmup, "gad": gad}
-    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, _once(case, choice, looked))
+    once = _once(case, choice, looked)
+    if "soda" in work.steps:
+        pairs = _pairs_pass(work, algorithm.soda_samples)
+        stages["soda"] = {"student": pass_seconds(case, choice, case.student, "student", pairs) + g_update}
+        if rows := work.prompts * work.steps["soda"] / max(1, config.schedule.soda_epochs):
+            known = pass_seconds(case, choice, case.student, "student", replace(pairs, head=1, backward=False))
+            once["rollout"] = rollout_seconds(case, choice, rows, algorithm.soda_samples)
+            once["reference"] = known * rows / work.prompts
+    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, once)
+
+
+def _pairs_pass(work: Workload, samples: int) -> Pass:
+    """The pass of a step of `soda`: prompt, teacher's response and samples; its head computes the logits twice."""
+    lengths = [work.teacher, *[work.response] * samples]
+    tokens = work.prompts * (work.prompt + sum(lengths))
+    pairs = work.prompts * pairs_of(work.prompt, lengths)
+    return Pass(tokens, pairs, work.prompts * sum(lengths), 4, True)
 
 
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:

@@ -32,6 +32,7 @@ from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
 from gadcore.record.tracking import Tracker, make_tracker
 from gadcore.record.view import Unseen, View, make_view
+from gadcore.rollout.answers import AnswerSampler
 from gadcore.rollout.engine import Engine, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights
@@ -40,7 +41,7 @@ from gadcore.train.agreement import facts_of, notes_of, of_first, resumed_elsewh
 from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
 from gadcore.train.probing import probe_of
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import has_discriminator, stage_steps
 from gadcore.train.records import RunRecords
 from gadcore.train.reproducible import reproducible
 from gadcore.train.trainer import Trainer
@@ -181,7 +182,7 @@ def _plan(config: Config, stages: Sequence[str], folder: RunFolder, device: torc
         run=config.run.name,
         folder=folder.path,
         student=config.student.model,
-        discriminator="none" if tuple(stages) == ("seqkd",) else config.discriminator_model,
+        discriminator=config.discriminator_model if has_discriminator(stages) else "none",
         device=str(device),
         stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
     )
@@ -198,7 +199,7 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
-    return Sampler(
+    return AnswerSampler(
         engine,
         PlainWeights(student.model),
         temperature=config.rollout.temperature,
@@ -206,6 +207,7 @@ def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -
         seed=config.run.seed,
         states=phases,
         probe=probe_of(config, engine, student),
+        reasoning=config.data.reasoning,
     )
 
 

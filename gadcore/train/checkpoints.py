@@ -12,15 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gadcore.checkpoint import store
-from gadcore.checkpoint.state import (
-    RngState,
-    copy_into,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_parameters,
-    restore_rng,
-    rng_state,
-)
+from gadcore.checkpoint.state import RngState, restore_rng, rng_state
 from gadcore.checkpoint.store import Checkpoint
 from gadcore.checkpoint.together import Together
 from gadcore.data.batches import Loader
@@ -29,6 +21,7 @@ from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import State
 from gadcore.models.discriminator import Discriminator
+from gadcore.models.state import copy_into, optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.train.agreement import of_first

@@ -25,6 +25,7 @@ from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.learner import Learner
+from gadcore.models.score_shaping import shaped
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
@@ -33,9 +34,10 @@ from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
 from gadcore.train.phases import Phases
-from gadcore.train.progress import TIME_FORMAT, Progress, stage_steps
+from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
 from gadcore.train.reward import Reward, rewards_by
+from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
 
 
@@ -90,6 +92,8 @@ class Trainer:
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
+        place = None if folder is None else folder.snapshot
+        self._snapshot = Snapshot(place, loader.groups, sampler, student, self.phases, config.algorithm.soda_samples)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -159,7 +163,8 @@ class Trainer:
                 self.save()
                 self.checkpoints.finish()
                 saved = f"after step {self.progress.step}, saved"
-        command = "seqkd " if "seqkd" in self.stage_steps else ""
+        command = command_of(self.stage_steps)
+        command = "" if command == "train" else f"{command} "
         start = f"{shlex.quote(sys.executable)} -m gadcore.run"
         if self.world.size > 1:
             start = "the torchrun command that started it, and -m gadcore.run"
@@ -176,14 +181,26 @@ class Trainer:
         self.sampler.draw(groups, n, f"{stage}/{step}")
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores; None: they are the rewards."""
-        name = self.config.algorithm.reward
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
+        name, found = self.config.algorithm.reward, shaped(groups, scores, self.config.algorithm)
         if self._reward is None or name is None:
-            return None
+            return found
         reward = self._reward
         with self.phases("rewards"):
             # A function of one's own need not give the same twice.
-            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores))
+            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores, found))
+
+    def take_snapshot(self) -> None:
+        """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
+        begun = self.progress.stage_step > 0
+        if self._length("soda"):
+            self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
+        if not begun:
+            self.progress.tokens["sampled"] += self._snapshot.tokens
+
+    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Gives every group its samples of the snapshot; returns the reference log-probs."""
+        return self._snapshot.of(groups)
 
     # What a step leaves
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gadcore.checkpoint import store
-from gadcore.checkpoint.state import RngState, optimizer_tensors, restore_optimizer, restore_rng, rng_state
+from gadcore.checkpoint.state import RngState, restore_rng, rng_state
 from gadcore.errors import UserError
+from gadcore.models.state import optimizer_tensors, restore_optimizer
 from tests.support.device_bytes import DeviceBytes
 
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gadcore.checkpoint import shards, store
-from gadcore.checkpoint.state import copy_into
 from gadcore.checkpoint.together import Together
 from gadcore.distributed.world import World
 from gadcore.errors import UserError
+from gadcore.models.state import copy_into
 from tests.support.ranks import run_ranks
 
 # Uneven rows; fewer rows than processes; no dimension; bytes.

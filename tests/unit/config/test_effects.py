@@ -9,7 +9,7 @@ import pytest
 from gadcore.config.effects import without_effect
 from gadcore.config.loading import load, presets
 
-STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",), "soda": ("soda",)}
 PER_EPOCH = 10
 
 
@@ -18,7 +18,7 @@ def told(*settings: str, device: str = "cpu", command: str = "train") -> list[st
 
 
 @pytest.mark.parametrize("name", presets())
-@pytest.mark.parametrize("command", ["train", "seqkd"])
+@pytest.mark.parametrize("command", ["train", "seqkd", "soda"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> None:
     assert without_effect(load(["--preset", name]), device, STAGES[command], PER_EPOCH) == []

@@ -31,12 +31,21 @@ LATER = {
     "data.bad_rows": "error",
     "data.eval_columns": "none",
     "data.eval_samples": 1,
+    "data.reasoning": "keep",
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
     "student.master": "device",
     "discriminator.master": "device",
     "algorithm.importance_cap": "none",
+    "discriminator.score_l2": 0.0,
+    "algorithm.score_clip": "none",
+    "algorithm.length_debias": 0.0,
+    "student.soda_lr": 5e-7,
+    "algorithm.soda_beta": 0.1,
+    "algorithm.soda_samples": 1,
+    "schedule.soda_epochs": 1,
+    "schedule.soda_steps": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
     "rollout.tensor_parallel": 1,
@@ -326,7 +335,11 @@ def test_a_cap_that_would_only_scale_the_loss_is_refused(cap: str) -> None:
 
 
 def test_every_preset_is_watched() -> None:
-    assert set(presets()) == {*RESOLVED, "paper"}
+    assert set(presets()) == {*RESOLVED, "paper", "soda"}
+
+
+def test_the_soda_preset_is_the_paper_and_the_defaults_of_soda() -> None:
+    assert load(["--preset", "soda"]) == load(["--preset", "paper", "--run.name", "soda"])
 
 
 def test_a_paper_preset_is_the_paper_and_a_model() -> None:

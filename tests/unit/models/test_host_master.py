@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.offline.cuda_standin import gpu
-from gadcore.checkpoint.state import optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.config.loading import load
 from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, StudentSettings
 from gadcore.errors import UserError
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.host_master import HostMaster
 from gadcore.models.optim import Optimizer
+from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.models.student import Student
 from gadcore.rollout.weights import PlainWeights
 from tests.support.builders import groups, response

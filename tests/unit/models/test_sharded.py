@@ -16,6 +16,7 @@ from gadcore.distributed.fsdp import local
 from gadcore.distributed.world import World
 from gadcore.models.activations import bytes_per_token
 from gadcore.models.policy_loss import LossInputs
+from gadcore.models.preference import preference_backward, sequence_logprobs
 from gadcore.models.shallow import decoder_layers
 from tests.support.builders import groups
 from tests.support.ranks import run_ranks
@@ -43,8 +44,20 @@ def cases(folder: Path) -> dict[str, Case]:
 
 def two(world: World, folder: Path) -> dict:
     found = {name: train(case, world, folder / f"{name}-{world.rank}") for name, case in cases(folder).items()}
+    found["others"] = other_passes(world, cases(folder)["tied"])
     found["gathered"] = gathered_narrow(world, Case(folder / "llama", autocast="bfloat16"))
     return found
+
+
+def other_passes(world: World, case: Case) -> dict:
+    """Log-probs of samples, and a step of DPO."""
+    policy, _ = learners(case, world)
+    batch = groups(case.count, seed=2, ragged=True)
+    drawn = [logprob.tolist() for group in policy.sample_logprobs(batch) for logprob in group]
+    known = sequence_logprobs(policy, batch)
+    stats = preference_backward(policy, batch, [[value - 1.0 for value in row] for row in known], 0.1)
+    figures = {name: getattr(stats, name) for name in stats._names}
+    return {"drawn": drawn, "known": known, "figures": figures, "norm": policy.step()}
 
 
 def gathered_narrow(world: World, case: Case) -> dict:
@@ -141,13 +154,20 @@ def test_each_process_holds_its_shards(alone, of_two):
         assert held[name] <= sum(shares) < 1.05 * held[name]
 
 
+def test_other_passes_of_two_processes_are_those_of_one(folder, of_two):
+    expected = other_passes(World.alone(), cases(folder)["tied"])
+    for found in of_two:
+        assert relative(found["others"], expected) < 1e-5
+
+
 def test_autocasts_products_are_gathered_narrow_to_the_same_bits(of_two):
     for found in of_two:
         assert found["gathered"]["same"]
         assert found["gathered"]["dtypes"] == [[torch.bfloat16] * 2 + [torch.float32] * 2, [torch.float32] * 4]
+        # Copies of the weights that autocast makes, and that the backward pass would keep of all layers.
         narrow, wide = found["gathered"]["kept"]
-        # No copies of the weights by autocast, which the backward pass would keep of all layers.
-        assert narrow < wide / 2
+        matrices = 3 * (2 * 60 * 64 + 2 * 60 * 32 + 3 * 60 * 101)
+        assert 64 * (wide - narrow) == pytest.approx(2 * matrices, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["sharded", "two copies"])

@@ -43,6 +43,7 @@ def two(world: World, folder: Path) -> dict:
     case = Case(folder / "qwen2")
     found["host"] = told(lambda: Student.load(str(case.folder), StudentSettings(master="host"), world=world))
     student, discriminator = learners(case, world)
+    found["state"] = told(student.state_dict)
     found["away"] = away(world, folder, student)
     found["not finite"] = not_finite(student)
     saved(world, folder, student, discriminator)
@@ -193,6 +194,11 @@ def test_all_processes_refuse_a_bad_model(of_two, name, sentence):
 def test_masters_of_one_process_are_refused(of_two):
     for found in of_two:
         assert found["host"][0] == "UserError" and "student.master = host keeps whole masters" in found["host"][1]
+
+
+def test_the_whole_state_is_refused(of_two):
+    for found in of_two:
+        assert found["state"][0] == "UserError" and "sharded over 2 processes" in found["state"][1]
 
 
 def test_a_model_whose_shards_are_away_computes_nothing(of_two):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import record
-from bench.kernels import tables
+from bench.kernels import suite, tables
 from bench.record import Result, Timing
 from tests.support.bench_rows import result, timing
 
@@ -26,8 +26,8 @@ def test_document_is_what_the_results_give() -> None:
 
 def test_document_names_what_was_not_run() -> None:
     text = document()
-    for suite in ("kernels", "kernel_grid", "aot", "traffic", "cuda", "gpu"):
-        assert f"there is no `bench/results/{suite}.json`" in text
+    for name in ("kernels", "kernel_grid", "aot", "traffic", "cuda", "gpu"):
+        assert f"there is no `bench/results/{name}.json`" in text
     missing = section(text, "What has not been measured")
     for name in ("GPU", "linear_logprob", "linear_grpo_loss", "grpo_ratio_loss", "bt_score", "sm_90", "gpu-bench"):
         assert name in missing
@@ -55,6 +55,21 @@ def test_document_shows_memory_limits_threads_and_few_rows() -> None:
     assert "| 1.042 |" in section(text, "CPU timings")
     assert "| M = 8 | M = 16 |" in section(text, "Few-row linear")
     assert "| 0.80 (" in section(text, "Few-row linear")
+
+
+def test_machines_of_other_instructions_stand_beside_each_other() -> None:
+    text = document(
+        result(machine={"isa": ["avx2"]}, ratio=2.0), result(machine={"isa": ["avx2", "avx512f"]}, ratio=3.0)
+    )
+    assert "| 2.00 |" in section(text, "CPU timings on AVX2") and "| 3.00 |" not in section(text, "CPU timings on AVX2")
+    assert "| 3.00 |" in section(text, "CPU timings on AVX-512")
+
+
+def test_a_measurement_replaces_those_of_its_own_instructions_alone() -> None:
+    old, new = ({"isa": ["avx2"]}, {"isa": ["avx2", "avx512f"]})
+    rows = [record.as_row(result(machine=machine, ratio=ratio)) for machine, ratio in ((old, 2.0), (new, 3.0))]
+    again = record.as_row(result(machine=new, ratio=4.0))
+    assert [row["ratio"] for row in record.merged(rows, [again], suite.key)] == [2.0, 4.0]
 
 
 def test_rows_of_other_suites_become_tables_as_they_are() -> None:
