@@ -78,14 +78,9 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
+        each = config.data.eval_samples
         self.heldout = Heldout(
-            held_out,
-            sampler,
-            discriminator,
-            self.phases,
-            self.memory,
-            make_discriminator,
-            samples=config.data.eval_samples,
+            held_out, sampler, discriminator, self.phases, self.memory, make_discriminator, samples=each
         )
         self.stop_requested = stop_requested
         self.facts = facts or {}
