@@ -139,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}, or --help"
             raise UserError(f"unknown command {command!r}: {hint}")
         if command not in TRAINING:
+            if several_processes():
+                raise UserError(f"{command} is a command of one process: start it without torchrun")
             return _other(command, arguments)
         signals = StopSignals()
         return _train(command, arguments, signals)

@@ -357,7 +357,7 @@ def gathered_bytes(
 
 
 def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
-    """Bytes of embedding, norm and (head: where there is one) head as they are gathered: untied, as products read it."""
+    """Bytes of what is outside of layers as it is gathered: an untied head, where there is one, as products read it."""
     narrow = d.head if head and precision.autocast and not d.tied else 0
     return float(precision.weights * (root - narrow) + precision.products * narrow)
 

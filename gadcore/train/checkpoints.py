@@ -49,12 +49,15 @@ class Checkpoints:
         world: World = ALONE,
         *,
         asynchronous: bool = False,
+        timeout_s: float = 1800.0,
     ) -> None:
         """stages: of the run, by name; a checkpoint of other stages is another run's. data: gives fingerprints of its
-        rows, as gadcore.train.resuming compares them. asynchronous: of several processes, see Together.
+        rows, as gadcore.train.resuming compares them. asynchronous, timeout_s: of several processes, see Together.
         """
         self._data, self._world = data, world
-        self._together = Together(world, asynchronous=asynchronous) if world.size > 1 else None
+        self._together = None
+        if world.size > 1:
+            self._together = Together(world, asynchronous=asynchronous, timeout_s=timeout_s)
         self.folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
         self.root = folder.checkpoints
         self._student = student

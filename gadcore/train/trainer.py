@@ -106,6 +106,7 @@ class Trainer:
                 data,
                 world,
                 asynchronous=config.checkpoint.asynchronous,
+                timeout_s=config.distributed.timeout_s,
             )
             self.phases.before_update = self._checkpoints.finish
 

@@ -75,7 +75,8 @@ def test_a_failed_process_ends_the_job_and_the_run_goes_on_to_the_bit(two: Path,
     print(f"\n{name}: the job ended {ended - began:.1f} s after the fault")
     for rank, text in enumerate(printed):
         print(*(f"  rank {rank}: {line}" for line in told(text)), sep="\n")
-    assert ended - began < (15 if how == "SIGKILL" else TIMEOUT + 25)
+    # Generous: two cores may have other work.
+    assert ended - began < (30 if how == "SIGKILL" else TIMEOUT + 60)
     places = [line for line in told(printed[0]) if re.match(r"gadcore: rank \d \(", line)]
     assert len(places) == 2 and all(", step " in line for line in places)
     assert ("does not answer" in places[1]) == (how != "hang")
