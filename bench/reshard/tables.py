@@ -41,7 +41,7 @@ meta device. The layouts are vLLM's own: its models are made for every rank and 
 In {right} of {len(planned)} plans every element of every engine is written exactly once, from the rank that has it, and
 what a rank receives is the least that is possible: its engine's part without the rows that it has itself. Bytes are of
 the rank that receives the most; `by gathering` is what it would receive if all ranks gathered the model, as is usual.
-`s to plan` was measured here, once a run, without the seconds in which vLLM's models are made.
+`s to plan` are a core's seconds here, once a run, without those in which vLLM's models are made.
 
 **Seconds of a sync are a prediction** from an H100's data sheet and the assumptions that `plan` prints (NVLink 450 GB/s
 and 400 Gb/s of network a GPU, three quarters of them reached), with casts, packing and the fingerprint, nothing

@@ -35,7 +35,12 @@ class Client:
         """timeout_s: for one answer, however long a sample takes."""
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx2.Client(headers=self._headers, timeout=httpx2.Timeout(timeout_s, connect=_CONNECT_S))
+        # The server closes connections that wait for some seconds, or whose answer was an error: none is used twice.
+        self._client = httpx2.Client(
+            headers=self._headers,
+            timeout=httpx2.Timeout(timeout_s, connect=_CONNECT_S),
+            limits=httpx2.Limits(max_keepalive_connections=0),
+        )
         # Set at the end of an update; the server forgets it as it ends.
         self.version = ""
 
@@ -104,7 +109,7 @@ class Client:
         """Asks for samples of all bodies at a time. done: told the place and the answer of each as it comes."""
 
         async def ask_all() -> None:
-            limits = httpx2.Limits(max_connections=_AT_ONCE)
+            limits = httpx2.Limits(max_connections=_AT_ONCE, max_keepalive_connections=0)
             timeout = httpx2.Timeout(self._timeout_s, connect=_CONNECT_S, pool=None)
             async with httpx2.AsyncClient(headers=self._headers, timeout=timeout, limits=limits) as client:
 

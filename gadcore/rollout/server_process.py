@@ -115,7 +115,8 @@ class ServerProcess:
 
 
 def _end_with_parent() -> None:
-    """In the server's process: where the trainer is killed, nobody would end it. Linux alone has this."""
+    """In the server's process: where the trainer is killed, nobody would end it. Linux alone has this, and means the
+    thread that has started it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -22,8 +22,8 @@ from gadcore.distributed.reshard_blocks import Block, find_blocks
 from gadcore.errors import foreign
 from gadcore.rollout.vllm_start import import_vllm
 
-# A context that every model has.
-_CONTEXT = 1024
+# A context that every model has; the layout does not depend on it.
+_CONTEXT = 128
 
 
 @dataclass(frozen=True)

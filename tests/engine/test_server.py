@@ -54,7 +54,7 @@ def serve(path: str, port: int | None = None) -> ServerProcess:
 
 class Served:
     def __init__(self, path: str) -> None:
-        self.path, self.server = path, serve(path)
+        self.path, self.server, self.over = path, serve(path), threading.Event()
         self.model = load_causal_lm(path, "float32", torch.device("cpu"))
         self.config = config_of(url=self.server.url, wait_s=900)
         try:
@@ -82,8 +82,17 @@ class Served:
         self.server.process.wait()
         time.sleep(2)
 
-    def restart(self) -> None:
-        self.server = serve(self.path, self.server.port)
+    def restart_after(self, seconds: float, *, kill: bool = False) -> None:
+        """Beside the test, by a thread that lives as long as the server."""
+
+        def work() -> None:
+            time.sleep(seconds)
+            if kill:
+                self.kill()
+            self.server = serve(self.path, self.server.port)
+            self.over.wait()
+
+        threading.Thread(target=work, daemon=True).start()
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +103,7 @@ def served(tmp_path_factory):
     yield made
     made.engine.close()
     made.server.close()
+    made.over.set()
 
 
 def test_updates_arrive(served) -> None:
@@ -166,10 +176,8 @@ def test_a_server_that_was_killed_and_restarted_gets_the_weights_again(served) -
     before = served.sampler.generate(requests())
     served.kill()
     # Nobody is there at first: the next draw waits.
-    later = threading.Timer(3, served.restart)
-    later.start()
+    served.restart_after(3)
     assert tokens(served.sampler.generate(requests())) == tokens(before)
-    later.join()
     assert served.agrees()
 
 
@@ -180,16 +188,14 @@ def test_a_server_that_is_killed_while_it_samples(served, monkeypatch) -> None:
 
     def killing(bodies, done):
         if not killed:
-            killed.append(threading.Timer(0.05, lambda: (served.kill(), served.restart())))
-            killed[0].start()
+            killed.append(served.restart_after(0.05, kill=True))
             # More than it can do in that time.
             asked([body for _ in range(200) for body in bodies], lambda place, answer: None)
         asked(bodies, done)
 
     monkeypatch.setattr(served.engine.client, "generate", killing)
     assert tokens(served.sampler.generate(requests())) == tokens(before)
-    killed[0].join()
-    assert served.agrees()
+    assert killed and served.agrees()
 
 
 def test_a_server_of_our_own_that_ends_ends_the_run(tmp_path: Path) -> None:
