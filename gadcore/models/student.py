@@ -30,7 +30,7 @@ from gadcore.models.fused import fuse_backbone, gradient_in_place
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
-from gadcore.models.precision import autocast
+from gadcore.models.precision import autocast, of_products_alone
 from gadcore.models.readout import Readout, together
 from gadcore.models.sharded import copy_sharded
 from gadcore.models.spec import ModelSpec
@@ -152,7 +152,7 @@ class Student(Learner):
         """
         if self.algorithm.kl_coef <= 0:
             return
-        rounded = set() if self.settings.autocast == "none" else _of_products_alone(self.model)
+        rounded = set() if self.settings.autocast == "none" else of_products_alone(self.model)
         dtypes = {
             name: getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
             for name, p in self.model.named_parameters()
@@ -345,11 +345,7 @@ class Student(Learner):
         """The student from a causal language model that is there, on whatever device it lies. It is changed in place:
         its layers compute by gadcore's functions from here on.
 
-        tokenizer: a fast one with a chat template. settings, algorithm: default the paper's; model, dtype have no
-        effect. optimizer: any of torch over the model's parameters, its learning rates as they are until step(lr) gives
-        one; default AdamW by the settings.
-        Raises UserError where the model does not fit packed groups, or where the tokenizer has no chat template that
-        gadcore can use.
+        Arguments and errors are those of Discriminator.wrap(), but that there is no head to miss.
         """
         name = model.config.name_or_path or type(model).__name__
         template = ready(model, tokenizer, name)
@@ -396,17 +392,6 @@ class Student(Learner):
             found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
         rows = iter(range(len(found)))
         return [[found[next(rows)] for _ in group.samples] for group in groups]
-
-
-def _of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:
-    """Parameters that nothing but linear layers have: autocast casts these, no norm and no table of embeddings.
-
-    An output head that is the embedding as well is none of them.
-    """
-    owned: dict[bool, set[nn.Parameter]] = {True: set(), False: set()}
-    for module in model.modules():
-        owned[type(module) is nn.Linear].update(module.parameters(recurse=False))
-    return owned[True] - owned[False]
 
 
 def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:
