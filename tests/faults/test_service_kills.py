@@ -28,6 +28,8 @@ from tests.support import service_client
 from tests.support.runs import ROOT
 from tests.support.service import ServiceProcess, settings
 
+pytest.importorskip("fastapi")
+
 
 class Clients:
     """Processes that ask, each with a log of its own."""
@@ -73,8 +75,8 @@ def rss(process: subprocess.Popen) -> int:
 def under_fire(
     folder: Path, requests: int, clients: int, most: int, kills: int, calm: float, **changed: Any
 ) -> dict[str, Any]:
-    """Lets `clients` ask for `requests` updates of at most `most` groups and kills the server `kills` times, and as many
-    clients, before the last `calm` share of them; checks everything; returns figures."""
+    """Lets `clients` ask for `requests` updates of at most `most` groups. Server and a client are killed `kills` times,
+    before the last `calm` share of them. Checks everything; returns figures."""
     rng, begin = random.Random(0), time.monotonic()
     service = ServiceProcess(folder, settings(folder, **changed))
     service.start()
