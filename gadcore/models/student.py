@@ -329,11 +329,7 @@ class Student(Learner):
         """The student from a causal language model that is there, on whatever device it lies. It is changed in place:
         its layers compute by gadcore's functions from here on.
 
-        tokenizer: a fast one with a chat template. settings, algorithm: default the paper's; model, dtype have no
-        effect. optimizer: any of torch over the model's parameters, its learning rates as they are until step(lr) gives
-        one; default AdamW by the settings.
-        Raises UserError where the model does not fit packed groups, or where the tokenizer has no chat template that
-        gadcore can use.
+        Arguments and errors are those of Discriminator.wrap(), but that there is no head to miss.
         """
         name = model.config.name_or_path or type(model).__name__
         template = ready(model, tokenizer, name)
