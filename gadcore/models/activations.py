@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.kernels import lora_linear  # noqa: F401 - registers its op
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
 from gadcore.models.precision import autocast as products_in
@@ -146,4 +147,5 @@ def _products() -> set[Any]:
         # What kernels/cpu/linear.py multiplies by.
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.gadcore.prefix_attention.default,
+        torch.ops.gadcore.lora_product.default,
     }
