@@ -4,101 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gadcore.errors import UserError
+from gadcore.models.state import optimizer_tensors as optimizer_tensors
+from gadcore.models.state import restore_optimizer as restore_optimizer
+from gadcore.models.state import restore_parameters as restore_parameters
 
 _log = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
-    """Copies a checkpoint's tensors into the parameters of these names.
-
-    model: "student" or "discriminator", for the message. Raises UserError, with the parameters as they were, where
-    names or shapes are not the same.
-    """
-    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if here != saved:
-        name = min(name for name in here.keys() | saved.keys() if here.get(name) != saved.get(name))
-        raise UserError(
-            f"the checkpoint holds another {model} than {model}.model: its {name} is "
-            f"{_shape(saved.get(name))}, the model's {_shape(here.get(name))}; keep the {model}.model of the run"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of AdamW and its kin as "<parameter name>.<key>" -> tensor (exp_avg, exp_avg_sq, step), no copies.
-
-    names: name -> parameter, as dict(model.named_parameters()). Parameters without state (no step yet, or never a
-    gradient) have no entries. Hyper-parameters are not included: the configuration rules.
-    """
-    result = {}
-    for name, parameter in _managed(optimizer, names).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the optimizer's state {key!r} of {name} is not a tensor: {type(value).__name__}")
-            result[f"{name}.{key}"] = value
-    return result
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Mapping[str, Tensor]
-) -> None:
-    """Replaces the optimizer's whole state by copies of what optimizer_tensors() gave, to the bit.
-
-    Raises UserError, with the optimizer as it was, where a tensor belongs to no parameter or does not fit it.
-    """
-    managed = _managed(optimizer, names)
-    at_device = {
-        parameter: bool(group.get("fused") or group.get("capturable"))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    restored: dict[Tensor, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition(".")
-        if name not in managed:
-            raise UserError(
-                f"the checkpoint has the optimizer state {full_name}, but the optimizer has no parameter {name!r}: "
-                "resume with the model that the checkpoint was made with"
-            )
-        parameter = managed[name]
-        if key != "step" and (tensor.shape != parameter.shape or tensor.dtype != parameter.dtype):
-            raise UserError(
-                f"the checkpoint's optimizer state {full_name} is {tensor.dtype} {list(tensor.shape)}, the parameter "
-                f"is {parameter.dtype} {list(parameter.shape)}: resume with the model and dtype of the checkpoint"
-            )
-        restored.setdefault(parameter, {})[key] = tensor
-    keys = {frozenset(state) for state in restored.values()}
-    if len(keys) > 1 or any("step" not in each for each in keys):
-        raise UserError("the checkpoint's optimizer state is incomplete for some parameters: resume from another one")
-    for parameter in managed.values():
-        if parameter not in restored:
-            for value in optimizer.state.get(parameter, {}).values():
-                value.zero_()
-    for parameter, state in restored.items():
-        own = optimizer.state.setdefault(parameter, {})
-        for key, value in state.items():
-            if key in own:
-                # Into the memory that is there: others may look at it, and there may be no room for as much again.
-                own[key].copy_(value)
-            elif key == "step":
-                own[key] = value.to(parameter.device if at_device[parameter] else "cpu", copy=True)
-            else:
-                own[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 class RngState(NamedTuple):
@@ -134,15 +50,3 @@ def restore_rng(rng: RngState) -> None:
         torch.cuda.set_rng_state(rng.tensors[device], device)
     if here != saved:
         _log.warning("random states not restored, because the GPUs differ: %s", ", ".join(sorted(here ^ saved)))
-
-
-def _managed(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> parameter for every parameter of the optimizer."""
-    name_of: dict[Tensor, str] = {}
-    for name, parameter in names.items():
-        name_of.setdefault(parameter, name)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    missing = [tuple(parameter.shape) for parameter in parameters if parameter not in name_of]
-    if missing:
-        raise ValueError(f"the optimizer has parameters that `names` lacks, of shapes {missing}")
-    return {name_of[parameter]: parameter for parameter in parameters}

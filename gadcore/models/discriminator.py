@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -26,13 +27,14 @@ from gadcore.models.loading import load_discriminator
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
 from gadcore.models.spec import ModelSpec
+from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
 
 
 class Scores(Readout):
     """What one discriminator pass over a batch found, under the weights that it had then.
 
     loss: the BT loss. accuracy, margin: means over all pairs. tokens: tokens that went through the model.
-    cut, empty: samples that were cut for D, and that had no text.
+    cut, empty: samples that were cut for D, and that had no text. grad_norm: before clipping, of update() alone.
     """
 
     loss: float
@@ -40,6 +42,7 @@ class Scores(Readout):
     margin: float
     cut: int = 0
     empty: int = 0
+    grad_norm: float | None = None
 
     def __init__(self, scores: Tensor, sizes: Sequence[int], figures: Mapping[str, Tensor], tokens: int) -> None:
         """scores: [S] of all responses, every group's teacher first. sizes: samples of every group."""
@@ -97,9 +100,10 @@ class Discriminator(Learner):
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """model: from load_discriminator(). same_vocabulary: prompts' token ids are of D's own vocabulary.
-        tokenizer: what save() writes; default the template's.
+        tokenizer: what save() writes; default the template's. optimizer: as of wrap().
         """
         super().__init__(
             model,
@@ -108,6 +112,7 @@ class Discriminator(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=template.tokenizer if tokenizer is None else tokenizer,
+            optimizer=optimizer,
         )
         self.template = template
         self.settings = settings
@@ -180,11 +185,7 @@ class Discriminator(Learner):
         for group, (prompt, teacher) in zip(groups, rows, strict=True):
             needed, context = len(prompt) + len(teacher), self.context_tokens
             if context is not None and needed > context:
-                raise UserError(
-                    f"row {group.prompt.index} of the data (from 0) needs {needed} of the discriminator's tokens, its "
-                    f"context has {context}: lower data.max_prompt_tokens or data.max_response_tokens "
-                    "(they count the student's tokens), or choose another discriminator.model"
-                )
+                raise UserError(_too_long(group, needed, context))
             responses = [teacher or prompt[-1:]]
             for sample in group.samples:
                 ids = next(encoded)
@@ -200,11 +201,13 @@ class Discriminator(Learner):
 
     def _encoded(self, groups: Sequence[Group]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(prompt, teacher) of every group in D's vocabulary, from what is known of its row or by the tokenizer."""
-        new = []
+        new, rows = [], {}
         for group in groups:
             known = self._rows.get(id(group.prompt))
             if known is None or known[0] is not group.prompt or known[1] is not group.teacher:
                 new.append(group)
+            else:
+                rows[id(group.prompt)] = known
         teachers = self.template.responses_ids(
             [group.teacher.text for group in new], [group.teacher.finished for group in new]
         )
@@ -214,10 +217,13 @@ class Discriminator(Learner):
             prompt_ids = prompt.token_ids if self.same_vocabulary else self.template.prompt_ids(prompt.messages)
             # Mostly the row's own object: it takes no memory again.
             ids = teacher.token_ids if ids == teacher.token_ids else ids
-            self._rows[id(prompt)] = prompt, teacher, tuple(prompt_ids), ids
-        return [self._rows[id(group.prompt)][2:] for group in groups]
+            rows[id(prompt)] = prompt, teacher, tuple(prompt_ids), ids
+            # No batch shares what is no row of a data set.
+            if prompt.index != NO_ROW:
+                self._rows[id(prompt)] = rows[id(prompt)]
+        return [rows[id(group.prompt)][2:] for group in groups]
 
-    def score(self, groups: Sequence[Group], *, backward: bool) -> Scores:
+    def score(self, groups: Sequence[Group], *, backward: bool = False) -> Scores:
         """Scores every response of the batch in one pass, and with `backward` adds the BT gradient.
 
         The reward of a sample is the score inside this step's BT loss, so no separate scoring pass is needed;
@@ -257,6 +263,95 @@ class Discriminator(Learner):
             return result
         # The op's own loss gets no gradient then; that of its scores is all that is needed.
         return result._replace(loss=softened_bt_loss(result.scores, layout, smoothing, cap) / denominator)
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DiscriminatorSettings | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        micro_batch_tokens: int = 16384,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
+    ) -> Discriminator:
+        """A discriminator from a model that is there: AutoModelForSequenceClassification with num_labels = 1, on
+        whatever device it lies. It is changed in place: its layers compute by gadcore's functions from here on.
+
+        tokenizer: a fast one with a chat template. settings: default the paper's; model, dtype have no effect.
+        optimizer: any of torch over the model's parameters, its learning rates as they are until update(.., lr) or
+        step(lr) gives one; default AdamW by the settings.
+        Raises UserError where the model has no scalar head, where it does not fit packed groups, or where the tokenizer
+        has no chat template that gadcore can use.
+        """
+        head, name = getattr(model, "score", None), model.config.name_or_path or type(model).__name__
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
+            raise UserError(f"the model {name} has no scalar head `score`: load it with num_labels = 1")
+        template = ready(model, tokenizer, name)
+        return cls(
+            model,
+            template,
+            settings or DiscriminatorSettings(),
+            same_vocabulary=True,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            optimizer=optimizer,
+        )
+
+    def group(
+        self,
+        prompt: Messages,
+        teacher: str,
+        samples: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        *,
+        teacher_finished: bool = True,
+    ) -> Group:
+        """A group from text, by D's own chat template; see gadcore.models.text_groups.text_group()."""
+        return text_group(self.template, prompt, teacher, samples, finished, teacher_finished=teacher_finished)
+
+    def update(self, groups: Sequence[Group], lr: float | None = None) -> Scores:
+        """One step of D: the scores of the groups under the weights from before it, with grad_norm.
+
+        lr: of this step and of those that follow; default as it is. UserError, with the weights as they were and no
+        gradient left, where the gradient is not finite or a group does not fit D's context.
+        """
+        try:
+            scores = self.score(groups, backward=True)
+            scores.grad_norm = self.step(lr)
+        except BaseException:
+            self.discard()
+            raise
+        return scores
+
+    def warmup(
+        self, groups: Sequence[Group], *, steps: int, batch_size: int = 16, lr: float | None = None, seed: int = 0
+    ) -> Iterator[Scores]:
+        """`steps` updates on batches of groups in an order that `seed` shuffles, anew for every pass over them.
+
+        Yields what each found before its update; whoever stops asking stops the warmup. UserError without groups.
+        """
+        if not groups:
+            raise UserError("the warmup has no groups: give some with samples")
+        order, left = random.Random(seed), list[int]()
+        for _ in range(steps):
+            if not left:
+                left = order.sample(range(len(groups)), len(groups))
+            batch, left = left[:batch_size], left[batch_size:]
+            yield self.update([groups[i] for i in batch], lr)
+
+
+def _too_long(group: Group, needed: int, context: int) -> str:
+    if group.prompt.index == NO_ROW:
+        return (
+            f"a prompt with its teacher's response needs {needed} of the discriminator's tokens, its context has "
+            f"{context}: shorten them, or choose another discriminator"
+        )
+    return (
+        f"row {group.prompt.index} of the data (from 0) needs {needed} of the discriminator's tokens, its "
+        f"context has {context}: lower data.max_prompt_tokens or data.max_response_tokens "
+        "(they count the student's tokens), or choose another discriminator.model"
+    )
 
 
 def softened_bt_loss(scores: Tensor, groups: GroupLayout, smoothing: float, cap: float | None) -> Tensor:

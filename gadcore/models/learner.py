@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
+from gadcore.errors import UserError, cause, foreign
+from gadcore.files import sync, temporary
 from gadcore.models.activations import Mode, set_mode
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
@@ -17,6 +23,7 @@ from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
 from gadcore.models.readout import Readout
+from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
 
 R = TypeVar("R", bound=Readout)
 
@@ -37,13 +44,19 @@ class Learner:
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
-        tokenizer: what save() writes beside the model.
+        tokenizer: what save() writes beside the model. optimizer: over the model's parameters; default AdamW, by the
+        settings.
         """
         # First: where the masters are the host's, the model computes with other weights from here on.
-        kind = HostMaster if settings.master == "host" else Optimizer
-        self.optimizer = kind(model, settings, lr=settings.lr, owner=owner)
+        if settings.master == "host":
+            if optimizer is not None:
+                raise ValueError(f"{owner}.master = host has an optimizer of its own: leave it at device")
+            self.optimizer: Optimizer = HostMaster(model, settings, lr=settings.lr, owner=owner)
+        else:
+            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, own=optimizer)
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
@@ -93,3 +106,65 @@ class Learner:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
         save_model(self.model, self._tokenizer, folder, weights)
+
+    def discard(self) -> None:
+        """Drops the gradient that is there, and what was found with it: the next pass begins anew."""
+        self._unread = []
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        for p in self.optimizer.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that training changes, flat: "parameters.<name>" what is updated, "optimizer.<name>.<key>" its moments.
+
+        The tensors themselves, no copies: they change with the next step. lr and the other settings are not among them.
+        """
+        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        moments = optimizer_tensors(self.optimizer.adamw, weights)
+        return {f"parameters.{name}": weight.detach() for name, weight in weights.items()} | {
+            f"optimizer.{name}": tensor for name, tensor in moments.items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets what state_dict() gave, in place and to the bit; a gradient that is there is dropped.
+
+        Raises UserError where it is another model's: other names, shapes or dtypes.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "optimizer": {}}
+        for full, tensor in tensors.items():
+            part, _, name = full.partition(".")
+            if part not in parts:
+                raise UserError(f"the state has {full!r}, which no {self.owner} has: give what state_dict() gave")
+            parts[part][name] = tensor
+        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        restore_parameters(weights, parts["parameters"], self.owner)
+        restore_optimizer(self.optimizer.adamw, parts["optimizer"], weights)
+        self.optimizer.weights_changed()
+        self.discard()
+
+    def save_state(self, folder: Path | str) -> Path:
+        """Writes state_dict() to <folder>/<owner>-state.safetensors, whole or not at all; returns the file.
+
+        The folder may be a checkpoint of somebody else's trainer; it is made where it is missing. UserError where the
+        file cannot be written.
+        """
+        target = Path(folder) / f"{self.owner}-state.safetensors"
+        partial = temporary(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, partial)
+            sync(partial)
+            partial.replace(target)
+            sync(target.parent)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write {target}: {cause(error)}; free some space, then save again") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def load_state(self, folder: Path | str) -> None:
+        """Reads what save_state() wrote. UserError where it is missing, damaged or another model's."""
+        path = Path(folder) / f"{self.owner}-state.safetensors"
+        with foreign(f"cannot read {path}", "give a folder that save_state() has written to"):
+            tensors = load_file(path)
+        self.load_state_dict(tensors)

@@ -27,11 +27,20 @@ class Optimizer:
         lr: float,
         owner: str,
         updated: Sequence[torch.Tensor] | None = None,
+        own: torch.optim.Optimizer | None = None,
     ) -> None:
-        """updated: what AdamW updates in place of the parameters, in their order."""
+        """updated: what AdamW updates in place of the parameters, in their order. own: an optimizer over the model's
+        parameters to use in AdamW's place; ValueError where it has others."""
+        self.adamw: torch.optim.Optimizer
         self.owner = owner
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
+        if own is not None:
+            given = {id(p) for group in own.param_groups for p in group["params"]}
+            if given != {id(p) for p in self.parameters}:
+                raise ValueError(f"the optimizer must have those parameters of the {owner} that take a gradient")
+            self.adamw = own
+            return
         self.adamw = torch.optim.AdamW(
             self.parameters if updated is None else updated,
             lr=lr,

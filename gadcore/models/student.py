@@ -15,12 +15,14 @@ from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
+from gadcore.data.template import ChatTemplate
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
 from gadcore.models.backbone import predicting_states
+from gadcore.models.checks import check_head
 from gadcore.models.fused import gradient_in_place
 from gadcore.models.learner import Learner
 from gadcore.models.loading import load_causal_lm
@@ -28,6 +30,7 @@ from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
 from gadcore.models.spec import ModelSpec
+from gadcore.models.text_groups import Messages, ready, text_group
 
 # A difference of log-probs that no rounding explains: a factor of 1.1 between sampler and trainer.
 FAR = 0.1
@@ -74,8 +77,12 @@ class Student(Learner):
         micro_batch_tokens: int,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        template: ChatTemplate | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs."""
+        """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs.
+        template: by which group() encodes text. optimizer: as of wrap().
+        """
         super().__init__(
             model,
             settings,
@@ -83,7 +90,9 @@ class Student(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=tokenizer,
+            optimizer=optimizer,
         )
+        self.template = template
         self.reference: PreTrainedModel | None = None
         self.settings = settings
         self.algorithm = algorithm
@@ -119,6 +128,7 @@ class Student(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=spec.tokenizer,
+            template=spec.template,
         )
 
     def freeze_reference(self, values: Mapping[str, Tensor] | None = None) -> None:
@@ -266,6 +276,74 @@ class Student(Learner):
             normalise=self.algorithm.normalise_advantage,
             std_floor=self.algorithm.advantage_std_floor,
         )
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: StudentSettings | None = None,
+        algorithm: AlgorithmSettings | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        temperature: float = 0.8,
+        micro_batch_tokens: int = 16384,
+        activation_checkpointing: Mode | Literal["auto"] = "auto",
+    ) -> Student:
+        """The student from a causal language model that is there, on whatever device it lies. It is changed in place:
+        its layers compute by gadcore's functions from here on.
+
+        tokenizer: a fast one with a chat template. settings, algorithm: default the paper's; model, dtype have no
+        effect. optimizer: any of torch over the model's parameters, its learning rates as they are until step(lr) gives
+        one; default AdamW by the settings.
+        Raises UserError where the model does not fit packed groups, or where the tokenizer has no chat template that
+        gadcore can use.
+        """
+        name = model.config.name_or_path or type(model).__name__
+        template = ready(model, tokenizer, name)
+        check_head(model, name)
+        return cls(
+            model,
+            settings or StudentSettings(),
+            algorithm or AlgorithmSettings(),
+            temperature=temperature,
+            micro_batch_tokens=micro_batch_tokens,
+            activation_checkpointing=activation_checkpointing,
+            tokenizer=tokenizer,
+            template=template,
+            optimizer=optimizer,
+        )
+
+    def group(
+        self,
+        prompt: Messages,
+        teacher: str,
+        samples: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        *,
+        teacher_finished: bool = True,
+        logprobs: Sequence[Sequence[float]] | None = None,
+    ) -> Group:
+        """A group from text, in the student's vocabulary; see gadcore.models.text_groups.text_group().
+
+        ValueError for a student that was made without a template.
+        """
+        if self.template is None:
+            raise ValueError("the student was made without a chat template: use Student.load or Student.wrap")
+        return text_group(
+            self.template, prompt, teacher, samples, finished, teacher_finished=teacher_finished, logprobs=logprobs
+        )
+
+    @torch.no_grad()
+    def sample_logprobs(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """Per group, per sample the log-probs [tokens] of its tokens under softmax(logits / temperature), in fp32 (fp64
+        of an fp64 model) on the model's device."""
+        found: dict[int, Tensor] = {}
+        for micro in self.packed(_sampled(groups), teacher=False):
+            logprob = self.logprobs(self.model, micro.tokens, self.temperature)
+            found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
+        rows = iter(range(len(found)))
+        return [[found[next(rows)] for _ in group.samples] for group in groups]
 
 
 def _of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:

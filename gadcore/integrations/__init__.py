@@ -1,0 +1,1 @@
+"""gadcore inside programs and frameworks of others."""
