@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from gadcore.config.kinds import Above, Location, Positive
+from gadcore.config.kinds import Above, Location, Positive, Trained
 
 ALL_LINEAR = "all-linear"
 RANK = 16
 
-Adapter = Annotated[
-    Literal["none", "lora"],
-    Field(description="lora: the model's weights stay as they are, and low-rank matrices beside them are trained."),
-]
-AdapterRank = Annotated[Positive | None, Field(description="Of every adapter; none: 16, or that of adapter_from.")]
-AdapterAlpha = Annotated[
-    Above | None,
-    Field(description="An adapter is scaled by alpha / rank; none: twice the rank, or that of adapter_from."),
-]
-AdapterTargets = Annotated[
-    str | None,
-    Field(
+class Adaptable(Trained):
+    """Of a model that is trained as a whole, or by an adapter."""
+
+    adapter: Literal["none", "lora"] = Field(
+        "none",
+        description="lora: the model's weights stay as they are, and low-rank matrices beside them are trained.",
+    )
+    adapter_rank: Positive | None = Field(None, description="Of every adapter; none: 16, or that of adapter_from.")
+    adapter_alpha: Above | None = Field(
+        None,
+        description="An adapter is scaled by alpha / rank; none: twice the rank, or that of adapter_from.",
+    )
+    adapter_targets: str | None = Field(
+        None,
         description='Which linear layers have one: names as q_proj,v_proj, or "all-linear", all of the decoder layers; '
-        "none: all of them, or those of adapter_from."
-    ),
-]
-AdapterRsLora = Annotated[
-    bool | None,
-    Field(description="Scale by alpha / sqrt(rank) instead (rsLoRA); none: do not, or as adapter_from does."),
-]
-AdapterFrom = Annotated[
-    Location | None,
-    Field(description="Folder of an adapter to start from, in the format of the package peft; none: from zero."),
-]
+        "none: all of them, or those of adapter_from.",
+    )
+    adapter_rslora: bool | None = Field(
+        None, description="Scale by alpha / sqrt(rank) instead (rsLoRA); none: do not, or as adapter_from does."
+    )
+    adapter_from: Location | None = Field(
+        None, description="Folder of an adapter to start from, in the format of the package peft; none: from zero."
+    )
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class LoRA:
         return math.frexp(self.scale)[0] == 0.5
 
 
-def lora_of(settings: Any) -> LoRA | None:
+def lora_of(settings: Adaptable) -> LoRA | None:
     """The adapter that settings of a model ask for, its folder aside; None: all weights are trained."""
     if settings.adapter == "none":
         return None
@@ -76,7 +75,7 @@ def lora_of(settings: Any) -> LoRA | None:
     )
 
 
-def check_adapter(name: str, settings: Any) -> None:
+def check_adapter(name: str, settings: Adaptable) -> None:
     """Raises ValueError for settings of an adapter that contradict each other. name: of their section."""
     keys = ("rank", "alpha", "targets", "rslora", "from")
     chosen = [f"{name}.adapter_{key}" for key in keys if getattr(settings, f"adapter_{key}") is not None]
@@ -95,3 +94,13 @@ def check_adapter(name: str, settings: Any) -> None:
     targets = settings.adapter_targets
     if targets is not None and not all(part.strip() for part in targets.split(",")):
         raise ValueError(f'{name}.adapter_targets must be "all-linear" or names as q_proj,v_proj, is {targets!r}')
+
+
+def check_folding(settings: Adaptable) -> None:
+    """Raises ValueError where vLLM, which makes the scale part of B, would round B by it in bfloat16."""
+    lora = lora_of(settings)
+    if lora is not None and lora.start is None and not lora.exact:
+        raise ValueError(
+            f"vLLM makes the scale of student.adapter ({lora.scale:g}) part of B, which rounds in bfloat16 where it is "
+            "no power of two: choose student.adapter_alpha so that it is one, for example twice the rank"
+        )

@@ -17,15 +17,19 @@ from gadcore.data.groups import GroupTokens, MicroBatch, packed
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import sync, temporary
 from gadcore.models.activations import Mode, set_mode
+from gadcore.models.adapter import is_adapted, own_parameters
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
 from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
+from gadcore.models.peft_format import write_adapter
 from gadcore.models.readout import Readout
 from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
 
 R = TypeVar("R", bound=Readout)
+# The folder of an exported model that holds its adapters alone.
+ADAPTER = "adapter"
 
 
 class Learner:
@@ -81,6 +85,10 @@ class Learner:
             device=self.model.device,
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is updated, and all that a run has to keep of the model's weights, by the names of the parameters."""
+        return self.optimizer.weights(own_parameters(self.model))
+
     def later(self, readout: R) -> R:
         """Lets step() read what a pass has found, beside the gradient's norm."""
         self._unread.append(readout)
@@ -99,13 +107,17 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-        The weights are those that the optimizer updates, in their dtype.
+        The weights are those that the optimizer updates, in their dtype. Of a model with adapters they are its base's
+        with the adapters added, see save_model(), and the adapters lie beside them as peft's, in the folder ADAPTER.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        weights = self.weights()
         save_model(self.model, self._tokenizer, folder, weights)
+        if is_adapted(self.model):
+            (folder / ADAPTER).mkdir()
+            write_adapter(self.model, folder / ADAPTER, weights)
 
     def discard(self) -> None:
         """Drops the gradient that is there, and what was found with it: the next pass begins anew."""
@@ -119,7 +131,7 @@ class Learner:
 
         The tensors themselves, no copies: they change with the next step. lr and the other settings are not among them.
         """
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        weights = self.weights()
         moments = optimizer_tensors(self.optimizer.adamw, weights)
         return {f"parameters.{name}": weight.detach() for name, weight in weights.items()} | {
             f"optimizer.{name}": tensor for name, tensor in moments.items()
@@ -136,7 +148,7 @@ class Learner:
             if part not in parts:
                 raise UserError(f"the state has {full!r}, which no {self.owner} has: give what state_dict() gave")
             parts[part][name] = tensor
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        weights = self.weights()
         restore_parameters(weights, parts["parameters"], self.owner)
         restore_optimizer(self.optimizer.adamw, parts["optimizer"], weights)
         self.optimizer.weights_changed()

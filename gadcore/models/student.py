@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gadcore.config.adapter import lora_of
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
@@ -21,6 +22,7 @@ from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
+from gadcore.models.adapter import own_parameters
 from gadcore.models.backbone import predicting_states
 from gadcore.models.checks import check_head
 from gadcore.models.fused import gradient_in_place
@@ -29,6 +31,7 @@ from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout
+from gadcore.models.shared_base import SharedBase
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import Messages, ready, text_group
 
@@ -94,6 +97,8 @@ class Student(Learner):
         )
         self.template = template
         self.reference: PreTrainedModel | None = None
+        # What load() has put the adapter on, for a discriminator to share.
+        self.base: SharedBase | None = None
         self.settings = settings
         self.algorithm = algorithm
         self.temperature = temperature
@@ -109,19 +114,23 @@ class Student(Learner):
         algorithm: AlgorithmSettings | None = None,
         *,
         device: torch.device | str | None = None,
+        seed: int = 0,
         temperature: float = 0.8,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
     ) -> Student:
         """The student from a model directory, a hub id or a bundled name.
 
-        settings, algorithm: default the paper's. device: default the GPU where there is one.
+        settings, algorithm: default the paper's. device: default the GPU where there is one. seed: of a new adapter.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or StudentSettings()
-        return cls(
-            load_causal_lm(spec.path, settings.dtype, best_device() if device is None else torch.device(device)),
+        where = best_device() if device is None else torch.device(device)
+        base = None if lora_of(settings) is None else SharedBase.load(spec, settings, where)
+        loaded = load_causal_lm(spec.path, settings.dtype, where) if base is None else base.policy(settings, seed=seed)
+        made = cls(
+            loaded,
             settings,
             algorithm or AlgorithmSettings(),
             temperature=temperature,
@@ -130,18 +139,21 @@ class Student(Learner):
             tokenizer=spec.tokenizer,
             template=spec.template,
         )
+        made.base = base
+        return made
 
     def freeze_reference(self, values: Mapping[str, Tensor] | None = None) -> None:
         """Makes the student as it is now the reference policy; none is kept where no KL is asked for.
 
-        What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
+        The frozen base under an adapter is the student's own, and the reference a copy of the adapter. What autocast
+        rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
         values: of the student's parameters by their names, where they wait elsewhere; default those of the model.
         """
         if self.algorithm.kl_coef <= 0:
             return
         rounded = set() if self.settings.autocast == "none" else _of_products_alone(self.model)
-        copies: dict[int, object] = {}
-        for name, p in self.model.named_parameters():
+        copies: dict[int, object] = {id(p): p for p in self.model.parameters()}
+        for name, p in own_parameters(self.model).items():
             value = p.detach() if values is None else values[name]
             dtype = getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
             copies[id(p)] = nn.Parameter(value.to(p.device, dtype, copy=True), requires_grad=False)
