@@ -1,5 +1,6 @@
-"""A linear layer whose weight is frozen, with a low-rank adapter (LoRA, arXiv 2106.09685): y = x W^T + bias + s (x A^T) B^T.
+"""A linear layer of a frozen weight with a low-rank adapter (LoRA, arXiv 2106.09685).
 
+    y = x W^T + bias + s (x A^T) B^T
     t = x A^T        d x = d y W + s (d y B) A        d B = s d y^T t        d A = s (d y B)^T x
 
 W gets no gradient: beside x, which a trained W keeps as well, the backward pass keeps t [T, r] alone. Its own layer and
@@ -51,9 +52,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def adapted_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, scale: float
-) -> Tensor:
+def adapted_product(x: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, scale: float) -> Tensor:
     """x weight^T + bias + scale t b^T without gradients. x: [T, K]; t = x a^T: [T, r]. Returns [T, N].
 
     One op: what keeps results of products for the backward pass ("selective") would keep that with weight beside the
@@ -74,9 +73,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, b: Tensor, scal
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         t = rows @ a.t()
         ctx.save_for_backward(x, weight, a, b, t)
@@ -97,7 +94,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear whose weight and bias are frozen, and another's, with an adapter of its own: lora_A [r, K], lora_B [N, r].
+    """An nn.Linear over the weight and bias of another, frozen, with an adapter of its own: lora_A [r, K], lora_B [N, r].
 
     Several layers may stand over one weight: each computes with its own adapter, whatever the others do meanwhile.
     """
@@ -108,7 +105,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, over: nn.Linear, rank: int, scale: float, dtype: torch.dtype) -> None:
         """over: whose weight and bias it takes, as they are, and freezes. A and B: of `dtype`, zero."""
         super().__init__(over.in_features, over.out_features, bias=over.bias is not None, device="meta")
-        self.weight, self.bias = over.weight.requires_grad_(False), over.bias
+        self.weight, self.bias = over.weight, over.bias
+        self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         device = over.weight.device

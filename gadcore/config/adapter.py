@@ -1,4 +1,4 @@
-"""The settings of low-rank adapters (LoRA): a frozen base, and small matrices beside its linear layers that are trained."""
+"""The settings of low-rank adapters (LoRA): frozen weights, and small matrices beside them that are trained."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gadcore.config.kinds import Above, Location, Positive, Trained
 
 ALL_LINEAR = "all-linear"
 RANK = 16
+
 
 class Adaptable(Trained):
     """Of a model that is trained as a whole, or by an adapter."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from gadcore.config.adapter import LoRA
@@ -16,7 +15,7 @@ from gadcore.models.shallow import decoder_layers
 
 
 def add_adapter(model: PreTrainedModel, lora: LoRA, dtype: torch.dtype, *, owner: str, seed: int = 0) -> list[str]:
-    """Freezes all parameters of the model, puts an adapter of `dtype` beside its target layers, and returns their names.
+    """Freezes all parameters of the model, puts an adapter of `dtype` beside its target layers; returns their names.
 
     owner: what the model is called in settings, "student" or "discriminator"; with the seed it decides A, B is zero.
     Raises UserError where a target is no linear layer of the model's decoder layers.
@@ -77,9 +76,7 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     layers = adapted_layers(model).values()
     adapters = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
-    return {
-        name: p for name, p in model.named_parameters() if not adapters or id(p) in adapters or p.requires_grad
-    }
+    return {name: p for name, p in model.named_parameters() if not adapters or id(p) in adapters or p.requires_grad}
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -88,7 +85,11 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in own}
 
 
-def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, W + s B A) of every layer with an adapter: added up in float32, then cast to `dtype` once."""
+def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes plain layers of those with an adapter: W + s B A, added up in float32, then cast to `dtype` once; default
+    that of W. The model shares these weights with nobody then."""
     for name, layer in adapted_layers(model).items():
-        yield f"{name}.weight", layer.merged().to(dtype)
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(layer.merged().to(dtype or layer.weight.dtype), requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)

@@ -138,8 +138,8 @@ class Discriminator(Learner):
         there, or a fresh one from `seed`.
 
         base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
-        is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default another one than
-        D's. device: default the GPU where there is one.
+        is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
+        another one than D's. device: default the GPU where there is one.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model

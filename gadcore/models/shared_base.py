@@ -57,9 +57,9 @@ class SharedBase:
         config.num_labels = 1
         # The backbone's as well, to the object: a copy that still attends by "sdpa" would score without a word.
         config._attn_implementation = ATTENTION
-        with foreign(f"the model {self.name} cannot be the discriminator's base", "give discriminator.model"):
-            with torch.device("meta"):
-                made = AutoModelForSequenceClassification.from_config(config)
+        what = f"the model {self.name} cannot be the discriminator's base"
+        with foreign(what, "give discriminator.model"), torch.device("meta"):
+            made = AutoModelForSequenceClassification.from_config(config)
         backbone, prefix = self._model.base_model, made.base_model_prefix
         if type(made.base_model) is not type(backbone) or not isinstance(made.score, nn.Linear):
             raise UserError(

@@ -21,8 +21,10 @@ from gadcore.data.batches import Loader
 from gadcore.errors import UserError
 from gadcore.kernels.tiles import chosen_tiles, use_tiles
 from gadcore.memory.colocation import Colocation
+from gadcore.models.adapter import base_parameters, is_adapted, own_parameters
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
+from gadcore.models.shared_base import shares_base
 from gadcore.models.student import Student
 from gadcore.record.monitor import MachineMonitor
 from gadcore.record.run_folder import TILES, RunFolder
@@ -96,7 +98,7 @@ def build(
                 discriminator = None
                 if inputs.discriminator is not None:
                     view.status("loading the discriminator")
-                    discriminator = _discriminator(config, inputs, device)
+                    discriminator = _discriminator(config, inputs, device, student)
                     _hand_over(memory, discriminator)
                 view.status(f"starting the sampler ({config.rollout.engine})")
                 there = partial(memory.there, "student.parameters")
@@ -107,6 +109,7 @@ def build(
                 memory.engine = engine
                 if not waits:
                     _hand_over(memory, student, engine.aliases())
+                _hand_over_bases(memory, student, discriminator)
                 memory.begin()
             phases.memory = memory
             tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
@@ -126,7 +129,7 @@ def build(
                 phases=phases,
                 memory=memory,
                 stop_requested=stop_requested,
-                make_discriminator=partial(_fresh_discriminator, config, inputs, device),
+                make_discriminator=partial(_fresh_discriminator, config, inputs, device, student),
                 facts=_facts(config, inputs, student, discriminator, device, parameters),
                 data=data,
             )
@@ -169,8 +172,15 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
     # made after the parameters, which an optimizer step has beside them as well.
     model.optimizer.allocate()
     memory.add(f"{model.owner}.optimizer", model.optimizer.moments)
-    memory.add(f"{model.owner}.parameters", model.model.parameters, aliases)
+    memory.add(f"{model.owner}.parameters", lambda: own_parameters(model.model).values(), aliases)
     memory.add_gradients(f"{model.owner}.gradients", model.model.parameters())
+
+
+def _hand_over_bases(memory: Colocation, *models: Learner | None) -> None:
+    """What lies frozen under adapters, once where several share it."""
+    roles = [model.model for model in models if model is not None and is_adapted(model.model)]
+    if roles:
+        memory.add("base.parameters", lambda: [p for role in roles for p in base_parameters(role).values()])
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
@@ -208,29 +218,33 @@ def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
         config.student,
         config.algorithm,
         device=device,
+        seed=config.run.seed,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
     )
 
 
-def _discriminator(config: Config, inputs: Inputs, device: torch.device) -> Discriminator:
+def _discriminator(config: Config, inputs: Inputs, device: torch.device, student: Student) -> Discriminator:
     assert inputs.discriminator is not None
+    same = inputs.discriminator.path == inputs.student.path
+    shared = shares_base(config.student, config.discriminator, same_model=same)
     return Discriminator.load(
         inputs.discriminator,
         config.discriminator,
         student=inputs.student,
         device=device,
         seed=config.run.seed,
+        base=student.base if shared else None,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
     )
 
 
-def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device) -> Discriminator:
+def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device, student: Student) -> Discriminator:
     """An untrained discriminator for the convergence rule, beside the one that is being trained."""
     settings = config.discriminator.model_copy(update={"lr": config.convergence.lr})
-    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device)
+    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device, student)
 
 
 def _facts(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gadcore.checkpoint import store
+from gadcore.checkpoint import bases, store
 from gadcore.checkpoint.state import (
     RngState,
     optimizer_tensors,
@@ -25,7 +26,9 @@ from gadcore.data.batches import Loader
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import State
+from gadcore.models.adapter import own_parameters
 from gadcore.models.discriminator import Discriminator
+from gadcore.models.learner import Learner
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.train.progress import Progress, other_stages
@@ -69,7 +72,7 @@ class Checkpoints:
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
-            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            weights = model.weights()
             tensors[name] = self._memory.readable(weights)
             moments = optimizer_tensors(model.optimizer.adamw, weights)
             tensors[f"{name}-optimizer"] = self._memory.readable(moments)
@@ -82,6 +85,7 @@ class Checkpoints:
             "data": dict(self._data()),
             "records": self.folder.counts(),
             "rng": rng.state,
+            "bases": self._bases,
         }
         best = progress.convergence.best
         return store.save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
@@ -93,16 +97,22 @@ class Checkpoints:
         """
         if saved.state["stages"] != self._stages:
             raise UserError(other_stages(self.folder.path, saved.state["stages"], self._stages))
+        bases.check(saved.state.get("bases"), self._bases, {n: _called(m) for n, m in self._models.items()})
         self._loader.restore(saved.state["loader"])
         self.restore_models(saved)
         restore_rng(RngState(saved.state["rng"], saved.tensors["rng"]))
         return Progress.of(saved.state["progress"])
 
+    @cached_property
+    def _bases(self) -> dict[str, Any]:
+        """They do not change: read once."""
+        return bases.describe({name: model.model for name, model in self._models.items()})
+
     def restore_models(self, saved: Checkpoint) -> None:
         """The parameters and optimizers alone."""
         for name, model in self._models.items():
             self._memory.enter(_UPDATE[name])
-            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            weights = model.weights()
             restore_parameters(weights, saved.tensors[name], name)
             model.optimizer.weights_changed()
             moments = saved.tensors[f"{name}-optimizer"]
@@ -118,7 +128,7 @@ class Checkpoints:
             )
         saved = store.load(path).tensors["reference"]
         with torch.no_grad():
-            for name, p in reference.named_parameters():
+            for name, p in own_parameters(reference).items():
                 p.copy_(saved[name])
         self._reference_saved = True
 
@@ -126,6 +136,10 @@ class Checkpoints:
         """Once: it never changes."""
         reference = self._student.reference
         if reference is not None and not self._reference_saved:
-            tensors = self._memory.readable(dict(reference.named_parameters()))
+            tensors = self._memory.readable(dict(own_parameters(reference)))
             store.save(self.folder.reference, step, {"reference": tensors}, {}, keep=1)
             self._reference_saved = True
+
+
+def _called(model: Learner) -> str:
+    return str(model.model.config.name_or_path)

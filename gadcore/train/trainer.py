@@ -19,6 +19,7 @@ from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
+from gadcore.models.adapter import own_parameters
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
@@ -313,12 +314,13 @@ class Trainer:
         """
         # The reference alone: it is made of the student's values wherever they wait.
         self.memory.enter("rest")
-        self.student.freeze_reference(self.memory.readable(dict(self.student.model.named_parameters())))
+        self.student.freeze_reference(self.memory.readable(dict(own_parameters(self.student.model))))
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            self.memory.add("reference.parameters", self.student.reference.parameters, frozen=True)
+            reference = self.student.reference
+            self.memory.add("reference.parameters", lambda: own_parameters(reference).values(), frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""

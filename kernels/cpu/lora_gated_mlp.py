@@ -41,7 +41,7 @@ def lora_gated_mlp(x: Tensor, gate: Adapted, up: Adapted, down: Adapted) -> Tens
 class _LoRAGatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parts: Any) -> Tensor:
-        gate, up, down = Adapted(*parts[:4]), Adapted(*parts[4:8]), Adapted(*parts[8:])
+        gate, up, down = (Adapted(*parts[i : i + 4]) for i in (0, 4, 8))
         rows = x.reshape(-1, x.shape[-1])
         t_gate, g = _forward(rows, gate)
         t_up, u = _forward(rows, up)
@@ -55,18 +55,20 @@ class _LoRAGatedMlp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, t_gate, t_up, t_down, *tensors = ctx.saved_tensors
-        gate, up, down = (Adapted(*tensors[3 * i : 3 * i + 3], ctx.scales[i]) for i in range(3))
+        gate, up, down = (Adapted(*tensors[3 * i : 3 * i + 3], scale) for i, scale in enumerate(ctx.scales))
         rows = x.reshape(-1, x.shape[-1])
         h = swiglu(g, u)
-        d_h, *of_down = _backward(grad.reshape(-1, grad.shape[-1]), h, t_down, down, need_x=True)
+        grad = grad.reshape(-1, grad.shape[-1])
+        d_t, d_a, d_b = _of_adapter(grad, h, t_down, down)
+        d_h = _of_input(grad, d_t, down)
         torch.ops.gadcore.cpu_swiglu_backward_in_place(d_h, g, u, h)
         # d g in the place of h, d u in that of d h.
-        need_x = ctx.needs_input_grad[0]
-        d_x, *of_gate = _backward(h, rows, t_gate, gate, need_x=need_x)
-        d_xu, *of_up = _backward(d_h, rows, t_up, up, need_x=need_x)
-        if d_x is not None:
-            d_x = d_x.add_(d_xu).view(x.shape)
-        return d_x, None, *of_gate, None, None, *of_up, None, None, *of_down, None
+        d_t_gate, d_a_gate, d_b_gate = _of_adapter(h, rows, t_gate, gate)
+        d_t_up, d_a_up, d_b_up = _of_adapter(d_h, rows, t_up, up)
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = _of_input(h, d_t_gate, gate).add_(_of_input(d_h, d_t_up, up)).view(x.shape)
+        return d_x, None, d_a_gate, d_b_gate, None, None, d_a_up, d_b_up, None, None, d_a, d_b, None
 
 
 def _forward(x: Tensor, part: Adapted) -> tuple[Tensor, Tensor]:
@@ -75,8 +77,11 @@ def _forward(x: Tensor, part: Adapted) -> tuple[Tensor, Tensor]:
     return t, adapted_product(x, part.weight, None, t, part.b, part.scale)
 
 
-def _backward(grad: Tensor, x: Tensor, t: Tensor, part: Adapted, *, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(d x, d A, d B)."""
+def _of_adapter(grad: Tensor, x: Tensor, t: Tensor, part: Adapted) -> tuple[Tensor, Tensor, Tensor]:
+    """(d t, d A, d B)."""
     d_t = (grad @ part.b).mul_(part.scale)
-    d_x = product(grad, part.weight.t()).addmm_(d_t, part.a) if need_x else None
-    return d_x, d_t.t() @ x, (grad.t() @ t).mul_(part.scale)
+    return d_t, d_t.t() @ x, (grad.t() @ t).mul_(part.scale)
+
+
+def _of_input(grad: Tensor, d_t: Tensor, part: Adapted) -> Tensor:
+    return product(grad, part.weight.t()).addmm_(d_t, part.a)

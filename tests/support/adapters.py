@@ -69,7 +69,8 @@ def on_base(
         tokenizer=tiny_tokenizer(),
     )
     student.base = base
-    return student, scorer_on(base, dtype=dtype, mode=mode, micro_batch_tokens=micro_batch_tokens, rank=rank, lr=lr, values=values)
+    same = dict(dtype=dtype, mode=mode, micro_batch_tokens=micro_batch_tokens, rank=rank, lr=lr, values=values)
+    return student, scorer_on(base, **same)
 
 
 def scorer_on(
