@@ -110,7 +110,8 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         device = over.weight.device
-        self.scale = scale
+        # Not of A, which is empty where it waits off the device.
+        self.rank, self.scale = rank, scale
         self.lora_A = nn.Parameter(torch.zeros(rank, over.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(over.out_features, rank, dtype=dtype, device=device))
 
@@ -136,7 +137,7 @@ class LoRALinear(nn.Linear):
         return lora_linear(x, self.weight, self.bias, a, b, self.scale)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={len(self.lora_A)}, scale={self.scale}"
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale}"
 
 
 def is_adapters(name: str) -> bool:

@@ -29,7 +29,7 @@ def _described(model: PreTrainedModel) -> Described:
     return {
         "base": model.config.name_or_path,
         "checksum": f"{fingerprint(_bits(model)):032x}",
-        "rank": len(first.lora_A),
+        "rank": first.rank,
         "scale": first.scale,
         "layers": sorted(layers),
     }

@@ -53,14 +53,13 @@ def write_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Te
         f"{_PREFIX}{name}{_SUFFIX if is_adapters(name) else ''}": (weights or own)[name].detach().cpu().contiguous()
         for name in own
     }
-    rank = len(first.lora_A)
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
         "base_model_name_or_path": model.config.name_or_path,
-        "r": rank,
+        "r": first.rank,
         # Of a plain scale, whichever made it: alpha / r.
-        "lora_alpha": first.scale * rank,
+        "lora_alpha": first.scale * first.rank,
         "use_rslora": False,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,11 +24,13 @@ from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError, foreign
 from gadcore.kernels.cast_copy import cast_copy
+from gadcore.kernels.lora_linear import is_adapters
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout.engine import Done, Engine, SampleRequest, There
+from gadcore.rollout.vllm_adapter import Adapter, AdapterInProducts, AdapterInSlot, has_adapter, lora_arguments
 from gadcore.rollout.vllm_classes import TrainersClasses
-from gadcore.rollout.vllm_weights import map_weights
+from gadcore.rollout.vllm_weights import engine_parameters, lay_out, map_weights
 from gadcore.rollout.weights import WeightSource, checksums, row_sums
 
 # How far log-probs of a sample may lie from the trainer's, in the mean, by the engine's dtype: rounding, and no more.
@@ -75,6 +77,11 @@ def _check_gpu(settings: VLLMRollout) -> None:
             f"gpu_memory_utilization = {settings.gpu_memory_utilization} asks for {wanted / 1e9:.1f} GB of the GPU for "
             f"vLLM, and {free / 1e9:.1f} of its {total / 1e9:.1f} GB are free: lower it, or end what else uses the GPU"
         )
+
+
+def _in_slots(on_cpu: bool) -> bool:
+    """Whether an adapter is in vLLM's own LoRA layers: elsewhere than on a CPU, where these are many times slower."""
+    return not on_cpu
 
 
 def _plain_cpu_linear(layer: nn.Module, remove_weight: bool) -> None:
@@ -131,16 +138,28 @@ class VLLMEngine(Engine):
         if not self.on_cpu:
             _check_gpu(settings)
         self.vllm = _import_vllm(settings, self.on_cpu)
+        adapted = has_adapter(model)
+        slots = adapted and _in_slots(self.on_cpu)
         classes = TrainersClasses(model)
         engine_models: list[nn.Module] = []
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
             try:
-                self.llm = self._start(config, model_path)
+                self.llm = self._start(config, model_path, lora_arguments(model) if slots else {})
                 engine_models = self.llm.apply_model(lambda m: m)
             finally:
                 classes.restore(engine_models)
         (self.engine_model,) = engine_models
-        if self.on_cpu and self.eager:
+        self.adapter: Adapter | None = None
+        if adapted:
+            # Before anything looks at the layers. An adapter may wait elsewhere, its base never does.
+            with there(), foreign(f"vLLM cannot run the model {model_path} with an adapter"):
+                slices = lay_out(model, self.engine_model)
+                self.adapter = (
+                    AdapterInSlot(self.llm, model, slices)
+                    if slots
+                    else AdapterInProducts(model, self.engine_model, slices)
+                )
+        if self.on_cpu and self.eager and not slots:
             cpu.adapt_vllm(self.llm)
         self.notes = [] if self.on_cpu else [self._resolved()]
         self._kv_cache = self._find_kv_cache()
@@ -149,7 +168,7 @@ class VLLMEngine(Engine):
         # vLLM's weights are those of the directory, as the trainer's are, which map_weights() sees to.
         self._current = True
         prompt, sample = self._sample_once(model, config)
-        loaded = {name: row_sums(p) for name, p in self.engine_model.named_parameters()}
+        loaded = {name: row_sums(p) for name, p in engine_parameters(self.engine_model).items()}
         if not self.on_cpu:
             # The trainer's weights find the room that vLLM had.
             self.sleep()
@@ -161,7 +180,7 @@ class VLLMEngine(Engine):
             self._check_distribution(model, config, model_path, prompt, sample)
         self.sleep()
 
-    def _start(self, config: Config, model_path: str) -> Any:
+    def _start(self, config: Config, model_path: str, lora: Mapping[str, Any]) -> Any:
         rollout = config.vllm
         # The trainer's logits are float32, made of bfloat16 products; so are these, then (LogitsProcessor in
         # vllm/model_executor/layers/logits_processor.py). The head's weights stay what they are, tied or not.
@@ -186,6 +205,7 @@ class VLLMEngine(Engine):
             enable_sleep_mode=not self.on_cpu,
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **lora,
             **(
                 # Where only a part of a seeded prompt fits into a batch, vLLM turns back its generator, which a CPU's
                 # cannot: whole prompts then.
@@ -227,12 +247,14 @@ class VLLMEngine(Engine):
         views = self.weights()
         with torch.no_grad():
             for name, p in model.named_parameters():
-                views[name].copy_(p)
-                p.data = views[name]
+                if self._is_view(name):
+                    views[name].copy_(p)
+                    p.data = views[name]
 
     def weights(self) -> dict[str, Tensor]:
-        engine = dict(self.engine_model.named_parameters())
-        return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self.slices}
+        engine = engine_parameters(self.engine_model)
+        base = {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self.slices}
+        return base if self.adapter is None else base | self.adapter.weights()
 
     def _find_kv_cache(self) -> list[Tensor]:
         (caches,) = self.llm.collective_rpc(lambda worker: worker.model_runner.kv_caches)
@@ -258,8 +280,10 @@ class VLLMEngine(Engine):
             )
             for r in requests
         ]
+        request = None if self.adapter is None else self.adapter.request
+        lora = {} if request is None else {"lora_request": request}
         with self._telling(requests, done) if done else nullcontext():
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, params, use_tqdm=False, **lora)
         return [self._responses(request, output) for request, output in zip(requests, outputs, strict=True)]
 
     @contextmanager
@@ -298,19 +322,28 @@ class VLLMEngine(Engine):
         if "weights" not in self._awake:
             raise RuntimeError("the engine sleeps: wake its weights before they are updated")
         weights = self.weights()
-        pairs = [(name, tensor, weights[name]) for name, tensor in source]
-        if self.shared:
-            if moved := [name for name, tensor, own in pairs if tensor.data_ptr() != own.data_ptr()]:
-                raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
-        else:
-            cast_copy([(tensor, own) for _, tensor, own in pairs])
-            expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in pairs)
-            if not torch.equal(checksums((name, own) for name, _, own in pairs), expected):
+        pairs = [(name, self._as_held(name, tensor), weights[name]) for name, tensor in source]
+        views = [self._is_view(name) for name, *_ in pairs]
+        if moved := [
+            n for (n, t, own), view in zip(pairs, views, strict=True) if view and t.data_ptr() != own.data_ptr()
+        ]:
+            raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
+        if copied := [pair for pair, view in zip(pairs, views, strict=True) if not view]:
+            cast_copy([(tensor, own) for _, tensor, own in copied])
+            expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in copied)
+            if not torch.equal(checksums((name, own) for name, _, own in copied), expected):
                 raise RuntimeError("vLLM's weights differ from the trainer's after an update")
         # Cached keys and values belong to the old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
         self._current = True
+
+    def _as_held(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if self.adapter is None else self.adapter.as_held(name, tensor)
+
+    def _is_view(self, name: str) -> bool:
+        """Whether the trainer's parameter of that name is a view into vLLM's."""
+        return self.shared and (self.adapter is None or self.adapter.shared or not is_adapters(name))
 
     def sleep(self) -> None:
         if not self._awake:
@@ -342,11 +375,14 @@ class VLLMEngine(Engine):
         return {"engine.weights": weights, "engine.kv_cache": cache}
 
     def aliases(self) -> list[Tensor]:
-        return self._own_weights() if self.shared else []
+        if not self.shared:
+            return []
+        # What lies under an adapter stays where it is.
+        return self._own_weights() if self.adapter is None else list(self.adapter.aliases())
 
     def _own_weights(self) -> list[Tensor]:
         """vLLM's parameters that the trainer's lie in."""
-        engine = dict(self.engine_model.named_parameters())
+        engine = engine_parameters(self.engine_model)
         return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self.slices)]
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gadcore.kernels.lora_linear import is_adapters
 from gadcore.rollout.weights import row_sums
 
 
@@ -29,13 +30,29 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping
     directory): every row is compared, to the precision of the engine's dtype. vLLM's own values are not looked at, they
     may be gone. Raises RuntimeError where they do not match.
     """
+    slices, engine = lay_out(model, engine_model), engine_parameters(engine_model)
+    for s in slices:
+        ours = model.get_parameter(s.name).detach()
+        if not torch.equal(loaded[s.vllm_name][s.start : s.end], row_sums(ours.to(engine[s.vllm_name].dtype))):
+            raise RuntimeError(f"the trainer's {s.name} is not where it was looked for in vLLM's {s.vllm_name}")
+    return slices
+
+
+def engine_parameters(engine_model: nn.Module) -> dict[str, nn.Parameter]:
+    """vLLM's parameters, under the names that they have without its LoRA layers around them."""
+    return {name.replace(".base_layer.", "."): p for name, p in engine_model.named_parameters()}
+
+
+def lay_out(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
+    """map_weights() by names and shapes alone. Adapters have no place there: they are no part of vLLM's parameters."""
     parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
     members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
-    engine = dict(engine_model.named_parameters())
-    called = {name: name if name in engine else _in_vllms_words(name, model) for name, _ in model.named_parameters()}
-    rows = {called[name]: len(p) for name, p in model.named_parameters()}
+    engine = engine_parameters(engine_model)
+    ours = {name: p for name, p in model.named_parameters() if not is_adapters(name)}
+    called = {name: name if name in engine else _in_vllms_words(name, model) for name in ours}
+    rows = {called[name]: len(p) for name, p in ours.items()}
     slices = []
-    for name, p in model.named_parameters():
+    for name, p in ours.items():
         vllm_name, start = called[name], 0
         if vllm_name not in engine:
             prefix, module, kind = _split(vllm_name)
@@ -45,8 +62,6 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping
             before = members[parts[module]][: members[parts[module]].index(module)]
             vllm_name, start = fused, sum(rows[".".join(filter(None, (prefix, m, kind)))] for m in before)
         slices.append(Slice(name, vllm_name, start, start + len(p)))
-        if not torch.equal(loaded[vllm_name][start : start + len(p)], row_sums(p.detach().to(engine[vllm_name].dtype))):
-            raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
     # Weights that no update would reach, for example a head of its own where the trainer's is the embedding.
     if left := sorted(engine.keys() - {s.vllm_name for s in slices}):
         raise RuntimeError(f"vLLM's {left[0]} is no parameter of the trainer's")
