@@ -130,10 +130,9 @@ class LoRALinear(nn.Linear):
         return torch.addmm(self.weight.to(dtype), self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, a, b = input, self.lora_A, self.lora_B
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        x, a, b = input.to(dtype), self.lora_A.to(dtype), self.lora_B.to(dtype)
         return lora_linear(x, self.weight, self.bias, a, b, self.scale)
 
     def extra_repr(self) -> str:

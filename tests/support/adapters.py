@@ -29,7 +29,7 @@ def trained(model, seed: int) -> None:
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             for p in (layer.lora_A, layer.lora_B):
-                p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+                p.copy_(0.15 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
 
 
 def _double(model, dtype: torch.dtype):
