@@ -90,6 +90,12 @@ COMMANDS = {
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
     ),
+    "serve-discriminator": Command(
+        "[settings]",
+        "a discriminator that other trainers ask for rewards, and train, over HTTP",
+        "gadcore.integrations.service.command:main",
+        prepared=True,
+    ),
     "doctor": Command(
         "[--json]",
         "what is here for a run, what is missing, and what mends it",

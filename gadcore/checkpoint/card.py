@@ -36,8 +36,51 @@ SETTINGS = (
 )
 
 
-def model_card(config: Config, which: str, progress: Mapping[str, Any]) -> str:
+# Of the step that the checkpoint was made after, from the run's metrics.jsonl.
+OF_A_STEP = {
+    "discriminator/accuracy": "share of pairs whose teacher scores higher than the student's sample",
+    "discriminator/margin": "mean of the teacher's score less the sample's",
+    "discriminator/loss": "Bradley-Terry loss",
+}
+SCORING = """
+## Scores
+
+`D(x, y)` is the logit at the last token of a response: the end marker where the response ended by itself, else the
+token where it was cut. Only differences between responses to the same prompt mean something.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+FOLDER, END = "PATH OR HUB ID OF THIS MODEL", {end!r}
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER, dtype=torch.float32)
+messages = [{{"role": "user", "content": "Name a city."}}]
+prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+for response in ("Paris." + END, "Zero degrees" + END, "Paris is a"):
+    inputs = tokenizer(prompt + response, add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad():
+        print(model(**inputs).logits.item())
+```
+
+vLLM: `LLM(FOLDER, runner="pooling").classify(prompts, pooling_params=PoolingParams(use_activation=False))`, with the
+same token ids as prompts, `TokensPrompt(prompt_token_ids=ids)`; `outputs.probs[0]` is the score. gadcore:
+`Discriminator.load(FOLDER)`.
+"""
+
+
+def model_card(
+    config: Config,
+    which: str,
+    progress: Mapping[str, Any],
+    *,
+    end: str = "",
+    figures: Mapping[str, float] | None = None,
+) -> str:
     """README.md of a model directory. progress: where the run stood, as the checkpoint holds it.
+
+    end: the text that ends a response in the chat template. figures: those of the checkpoint's step, by their names in
+    metrics.jsonl.
 
     Names and paths are written as code: they come from outside.
     """
@@ -46,7 +89,7 @@ def model_card(config: Config, which: str, progress: Mapping[str, Any]) -> str:
         library_name="transformers",
         tags=["distillation", "gad", "gadcore"],
         base_model=base if "/" in base and not Path(base).exists() else None,
-        pipeline_tag="text-generation" if which == "student" else None,
+        pipeline_tag="text-generation" if which == "student" else "text-classification",
     )
     steps = {**progress["lasted"], progress["stage"]: progress["stage_step"]}
     done = ", ".join(f"{count} steps of {stage}" for stage, count in steps.items() if stage and count)
@@ -65,6 +108,8 @@ def model_card(config: Config, which: str, progress: Mapping[str, Any]) -> str:
         "| --- | --- |",
         *(f"| `{key}` | {code(str(value))} |" for key, value in settings.items() if value is not None),
         *_figures(progress["evaluations"] if which == "student" else {}),
+        *(_of_the_discriminator(progress, figures or {}) if which == "discriminator" else []),
+        *(SCORING.format(end=end).rstrip().split("\n") if which == "discriminator" else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -83,3 +128,12 @@ def _figures(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
             shown = ("" if value is None else f"{value:.3f}" for value in values)
             lines.append(f"| {label} | {' | '.join(shown)} |")
     return lines
+
+
+def _of_the_discriminator(progress: Mapping[str, Any], figures: Mapping[str, float]) -> list[str]:
+    """How well it could tell the teacher from the student, as far as the run has measured it."""
+    rows = [(f"{label}, in the last step", figures.get(key)) for key, label in OF_A_STEP.items()]
+    gate = progress.get("gate", {}).get("measured", ())
+    rows += [(f"accuracy on prompts held out, after step {step}", accuracy) for step, accuracy in gate]
+    told = [f"| {label} | {value:.3f} |" for label, value in rows if value is not None]
+    return ["", "| teacher against student | |", "| --- | ---: |", *told] if told else []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from gadcore.config.adapter import lora_of
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
-from gadcore.files import LOCK, held, whole_folder, write_whole
+from gadcore.files import LOCK, held, parse_json, whole_folder, write_whole
 from gadcore.models.adapter import is_adapted, merge_adapter, own_parameters
 from gadcore.models.learner import ADAPTER
 from gadcore.models.loading import PreTrainedModel, load_causal_lm, save_model
@@ -70,7 +70,7 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
                 if dtype is not None:
                     model.to(getattr(torch, dtype))
                 save_model(model, spec.tokenizer, folder)
-                write_whole(folder / "README.md", model_card(config, which, checkpoint.state["progress"]))
+                write_whole(folder / "README.md", _card(saved, config, which, checkpoint, spec))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -101,6 +101,22 @@ def config_path(saved: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{saved} lies in no run folder (there is no {path}): leave checkpoints where they were made")
     return path
+
+
+def _card(saved: Path, config: Config, which: str, checkpoint: store.Checkpoint, spec: ModelSpec) -> str:
+    progress = checkpoint.state["progress"]
+    end = str(spec.tokenizer.decode(list(spec.template.response_ids("", finished=True))))
+    figures = _figures_of(saved.resolve().parent.parent / "metrics.jsonl", progress["step"])
+    return model_card(config, which, progress, end=end, figures=figures)
+
+
+def _figures_of(metrics: Path, step: int) -> Mapping[str, float]:
+    """The line of a step in a run's metrics.jsonl; nothing where it is not there, or not to be read."""
+    try:
+        rows = [parse_json(line) for line in metrics.read_bytes().splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return next((row for row in reversed(rows) if isinstance(row, dict) and row.get("step") == step), {})
 
 
 def _name(config: Config, which: str) -> str:

@@ -104,7 +104,7 @@ class Learner:
         readouts, self._unread = self._unread, []
         return self.optimizer.step(readouts)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
         The weights are those that the optimizer updates, in their dtype. Of a model with adapters they are its base's
@@ -113,11 +113,11 @@ class Learner:
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
-        weights = self.weights()
-        save_model(self.model, self._tokenizer, folder, weights)
+        weights, place = self.weights(), Path(folder)
+        save_model(self.model, self._tokenizer, place, weights)
         if is_adapted(self.model):
-            (folder / ADAPTER).mkdir()
-            write_adapter(self.model, folder / ADAPTER, weights)
+            (place / ADAPTER).mkdir()
+            write_adapter(self.model, place / ADAPTER, weights)
 
     def discard(self) -> None:
         """Drops the gradient that is there, and what was found with it: the next pass begins anew."""

@@ -24,11 +24,14 @@ from gadcore.config.settings import Config
 from gadcore.evaluate.human_command import SheetConfig
 from gadcore.evaluate.judge_command import CompareConfig, JudgeConfig
 from gadcore.evaluate.settings import EvalConfig
+from gadcore.integrations.client import DEFAULT_URL
+from gadcore.integrations.service.settings import ServiceConfig
 from gadcore.plan.settings import PlanConfig
 from gadcore.run import COMMANDS
 from gadcore.teacher.settings import CollectConfig
 from tests.support.openai_server import Handler, completion, serve
 from tests.support.runs import ANSWERS, PROMPTS, ROOT, run, tiny_arguments, write_rows
+from tests.support.service import running, settings
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
@@ -184,6 +187,13 @@ def server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def discriminator_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a discriminator service over a tiny model and rows."""
+    with running(settings(tmp_path_factory.mktemp("service"))) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
 def prepared(worker: Worker, module_folder: Path) -> Path:
     """A folder with what the guides' commands read, in which a tiny run has finished: runs/gad, the latest one."""
     folder = module_folder
@@ -272,7 +282,7 @@ def look_up(code: Code) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_commands_and_programs(
-    document: Path, worker: Worker, prepared: Path, server: str, tmp_path: Path, monkeypatch
+    document: Path, worker: Worker, prepared: Path, server: str, discriminator_service: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -280,8 +290,15 @@ def test_commands_and_programs(
         if code.program:
             name = re.match(r"# (\w+\.py)\n", code.text)
             assert name, f"{code.where}: the first line of a program names its file: # NAME.py"
-            (tmp_path / name[1]).write_text(code.text.replace(MODEL, str(tmp_path / "model")))
+            text = code.text.replace(MODEL, str(tmp_path / "model"))
+            if DEFAULT_URL in text:
+                text = text.replace(DEFAULT_URL, discriminator_service)
+            (tmp_path / name[1]).write_text(text)
             argv = [name[1]]
+        elif code.words[3:4] == ["serve-discriminator"]:
+            # It returns as it is stopped: discriminator_service has started another one.
+            loading.load(code.words[4:], ServiceConfig)
+            continue
         elif code.words[1:3] == ["-m", "gadcore.run"]:
             argv = small_command(code, tmp_path, server)
         else:
@@ -317,7 +334,7 @@ def test_what_is_named_exists(document: Path) -> None:
         target = document.parent / link if link else document
         assert "://" in link or target.exists(), f"{document.name} links to {link}"
         assert not anchor or anchor in anchors(target), f"{document.name} links to {link}#{anchor}"
-    models = (Config, EvalConfig, CollectConfig, PlanConfig, JudgeConfig, CompareConfig, SheetConfig)
+    models = (Config, EvalConfig, CollectConfig, PlanConfig, JudgeConfig, CompareConfig, SheetConfig, ServiceConfig)
     settings = {key for model in models for key in setting_kinds(model)}
     assert set(re.findall(r"--([a-z_]+\.[a-z_0-9]+)", text)) <= settings | {"section.key"}
     makefile = (ROOT / "Makefile").read_text()

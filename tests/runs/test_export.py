@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from gadcore import Discriminator
 from gadcore import run as command
 from gadcore.checkpoint import store
 from gadcore.evaluate.command import main as evaluate
@@ -171,7 +173,21 @@ def test_the_card_says_where_the_model_comes_from(trained, tmp_path) -> None:
     # The last evaluation is made after the last checkpoint.
     assert "On 4 held-out prompts" in card.text and "| | before | after warmup |" in card.text
     assert export(trained, "--out", tmp_path / "d", "--model", "discriminator") == 0
-    assert "held-out prompts" not in ModelCard.load(tmp_path / "d" / "README.md").text
+    card = ModelCard.load(tmp_path / "d" / "README.md")
+    assert "held-out prompts" not in card.text and card.data.pipeline_tag == "text-classification"
+    last = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()][-1]
+    assert f"sample, in the last step | {last['discriminator/accuracy']:.3f} |" in card.text
+
+
+def test_the_program_of_a_discriminators_card_gives_its_scores(trained, tmp_path, capsys) -> None:
+    assert export(trained, "--out", tmp_path / "d", "--model", "discriminator") == 0
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "d/README.md").read_text(), re.DOTALL)
+    capsys.readouterr()
+    exec(program.replace("PATH OR HUB ID OF THIS MODEL", str(tmp_path / "d")), {})
+    found = [float(line) for line in capsys.readouterr().out.split()]
+    d = Discriminator.load(str(tmp_path / "d"), device="cpu")
+    scores = d.score([d.group("Name a city.", "Paris.", ["Zero degrees", "Paris is a"], [True, False])])
+    assert found == pytest.approx([scores.teacher_scores[0], *scores.rewards[0]], abs=1e-5)
 
 
 def test_weights_of_another_dtype(trained, tmp_path) -> None:

@@ -1,0 +1,149 @@
+"""The discriminator service under several clients while server and clients are killed at random moments.
+
+What is counted is what the clients have written down, not what the service says of itself: the updates of their logs,
+made again one by one by the library alone, must give every score that any of them was answered, and in the end the very
+weights and moments of the service.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from gadcore import Discriminator, DiscriminatorSettings
+from gadcore.checkpoint import store
+from gadcore.integrations.service.journal import Journal
+from tests.support import service_client
+from tests.support.runs import ROOT
+from tests.support.service import ServiceProcess, settings
+
+
+class Clients:
+    """Processes that ask, each with a log of its own."""
+
+    def __init__(self, url: str, folder: Path, names: list[str], each: int) -> None:
+        self.folder, self.names, self.kills = folder, names, 0
+        folder.mkdir()
+        script = ROOT / "tests/support/service_client.py"
+        self._commands = {name: [sys.executable, str(script), url, str(folder), name, str(each)] for name in names}
+        self._processes = {name: self._started(name) for name in names}
+
+    def _started(self, name: str) -> subprocess.Popen:
+        return subprocess.Popen(self._commands[name], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+
+    def running(self) -> list[str]:
+        found = []
+        for name, process in self._processes.items():
+            code = process.poll()
+            assert code in (None, 0), f"client {name} ended with {code}"
+            found += [name] if code is None else []
+        return found
+
+    def kill(self, name: str) -> None:
+        self._processes[name].kill()
+        self._processes[name].wait()
+        self._processes[name] = self._started(name)
+        self.kills += 1
+
+    def answered(self) -> int:
+        return sum(path.read_bytes().count(b'"answered"') for path in self.folder.glob("*.jsonl"))
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [line for name in self.names for line in service_client.read_log(self.folder / f"{name}.jsonl")]
+
+
+def rss(process: subprocess.Popen) -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def under_fire(folder: Path, requests: int, clients: int, kills: int, calm: float, **changed: Any) -> dict[str, Any]:
+    """Lets `clients` ask for `requests` updates and kills the server `kills` times, and as many clients, before the
+    last `calm` share of them; checks everything; returns figures."""
+    rng, begin = random.Random(0), time.monotonic()
+    service = ServiceProcess(folder, settings(folder, **changed))
+    service.start()
+    service.wait_until_ready()
+    asking = Clients(service.url, folder / "logs", [f"c{k}" for k in range(clients)], requests // clients)
+    moments = sorted(rng.uniform(0.02, 1 - calm) * requests for _ in range(kills))
+    sizes: list[tuple[int, int]] = []
+    try:
+        while running := asking.running():
+            answered = asking.answered()
+            if moments and answered >= moments[0]:
+                moments.pop(0)
+                time.sleep(rng.uniform(0, 0.1))
+                service.end(signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL)
+                service.start()
+                asking.kill(rng.choice(running))
+            assert service.process is not None and service.process.poll() is None, service.said()
+            if not moments:
+                sizes.append((answered, rss(service.process)))
+            time.sleep(0.1)
+    finally:
+        service.end()
+    seconds = time.monotonic() - begin
+    made = check(folder, asking.lines(), requests)
+    return made | {"seconds": seconds, "starts": service.starts, "client kills": asking.kills, "rss": sizes}
+
+
+def check(folder: Path, lines: list[dict[str, Any]], requests: int) -> dict[str, Any]:
+    answers: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["what"] != "sent":
+            found = {key: line[key] for key in ("version", "scored_by", "scores")}
+            assert answers.setdefault(line["id"], found) == found, "another answer to the same request"
+    assert len(answers) == requests
+    by_version = defaultdict(list)
+    for request_id, answer in answers.items():
+        assert answer["scored_by"] == answer["version"] - 1
+        by_version[answer["version"]].append(request_id)
+    assert sorted(by_version) == list(range(1, len(by_version) + 1)), "a version that nobody has seen, or seen twice"
+    d = Discriminator.load(str(folder / "model"), DiscriminatorSettings(lr=1e-4), device="cpu", seed=3)
+    journal = Journal(folder / "service/journal.sqlite")
+    order = dict(journal._reader.execute("SELECT id, place FROM requests"))
+    journal.close()
+    for version in sorted(by_version):
+        ids = sorted(by_version[version], key=order.__getitem__)
+        texts = [group for request_id in ids for group in service_client.groups_of(request_id)]
+        made = [d.group(g.prompt, g.teacher_response, g.samples, g.finished) for g in texts]
+        scores = d.update(made)
+        rows = [[t, *own] for t, own in zip(scores.teacher_scores, scores.rewards, strict=True)]
+        assert rows == [row for request_id in ids for row in answers[request_id]["scores"]], f"version {version}"
+    newest = store.latest(folder / "service/checkpoints")
+    assert newest is not None and newest.name == f"step-{len(by_version):06d}"
+    expected = {name: tensor.tolist() for name, tensor in d.state_dict().items() if name.startswith("parameters.")}
+    saved = load_file(newest / "discriminator.safetensors")
+    assert {f"parameters.{name}": tensor.tolist() for name, tensor in saved.items()} == expected
+    again = sum(bool(line.get("again")) for line in lines)
+    sent = sum(line["what"] == "sent" for line in lines)
+    return {"updates": len(by_version), "sent": sent, "got an answer that was there": again}
+
+
+def test_every_group_is_trained_once_whatever_is_killed(tmp_path: Path) -> None:
+    found = under_fire(tmp_path, 300, 4, kills=2, calm=0.2, service__checkpoint_every=20)
+    assert found["starts"] == 3 and found["client kills"] == 2 and found["sent"] > 300
+
+
+@pytest.mark.by_hand
+def test_ten_thousand_requests_of_eight_clients(tmp_path: Path) -> None:
+    found = under_fire(
+        tmp_path, 10_000, 8, kills=25, calm=0.3, service__checkpoint_every=50, service__batch_groups=6,
+        service__batch_seconds=0.05,
+    )  # fmt: skip
+    sizes = found.pop("rss")
+    first, last = (sum(size for _, size in part) / len(part) for part in (sizes[20:40], sizes[-20:]))
+    print(found, f"resident MiB: {first / 2**20:.1f} after {sizes[20][0]} requests, {last / 2**20:.1f} at the end")
+    assert last < first + 8 * 2**20
