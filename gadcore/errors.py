@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,11 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C arrived: the step was finished and saved. The message says how to go on."""
+
+
+def is_users(error: OSError) -> bool:
+    """Whether a full disk (which names no file) or a file or folder that cannot be used is the user's to mend."""
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def cause(error: BaseException) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
+import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -18,12 +19,15 @@ from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_functions
-from gadcore.config.process import StopSignals, keep_writing, set_environment
+from gadcore.config.process import StopSignals, keep_writing, leave, restarts, set_environment, several_processes
 from gadcore.config.settings import Config
-from gadcore.errors import Interrupted, UserError
-from gadcore.record.run_folder import LATEST, RUNS, RunFolder, run_folder
+from gadcore.errors import Interrupted, UserError, is_users
+from gadcore.record.run_folder import LATEST, RUNS, RunFolder
 from gadcore.record.tracking import check_tracker
 from gadcore.text import say
+
+if TYPE_CHECKING:
+    from gadcore.train.job import Job
 
 TRAINING = ("train", "seqkd")
 
@@ -119,8 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] and arguments[0] in ("help", "--version", *HELP):
         return _about(arguments)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
-    # What goes on with a run that has begun is said where its folder is known (gadcore.record.run_folder).
-    goes_on = "give the same command again" if command in TRAINING else "the same command goes on"
     signals = None
     try:
         if command not in COMMANDS:
@@ -131,30 +133,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _other(command, arguments)
         signals = StopSignals()
         return _train(command, arguments, signals)
-    except UserError as error:
-        # A list, as of all the rows that cannot be used, has a line an item.
-        for line in f"gadcore: {error}".split("\n"):
-            say(line, sys.stderr)
-        return 2
-    except Interrupted as error:
-        say(f"gadcore: {error}", sys.stderr)
-        return 128 + ((signals and signals.received) or signal.SIGINT)
-    except KeyboardInterrupt:
-        say(f"gadcore: stopped at once; {goes_on}", sys.stderr)
-        return 128 + ((signals and signals.received) or signal.SIGINT)
-    except OSError as error:
-        # A full disk (which names no file) or a folder that may not be written is the user's to mend.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except BaseException as error:
+        if (found := _sentence(error, command, signals)) is None:
             raise
-        where = error.filename or "the run folder"
-        say(f"gadcore: {where}: {error.strerror}; mend that and {goes_on}", sys.stderr)
-        return 2
+        return _told(*found)
+
+
+def _sentence(error: BaseException, command: str, signals: StopSignals | None) -> tuple[str, int] | None:
+    """(what the user is told of what ended a command, the exit code); None for an error of the program."""
+    # What goes on with a run that has begun is said where its folder is known (gadcore.record.run_folder).
+    goes_on = "give the same command again" if command in TRAINING else "the same command goes on"
+    stopped = 128 + ((signals and signals.received) or signal.SIGINT)
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, Interrupted):
+        return str(error), stopped
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped at once; {goes_on}", stopped
+    if isinstance(error, OSError) and is_users(error):
+        return f"{error.filename or 'the run folder'}: {error.strerror}; mend that and {goes_on}", 2
+    return None
+
+
+def _told(text: str, code: int) -> int:
+    """Tells the user; of several processes of a job one does, and all end."""
+    if several_processes():
+        # Only now: it loads torch.
+        from gadcore.distributed.watch import Watch
+
+        return Watch.join().told(text, code)
+    # A list, as of all the rows that cannot be used, has a line an item.
+    for line in f"gadcore: {text}".split("\n"):
+        say(line, sys.stderr)
+    return code
 
 
 def program() -> None:
     """The program `gadcore`: main() of the command line, with streams that outlast their readers."""
     keep_writing()
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        if not several_processes():
+            raise
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def _about(arguments: Sequence[str]) -> int:
@@ -202,10 +226,11 @@ def report_main(arguments: list[str]) -> int:
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
+    arguments += _restarted(arguments)
     saved = _saved_config(arguments)
     default = loading.DEFAULT_PRESET if saved else default_preset(arguments)
     config = loading.load(arguments, saved=saved, default=default)
-    if default == GPU_PRESET:
+    if default == GPU_PRESET and os.environ.get("RANK", "0") == "0":
         say(
             f"gadcore: no preset is named and there is a GPU: --preset {GPU_PRESET}; --run.device cpu means "
             f"{loading.DEFAULT_PRESET}",
@@ -215,6 +240,18 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     check_functions(config.algorithm)
     check_tracker(config.tracking.tracker)
+    from gadcore.train.job import join_job
+
+    return join_job(
+        config,
+        signals,
+        lambda job: _train_in(job, job.config, command, signals, dry_run=dry_run),
+        lambda error: _sentence(error, command, signals),
+    )
+
+
+def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, dry_run: bool) -> int:
+    """A run, or its plan, in every process of a job."""
     from gadcore.algorithm import train
     from gadcore.doctor.command import at_start
     from gadcore.plan import disk
@@ -226,48 +263,64 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     from gadcore.train.progress import stages_of
     from gadcore.train.resuming import finished
 
+    world = job.world
     stages = stages_of(config, command)
-    if config.run.resume == "auto" and not dry_run and (path := finished(config, stages)):
-        # It may have been killed in between.
-        if not (path / "report.html").exists():
-            write_report(path)
-        say(
-            f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "
-            f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
-        )
+    if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
+        if world.is_first:
+            # It may have been killed in between.
+            if not (path / "report.html").exists():
+                write_report(path)
+            say(
+                f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "
+                f"start a new run from its student (--student.model {shlex.quote(f'{path}/student')})"
+            )
         return 0
-    at_start(config)
+    if world.is_first:
+        at_start(config)
     # Before there is a folder: bad data leaves nothing behind.
-    inputs = read_inputs(config, stages)
-    if inputs.warnings:
+    inputs = read_inputs(config, stages, world)
+    if inputs.warnings and world.is_first:
         wide(Console(stderr=True, markup=False, emoji=False, highlight=False)).print(warning_panel(inputs.warnings))
     refused = None
     try:
-        fitted = fit(config, inputs.student.path, inputs.train, stages)
+        fitted = job.of_first(lambda: fit(config, inputs.student.path, inputs.train, stages, world))
     except UserError as error:
         if not dry_run:
             raise
         fitted, refused = Fitted(config, [], []), error
     config = fitted.config
-    inputs.notes.extend(fitted.notes)
+    inputs.notes.extend([*job.notes, *fitted.notes])
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
     if needed is not None:
         inputs.notes.append(needed.sentence())
     if dry_run:
         lines = f"{loading.dump(config)}\n{describe_plan(config, stages, inputs)}".split("\n")
-        for line in [*lines, *fitted.lines]:
+        for line in [*lines, *fitted.lines] if world.is_first else []:
             say(line)
         if refused is not None:
             raise refused
         return 0
     if needed is not None and not config.run.resume:
-        disk.check(needed, Path(config.run.dir or RUNS))
-    with run_folder(config) as folder, build(config, stages, inputs, folder, stop_requested=signals.reason) as trainer:
+        job.of_first(lambda: disk.check(needed, Path(config.run.dir or RUNS)))
+    stop = job.agreed_stop()
+    with (
+        job.folder(config) as folder,
+        build(config, stages, inputs, folder, stop_requested=stop, world=world) as trainer,
+    ):
+        job.follows(trainer.where)
         signals.finish_steps()
         summary = train(trainer)
-        write_report(folder.path)
+        if world.is_first:
+            write_report(folder.path)
         trainer.records.finished(summary)
     return 0
+
+
+def _restarted(arguments: list[str]) -> list[str]:
+    """What has a job that torchrun starts again (--max-restarts) go on with its run, which --run.dir names."""
+    directory = split(arguments, setting_kinds(Config))[1].get("run.dir", "none")
+    begun = directory != "none" and (Path(directory).expanduser() / "config.toml").is_file()
+    return ["--run.resume", "auto"] if begun and restarts() else []
 
 
 def _saved_config(arguments: list[str]) -> Path | None:

@@ -94,7 +94,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear over the weight and bias of another, frozen, with an adapter of its own: lora_A [r, K], lora_B [N, r].
+    """An nn.Linear over another's frozen weight and bias, with an adapter of its own: lora_A [r, K], lora_B [N, r].
 
     Several layers may stand over one weight: each computes with its own adapter, whatever the others do meanwhile.
     """

@@ -17,7 +17,8 @@ import torch
 
 from gadcore.checkpoint import bases, store
 from gadcore.checkpoint.card import model_card
-from gadcore.checkpoint.state import restore_parameters
+from gadcore.checkpoint.shards import ShardedTensors
+from gadcore.checkpoint.state import check_parameters, copy_into
 from gadcore.config import loading
 from gadcore.config.adapter import lora_of
 from gadcore.config.device import quiet
@@ -26,10 +27,11 @@ from gadcore.errors import UserError
 from gadcore.files import LOCK, held, parse_json, whole_folder, write_whole
 from gadcore.models.adapter import is_adapted, merge_adapter, own_parameters
 from gadcore.models.learner import ADAPTER
-from gadcore.models.loading import PreTrainedModel, load_causal_lm, save_model
+from gadcore.models.loading import PreTrainedModel, load_causal_lm, save_model, without_weights
 from gadcore.models.peft_format import write_adapter
 from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
+from gadcore.models.streaming import save_streamed
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -56,9 +58,13 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
     spec = ModelSpec.resolve(
         _name(config, which), system_prompt=config.data.system_prompt, arguments=config.data.template_arguments
     )
-    model = _untrained(config, which, spec)
+    saved_as = tensors[which]
+    sharded = isinstance(saved_as, ShardedTensors)
+    model = _shell(config, which, spec) if sharded else _untrained(config, which, spec)
     bases.check(checkpoint.state.get("bases"), bases.describe({which: model}), {which: spec.path})
-    restore_parameters(own_parameters(model), tensors[which], which)
+    check_parameters(own_parameters(model), saved_as, which)
+    if not sharded:
+        copy_into(own_parameters(model), saved_as)
     place = Path(os.path.abspath(out))
     with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
         try:
@@ -69,7 +75,12 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
                     merge_adapter(model, None if dtype is None else getattr(torch, dtype))
                 if dtype is not None:
                     model.to(getattr(torch, dtype))
-                save_model(model, spec.tokenizer, folder)
+                if sharded:
+                    # One tensor after the other: nobody may have room for all.
+                    kinds = {name: tensor.dtype for name, tensor in model.named_parameters()}
+                    save_streamed(model, spec.tokenizer, folder, lambda name: saved_as[name].to(kinds[name]))
+                else:
+                    save_model(model, spec.tokenizer, folder)
                 write_whole(folder / "README.md", _card(saved, config, which, checkpoint, spec))
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -132,3 +143,10 @@ def _untrained(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
             return load_causal_lm(spec.path, settings.dtype, cpu)
         return SharedBase.load(spec, settings, cpu).policy(settings, seed=config.run.seed)
     return load_scorer(spec, config.discriminator, device=cpu, seed=config.run.seed, tokenizer=spec.tokenizer)
+
+
+def _shell(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
+    """The model without weights, which are read one by one."""
+    if which == "student":
+        return without_weights(spec.path, config.student.dtype)
+    return without_weights(spec.path, config.discriminator.dtype, end_id=spec.template.end_id, tokenizer=spec.tokenizer)

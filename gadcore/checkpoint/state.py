@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gadcore.models.state import check_parameters as check_parameters
+from gadcore.models.state import copy_into as copy_into
+from gadcore.models.state import facts as facts
 from gadcore.models.state import optimizer_tensors as optimizer_tensors
 from gadcore.models.state import restore_optimizer as restore_optimizer
 from gadcore.models.state import restore_parameters as restore_parameters

@@ -2,12 +2,13 @@
 
 What goes into one is said in gadcore/checkpoint/state.py.
 
-    checkpoints/step-000012/<name>.safetensors    tensors, one file a name
+    checkpoints/step-000012/<name>.safetensors    tensors, one file a name; of several processes one each, in shards
     checkpoints/step-000012/state.json            everything that is not a tensor
     checkpoints/step-000012/manifest.json         size and xxh3_128 checksum of every file
 
 A checkpoint is written into a folder with a temporary name, flushed to the disk and then renamed, so a kill at any
-moment leaves the whole checkpoint or none. One process writes to a checkpoints folder at a time.
+moment leaves the whole checkpoint or none. One job writes to a checkpoints folder at a time: one process here, several
+in gadcore/checkpoint/together.py. What either wrote is read by any number of processes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gadcore.checkpoint.shards import Reader
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.files import checksum, clear_temporaries, free_name, sync, temporary, whole_folder
 
 JSON = Any
-FORMAT = 1
+# Of the manifest: 1 of whole tensors, 2 of shards.
+FORMAT, SHARDED = 1, 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 REPLACED = ".replaced"
@@ -45,13 +50,16 @@ class Checkpoint:
     """What load() read.
 
     step: of the run.
-    tensors: file name without suffix -> tensor name -> CPU tensor, mapped from the file and read when touched.
+    tensors: group -> tensor name -> CPU tensor, mapped from the file and read when touched; of shards ShardedTensors,
+      which put a tensor together when it is asked for. gadcore.checkpoint.state.copy_into() reads what a process holds.
     state: what save() was given.
+    ranks: processes that wrote it.
     """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     state: dict[str, JSON]
+    ranks: int = 1
 
 
 def save(
@@ -74,12 +82,26 @@ def save(
     Raises UserError where the folder cannot be written, a full disk for example; nothing half-written is left and
     earlier checkpoints are as they were.
     """
+    check_arguments(tensors, keep)
+    content = json.dumps(dict(state)).encode()
+    with new_checkpoint(root, step, keep, pinned) as folder:
+        _write(folder, tensors, content)
+        write_manifest(folder, step)
+    return at(root, step)
+
+
+def check_arguments(tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+    """Raises ValueError for what no checkpoint can have."""
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least the new checkpoint must be kept")
     for name in tensors:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
             raise ValueError(f"{name!r} cannot be a file name")
-    state_bytes = json.dumps(dict(state)).encode()
+
+
+@contextmanager
+def new_checkpoint(root: Path, step: int, keep: int, pinned: int | None) -> Iterator[Path]:
+    """An empty folder that is the checkpoint of a step as the block ends; see save(), also for what it raises."""
     target = at(root, step)
     replaced = target.with_name(target.name + REPLACED)
     try:
@@ -87,7 +109,7 @@ def save(
         _clean(root)
         try:
             with whole_folder(target) as folder:
-                _write(folder, step, tensors, state_bytes)
+                yield folder
                 _make_room(root, target, step)
         except OSError:
             if replaced.exists() and not target.exists():
@@ -107,7 +129,6 @@ def save(
                 _delete(path)
     except OSError as error:
         raise UserError(f"{target} is saved, but older checkpoints cannot be deleted: {_reason(error)}") from error
-    return target
 
 
 def at(root: Path, step: int) -> Path:
@@ -127,28 +148,33 @@ def available(root: Path) -> dict[int, Path]:
     return {step: path for step, path in reversed(_checkpoints(root))}
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint after checking the size and checksum of every file.
+def load(path: Path, world: World = ALONE) -> Checkpoint:
+    """Reads a checkpoint after checking the size and checksum of every file; of several processes each checks some.
 
-    Raises UserError that names the missing or damaged file and the newest sound older checkpoint, if there is one.
+    Raises UserError, on all of them, that names the missing or damaged file and the newest sound older checkpoint, if
+    there is one.
     """
-    try:
-        manifest = _verify(path)
-    except UserError as error:
-        older = _newest_sound_before(path)
-        advice = "there is no sound older checkpoint to resume from"
-        if older:
-            advice = f"resume from {older} instead, by --resume {older.name}"
-        raise UserError(f"{error}: {advice}") from error
+    with world.agreeing():
+        try:
+            manifest = _verify(path, world)
+        except UserError as error:
+            older = _newest_sound_before(path)
+            advice = "there is no sound older checkpoint to resume from"
+            if older:
+                advice = f"resume from {older} instead, by --resume {older.name}"
+            raise UserError(f"{error}: {advice}") from error
+    state = json.loads((path / STATE).read_bytes())
+    if manifest["format"] == SHARDED:
+        return Checkpoint(manifest["step"], Reader(path).groups(), state, manifest["ranks"])
     tensors = {
         name.removesuffix(".safetensors"): load_file(path / name)
         for name in manifest["files"]
         if name.endswith(".safetensors")
     }
-    return Checkpoint(manifest["step"], tensors, json.loads((path / STATE).read_bytes()))
+    return Checkpoint(manifest["step"], tensors, state)
 
 
-def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes) -> None:
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: bytes) -> None:
     (folder / STATE).write_bytes(state)
     # safetensors creates files that only their owner can read
     mode = (folder / STATE).stat().st_mode
@@ -156,8 +182,17 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
         file = folder / f"{name}.safetensors"
         save_file(_separate(group), file)
         file.chmod(mode)
-    files = {file.name: {"size": file.stat().st_size, "xxh3_128": checksum(file)} for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+
+
+def write_manifest(folder: Path, step: int, known: Mapping[str, JSON] | None = None, *, ranks: int = 1) -> None:
+    """The last file of a checkpoint. known: sizes and checksums of files of shards, by the `ranks` that wrote them."""
+    sharded = {} if known is None else {"ranks": ranks}
+    files = {
+        file.name: (known or {}).get(file.name) or {"size": file.stat().st_size, "xxh3_128": checksum(file)}
+        for file in sorted(folder.iterdir())
+    }
+    content = {"format": SHARDED if sharded else FORMAT, "step": step, **sharded, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
 def abandon_after(root: Path, step: int) -> list[Path]:
@@ -220,22 +255,26 @@ def _newest_sound_before(path: Path) -> Path | None:
     return None
 
 
-def _verify(path: Path) -> dict[str, Any]:
-    """The manifest, after every file was compared with it."""
+def _verify(path: Path, world: World = ALONE) -> dict[str, Any]:
+    """The manifest, after every file, or this process's share of them, was compared with it."""
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{path / MANIFEST} has format {manifest['format']}, this version reads format {FORMAT}")
+        if manifest["format"] not in (FORMAT, SHARDED):
+            raise UserError(
+                f"{path / MANIFEST} has format {manifest['format']}, this version reads formats {FORMAT} and {SHARDED}"
+            )
         expected = {name: (entry["size"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
         if STATE not in expected or not isinstance(manifest["step"], int):
+            raise ValueError
+        if manifest["format"] == SHARDED and not isinstance(manifest["ranks"], int):
             raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path / MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged") from None
-    for name, (size, digest) in expected.items():
+    for name, (size, digest) in world.mine(list(expected.items())):
         file = path / name
         if not file.is_file():
             raise UserError(f"{file} is missing")

@@ -45,13 +45,16 @@ _OF_UPDATES = (
 )
 
 
-def without_effect(config: Config, device: str, stages: Sequence[str], steps_per_epoch: int) -> list[str]:
+def without_effect(
+    config: Config, device: str, stages: Sequence[str], steps_per_epoch: int, processes: int = 1
+) -> list[str]:
     """A sentence for every reason why settings of a run have no effect that were chosen.
 
     config: as loading.load gives it, so that a preset's own values are not counted. device: its type, "cpu" or "cuda".
-    stages: of the command, as train.progress.stages_of gives them.
+    stages: of the command, as train.progress.stages_of gives them. processes: of the job.
     """
-    return [*told(config, _reasons(config, device, stages)), *_lengths(config, stages, steps_per_epoch)]
+    sentences = told(config, [*_reasons(config, device, stages), *_of_processes(processes)])
+    return [*sentences, *_lengths(config, stages, steps_per_epoch)]
 
 
 def told(config: Section, reasons: Iterable[Reason]) -> list[str]:
@@ -111,6 +114,11 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
         yield "no tracking.tracker is chosen", ("tracking.project",)
     elif tracker == "tensorboard":
         yield "tensorboard has no projects", ("tracking.project",)
+
+
+def _of_processes(processes: int) -> Iterator[Reason]:
+    if processes == 1:
+        yield "there is one process, torchrun starts several", ("distributed.*", "checkpoint.asynchronous")
 
 
 def _of_machine(config: Config, device: str) -> Iterator[Reason]:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from io import TextIOWrapper
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 # SIGHUP arrives where a terminal or an ssh connection goes away.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -48,6 +48,16 @@ def set_environment(threads: int, device: str, *, batch_invariant: bool = False)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def several_processes() -> bool:
+    """Whether torchrun has started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def restarts() -> int:
+    """How often torchrun has started this job anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 class StopSignals:
     """What SIGTERM, SIGHUP and Ctrl-C do to a run: they stop it at once until `finish_steps()`, and from then on they
     are remembered, so that the step at work is finished; a second Ctrl-C stops at once.
@@ -57,6 +67,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        # Of several processes the name of this one.
+        self.speaks_for: str | None = None
         self._finishes_steps = False
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -74,9 +86,23 @@ class StopSignals:
         self.received = number
         if not self._finishes_steps:
             raise KeyboardInterrupt
+        if self.speaks_for is not None:
+            # How long there is for it is torchrun's to say (--shutdown-timeout), which passes signals on.
+            print(f"gadcore: {self.speaks_for}: finishing the step, then saving", file=sys.stderr)
+            return
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         print("gadcore: finishing the step, then saving; Ctrl-C again stops at once", file=sys.stderr)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with an exit code; of several, where they end because one has failed, at once: what waits for
+    a process that is gone, in a thread or a destructor, would keep the interpreter."""
+    if code and several_processes():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Lasting:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field
 
-from gadcore.config.kinds import Positive, Section
+from gadcore.config.kinds import NonNegative, Positive, Section
 
 
 def _engine_of(value: Any) -> Any:
@@ -24,6 +24,11 @@ class CommonRollout(Section):
     group_size: Annotated[int, Field(gt=0, le=4096)] = Field(8, description="N, samples per prompt.")
     temperature: Annotated[float, Field(gt=0)] = 0.8
     context_tokens: Positive | None = Field(None, description="Of the engine; default prompt + response limits.")
+    probe_every: NonNegative = Field(
+        10,
+        description="Syncs from one to the next whose samples the trainer scores itself, the first one's too, to prove "
+        "that the engine has its weights; 0: none. For engines with weights of their own.",
+    )
 
 
 class VLLMRollout(CommonRollout):
@@ -40,6 +45,10 @@ class VLLMRollout(CommonRollout):
     enforce_eager: bool | None = Field(None, description="none: CUDA graphs on CUDA, no graphs on a CPU; true: none.")
     batch_invariant: bool = Field(
         False, description="On CUDA: a prompt's samples depend on its seed alone, not on the batch; slower."
+    )
+    tensor_parallel: Positive = Field(
+        1,
+        description="Of the processes that train together, as many share the weights of one sampler.",
     )
     kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(

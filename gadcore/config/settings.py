@@ -235,6 +235,25 @@ class CheckpointSettings(Section):
         description="Steps between checkpoints; 0: only when interrupted, and at a minimum of convergence.*",
     )
     keep: Positive = 2
+    asynchronous: bool = Field(
+        False,
+        description="Of several processes: write while the next batch is sampled, done before the next optimizer step.",
+    )
+
+
+class DistributedSettings(Section):
+    """The processes that torchrun starts (docs/guide/distributed.md)."""
+
+    shard: NonNegative = Field(
+        0,
+        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
+    )
+    replicate: Positive = Field(
+        1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."
+    )
+    timeout_s: Above = Field(
+        1800.0, description="Seconds that a process waits for the others before the job ends as failed."
+    )
 
 
 class TrackingSettings(Section):
@@ -265,6 +284,7 @@ class Config(Section):
     memory: MemorySettings = MemorySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
+    distributed: DistributedSettings = DistributedSettings()
 
     @property
     def context_tokens(self) -> int:

@@ -246,12 +246,18 @@ class MicroBatch:
     sequences: layout of the S responses by group, with their tokens where these are predicted.
     index: [S] int64, places of the S responses among all of the batch, which are counted group after group.
     logprobs: [R] float32, what the sampler said of the R response tokens; empty where nobody gave any.
+    idle: nothing of the batch is in it, only a group of two tokens that no result may come from: a process computes
+    it for what it has to gather and to add up together with the others.
     """
 
     tokens: GroupedBatch
     sequences: GroupLayout
     index: Tensor
     logprobs: Tensor
+    idle: bool = False
+
+
+_NOBODY = GroupTokens((1,), ((1,),))
 
 
 def packed(
@@ -262,21 +268,26 @@ def packed(
     teacher: bool,
     logprobs: Sequence[Sequence[float]] = (),
     device: torch.device | str = "cpu",
+    rank: int = 0,
+    size: int = 1,
 ) -> Iterator[MicroBatch]:
     """A batch in micro-batches, as micro_batches() cuts it, packed on `device` by one copy each.
 
     teacher: the first response of every group is its teacher's; last tokens are inputs then, where scores are read.
     logprobs: of every token of every response of the batch, by the sampler; () for none.
+    rank, size: of a process that takes its share of the whole batch's; all of them take equally many.
     """
     begin = [0, *accumulate(len(group.responses) for group in groups)]
-    for parts in micro_batches(groups, token_budget, cost, teacher=teacher):
-        tokens = GroupedBatch.of(select(groups, parts), last_tokens=teacher)
+    cuts = micro_batches(groups, token_budget, cost, teacher=teacher, multiple_of=size)
+    for parts in cuts[rank::size]:
+        tokens = GroupedBatch.of(select(groups, parts) or [_NOBODY], last_tokens=teacher)
         sequences = GroupLayout.of(
-            [len(part.responses) - teacher for part in parts],
+            [len(part.responses) - teacher for part in parts] or [1 - teacher],
             teacher=teacher,
             lengths=None if teacher else tokens.lengths,
         )
         index = [begin[p.group] + i for p in parts for i in p.responses]
         sampled = np.fromiter(chain.from_iterable(logprobs[i] for i in index if logprobs), dtype=np.float32)
-        micro = MicroBatch(tokens, sequences, torch.tensor(index), torch.from_numpy(sampled))
+        places = torch.tensor(index, dtype=torch.int64)
+        micro = MicroBatch(tokens, sequences, places, torch.from_numpy(sampled), idle=not parts)
         yield on_device(micro, device)

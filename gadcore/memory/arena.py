@@ -152,7 +152,8 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[list[_Place], list[_Memory], int
         raise ValueError("an arena needs tensors, all of one device")
     memories: dict[int, _Memory] = {}
     for tensor in tensors:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)
+        start = _start(tensor)
+        end = start + _extent(tensor)
         memory = memories.setdefault(tensor.untyped_storage().data_ptr(), _Memory(start, end, []))
         memory.start, memory.end = min(memory.start, start), max(memory.end, end)
         memory.tensors.append(tensor)
@@ -163,9 +164,16 @@ def _layout(tensors: Sequence[Tensor]) -> tuple[list[_Place], list[_Memory], int
     places = []
     for tensor in tensors:
         memory = memories[tensor.untyped_storage().data_ptr()]
-        offset = memory.offset + tensor.data_ptr() - memory.start
+        offset = memory.offset + _start(tensor) - memory.start
         places.append(_Place(offset, tensor.shape, tensor.stride(), tensor.dtype))
     return places, list(memories.values()), size
+
+
+def _start(tensor: Tensor) -> int:
+    """Where a tensor begins; data_ptr() is 0 of an empty one, whatever memory it looks at."""
+    if tensor.numel():
+        return tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr() + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _extent(tensor: Tensor) -> int:

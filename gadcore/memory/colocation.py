@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from gadcore.config.settings import MemorySettings
+from gadcore.distributed.fsdp import local
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
 from gadcore.memory.holdings import (
@@ -84,9 +86,11 @@ class Colocation:
         shared: bool,
         meter: Meter | None = None,
         on_copy: Callable[[str, float, float, int], None] | None = None,
+        world: World = ALONE,
     ) -> None:
         """folder: of the `file` tier. shared: the engine computes with the trainer's own weights.
         on_copy: told of every move at its end: what, start and end by time.perf_counter(), bytes.
+        world: whose processes enter every state together; what does not fit or fails on one of them ends it on all.
 
         Raises UserError where the device has no tier of that name.
         """
@@ -96,7 +100,9 @@ class Colocation:
         self._on_copy = on_copy
         self.tier = tier_name(settings.offload, device.type)
         self.meter = meter_of(device) if meter is None else meter
-        limit = self.meter.limit if settings.limit_gib is None else int(settings.limit_gib * GIB)
+        self._world = world
+        most = self.meter.limit if device.type == "cuda" else self.meter.limit // world.neighbours
+        limit = most if settings.limit_gib is None else int(settings.limit_gib * GIB)
         self.ledger = Ledger(limit)
         self.state: State | None = None
         self._arenas: dict[Holding, Arena] = {}
@@ -129,7 +135,8 @@ class Colocation:
         elif held := [*tensors(), *aliases]:
             # Else it lies elsewhere, as an optimizer whose masters are the host's.
             place = lambda size: make_tier(self.tier, self.device, self.folder, holding, size)  # noqa: E731
-            self._arenas[holding] = Arena(holding, held, place, frozen=frozen)
+            with self._world.agreeing():
+                self._arenas[holding] = Arena(holding, held, place, frozen=frozen)
             # Whoever comes next looks at what is free.
             self.meter.give_back()
         self._account()
@@ -172,6 +179,27 @@ class Colocation:
         self._no_gradients(needed)
         if not engine_parts(state):
             self.engine.sleep()
+        with self._world.agreeing():
+            self._make_room(state, needed)
+        with self._world.agreeing():
+            for holding, arena in self._arenas.items():
+                if holding in needed and not arena.resident:
+                    with self._copying(f"{holding} in", arena.bytes):
+                        arena.come()
+                if holding in CHANGES[state]:
+                    arena.changed()
+        awake = [] if self.state is None else engine_parts(self.state)
+        for part in engine_parts(state):
+            if part not in awake:
+                self.engine.wake(part)
+        self._account()
+        self.meter.reset_peak()
+        self.state = state
+        self._visits[state] += 1
+        self._prefetch(state)
+
+    def _make_room(self, state: State, needed: frozenset[Holding]) -> None:
+        """What `state` does not need leaves; UserError where what it needs does not fit then."""
         for holding, arena in self._arenas.items():
             if holding in needed:
                 continue
@@ -183,21 +211,6 @@ class Colocation:
             self.meter.give_back()
         self._account(coming=needed)
         self.ledger.check(state)
-        for holding, arena in self._arenas.items():
-            if holding in needed and not arena.resident:
-                with self._copying(f"{holding} in", arena.bytes):
-                    arena.come()
-            if holding in CHANGES[state]:
-                arena.changed()
-        awake = [] if self.state is None else engine_parts(self.state)
-        for part in engine_parts(state):
-            if part not in awake:
-                self.engine.wake(part)
-        self._account()
-        self.meter.reset_peak()
-        self.state = state
-        self._visits[state] += 1
-        self._prefetch(state)
 
     def finish_work(self) -> None:
         """Waits until the device has computed what it was given: its time is that of the phase that gave it."""
@@ -206,24 +219,27 @@ class Colocation:
 
     def observe(self) -> None:
         """Notes what the present state held and used at most. UserError where that was above the limit."""
-        if self.state is None:
-            return
+        if self.state is not None:
+            with self._world.agreeing():
+                self._observe(self.state)
+
+    def _observe(self, state: State) -> None:
         peak = self.meter.peak()
-        if self.meter.kept() is None and (self._arenas or self._visits[self.state] <= _CLOSE_VISITS):
+        if self.meter.kept() is None and (self._arenas or self._visits[state] <= _CLOSE_VISITS):
             # Else bytes are in use that nobody can name. The next pass takes its pages anew for it, a few percent of a
             # step: where nothing moves, only the first visits are looked at so closely.
             self.meter.give_back()
         self._account()
         held = self.ledger.total
-        found = {f"memory/{self.state}_held": held, f"memory/{self.state}_resident": self.meter.in_use()}
+        found = {f"memory/{state}_held": held, f"memory/{state}_resident": self.meter.in_use()}
         if peak is not None:
-            peak = max(peak, held, int(self._seen.get(f"memory/{self.state}_peak", 0)))
-            found[f"memory/{self.state}_peak"] = peak
+            peak = max(peak, held, int(self._seen.get(f"memory/{state}_peak", 0)))
+            found[f"memory/{state}_peak"] = peak
         self._seen |= found
         # What the allocator keeps is of the work.
-        self._states[self.state] = {name: size for name, size in self.ledger.held.items() if name != ALLOCATOR}
+        self._states[state] = {name: size for name, size in self.ledger.held.items() if name != ALLOCATOR}
         if peak is not None:
-            self.ledger.seen(self.state, peak)
+            self.ledger.seen(state, peak)
 
     def take_step(self) -> dict[str, float]:
         """What happened since the last call, for metrics.
@@ -331,7 +347,7 @@ class Colocation:
 
 def _gradient_bytes(parameter: Tensor) -> int:
     dtype = parameter.grad_dtype or parameter.dtype
-    return parameter.numel() * dtype.itemsize
+    return local(parameter).numel() * dtype.itemsize
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
 from gadcore.kernels import lora_linear  # noqa: F401 - registers its op
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
@@ -34,17 +36,23 @@ SHARE = {"cpu": 0.4, "cuda": 0.8}
 _PROBE_TOKENS = 64
 
 
-def choose_mode(model: PreTrainedModel, tokens: int, autocast: str = "none", available: int | None = None) -> Mode:
+def choose_mode(
+    model: PreTrainedModel, tokens: int, autocast: str = "none", available: int | None = None, world: World = ALONE
+) -> Mode:
     """The mode that computes the least again while activations of `tokens` packed tokens fit into the memory.
 
     autocast: that the model trains under. available: bytes; default what is free on the model's device, less the
-    gradients where that is a GPU.
+    gradients where that is a GPU. world: of its processes the one with the least memory decides.
     """
     device = model.device
     if available is None:
         available = free_bytes(device)
         if device.type == "cuda":
-            available -= sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            available -= sum(fsdp.local(p).nbytes for p in model.parameters() if p.requires_grad)
+        else:
+            available //= world.neighbours
+        if world.size > 1:
+            available = -int(world.max_(torch.tensor(-available)))
     budget = SHARE.get(device.type, SHARE["cpu"]) * available
     needed = bytes_per_token(model, autocast)
     return next((mode for mode in MODES if needed[mode] * tokens <= budget), "full")
@@ -85,13 +93,16 @@ def _measured(model: PreTrainedModel, autocast: str) -> int:
 
 def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     """Bytes that the first so many layers keep of the probe's tokens, with what lies around them."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sharded = fsdp.is_sharded(model)
+    parameters = set() if sharded else {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     again = Recomputables()
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and again.of(tensor) is None:
+        # Gathered parameters are there for a layer's time only, and another takes their place.
+        of_parameters = storage._cdata in fsdp.gathered(model) if sharded else storage.data_ptr() in parameters
+        if not of_parameters and again.of(tensor) is None:
             kept[storage.data_ptr()] = storage.nbytes()
         # The tensor itself may be the result of the node that keeps it: a cycle that would never be freed, and with
         # it the graph and all weights as they were loaded.
@@ -101,12 +112,15 @@ def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with torch.enable_grad(), shallow(model, layers), again.collected(), hooks, products_in(autocast, model.device):
-        out = hidden_states(model, batch)
+        out = fsdp.inside(model, lambda: hidden_states(model, batch))
     assert out.grad_fn is not None, "the model has no parameter that is trained"
+    fsdp.reset(model)
     return sum(kept.values())
 
 
-def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, autocast: str = "none") -> Mode:
+def set_mode(
+    model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, autocast: str = "none", world: World = ALONE
+) -> Mode:
     """Lets every layer keep what `mode` says, and returns it; "auto": what choose_mode() chooses for `tokens`.
 
     Takes the place of a mode that was set before.
@@ -116,7 +130,7 @@ def set_mode(model: PreTrainedModel, mode: Mode | Literal["auto"], tokens: int, 
         if isinstance(before, partial) and before.func is _forward:
             # What lies behind it is the forward() of the layer's class.
             del layer.forward
-    chosen = choose_mode(model, tokens, autocast) if mode == "auto" else mode
+    chosen = choose_mode(model, tokens, autocast, world=world) if mode == "auto" else mode
     for layer in decoder_layers(model):
         layer.forward = partial(_forward, chosen, layer.forward)
     return chosen

@@ -153,6 +153,12 @@ def prune_last_layer(model: PreTrainedModel) -> bool:
     return same
 
 
+def prune_as(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Prunes a model of the kind of `other` where that one has been found to be one that can be."""
+    if is_pruned(other) and not is_pruned(model):
+        decoder_layers(model)[-1].register_forward_pre_hook(_few_tokens_only, with_kwargs=True)
+
+
 def is_pruned(model: PreTrainedModel) -> bool:
     """Whether prune_last_layer() has found that the last layer can be pruned."""
     layers = decoder_layers(model)

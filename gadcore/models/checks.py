@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.data.groups import GroupedBatch
+from gadcore.distributed.fsdp import local
 from gadcore.errors import UserError, foreign
 from gadcore.models.backbone import hidden_states
 from gadcore.models.shallow import close, probe_batch, shallow
@@ -46,7 +47,8 @@ def check_weights(model: PreTrainedModel, info: Mapping[str, Any], path: str) ->
         )
     for name, parameter in model.named_parameters():
         # Both ends are NaN where anything is.
-        if parameter.numel() and not torch.stack(parameter.detach().aminmax()).isfinite().all():
+        here = local(parameter.detach())
+        if here.numel() and not torch.stack(here.aminmax()).isfinite().all():
             raise UserError(f"the model {path} has NaN or infinite values in {name}: give one whose training went well")
 
 

@@ -17,6 +17,8 @@ from gadcore.config.device import best_device
 from gadcore.config.settings import DiscriminatorSettings
 from gadcore.data.groups import Group, GroupTokens, MicroBatch, Prompt, Response
 from gadcore.data.template import ChatTemplate
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
@@ -24,7 +26,7 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
 from gadcore.models.learner import Learner
 from gadcore.models.precision import autocast
-from gadcore.models.readout import Readout
+from gadcore.models.readout import Readout, together
 from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
@@ -101,6 +103,7 @@ class Discriminator(Learner):
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        world: World = ALONE,
     ) -> None:
         """model: from load_discriminator(). same_vocabulary: prompts' token ids are of D's own vocabulary.
         tokenizer: what save() writes; default the template's. optimizer: as of wrap().
@@ -113,6 +116,7 @@ class Discriminator(Learner):
             activation_checkpointing=activation_checkpointing,
             tokenizer=template.tokenizer if tokenizer is None else tokenizer,
             optimizer=optimizer,
+            world=world,
         )
         self.template = template
         self.settings = settings
@@ -133,13 +137,15 @@ class Discriminator(Learner):
         base: SharedBase | None = None,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
+        world: World = ALONE,
     ) -> Discriminator:
         """A discriminator from a model directory, a hub id or a bundled name, with the scalar head that is stored
         there, or a fresh one from `seed`.
 
         base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
         is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
-        another one than D's. device: default the GPU where there is one.
+        another one than D's. device: default the GPU where there is one. world: of several processes, each of which
+        reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
@@ -153,6 +159,7 @@ class Discriminator(Learner):
             seed=seed,
             tokenizer=tokenizer,
             base=base,
+            world=world,
         )
         return cls(
             loaded,
@@ -162,6 +169,7 @@ class Discriminator(Learner):
             micro_batch_tokens=micro_batch_tokens,
             activation_checkpointing=activation_checkpointing,
             tokenizer=tokenizer,
+            world=world,
         )
 
     def tokens(self, groups: Sequence[Group]) -> list[GroupTokens]:
@@ -236,10 +244,19 @@ class Discriminator(Learner):
         pairs = sum(sizes)
         zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
         figures = {"loss": zero, "accuracy": zero, "margin": zero}
-        scores = torch.zeros(pairs + len(groups), device=self.model.device)
+        # The greatest of all processes' is found; a teacher whose group is split has scores of several.
+        nothing = 0.0 if self.world.size == 1 else -torch.inf
+        scores = torch.full((pairs + len(groups),), nothing, device=self.model.device)
         for micro in self.packed(tokens, teacher=True):
             with torch.set_grad_enabled(backward):
                 result = self._score(micro, denominator=pairs)
+            made = result.scores.detach()
+            scores = scores.to(made.dtype)
+            if micro.idle:
+                if backward:
+                    # What the others gather and add up needs everybody: a gradient of 0.
+                    (result.scores.sum() * 0.0).backward()
+                continue
             if backward:
                 result.loss.backward()
             found = {
@@ -248,13 +265,17 @@ class Discriminator(Learner):
                 "margin": result.margin.sum().double() / pairs,
             }
             figures = {name: figures[name] + value for name, value in found.items()}
-            made = result.scores.detach()
-            scores = scores.to(made.dtype).index_copy(0, micro.index, made)
-        passed = Scores(scores, sizes, figures, tokens=sum(group.tokens for group in tokens))
+            scores = scores.index_copy(0, micro.index, made)
+        figures, everybody = together(self.world, figures, {}, scores)
+        assert everybody is not None
+        passed = Scores(everybody, sizes, figures, tokens=sum(group.tokens for group in tokens))
         passed.cut, passed.empty = cut, empty
         return self.later(passed) if backward else passed
 
     def _score(self, micro: MicroBatch, denominator: int) -> BTScore:
+        return fsdp.inside(self.model, lambda: self._scored(micro, denominator))
+
+    def _scored(self, micro: MicroBatch, denominator: int) -> BTScore:
         batch, layout = micro.tokens, micro.sequences
         with autocast(self.settings.autocast, self.model.device):
             hidden = last_hidden_states(self.model, batch)

@@ -6,6 +6,7 @@ its own code gives; one that is built in another way keeps its code.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
@@ -62,6 +64,10 @@ def _norm(module: nn.Module, parts: Any, *, read_by_products: bool) -> Forward |
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or eps is None:
         return None
     probe = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)[None]
+    if isinstance(weight, DTensor):
+        # A shard: whatever its rows are, the module computes the same with them.
+        weight = torch.linspace(0.5, 1.5, len(weight), dtype=weight.dtype, device=weight.device)
+        module = _with_weight(module, weight)
     with torch.no_grad():
         expected = module(probe)
         # Some families store weights around 1, some around 0: whichever gives the module's own result.
@@ -69,6 +75,13 @@ def _norm(module: nn.Module, parts: Any, *, read_by_products: bool) -> Forward |
             if torch.allclose(parts.norm_of(probe, weight, eps=eps, shift=shift), expected, rtol=1e-2, atol=1e-5):
                 return parts.norm(eps, shift, read_by_products)  # type: ignore[no-any-return]
     return None
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A module that computes as `module` does, with another weight."""
+    other = copy.copy(module)
+    other._parameters = {"weight": nn.Parameter(weight)}
+    return other
 
 
 def _mlp(module: nn.Module, parts: Any) -> Forward | None:

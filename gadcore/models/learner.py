@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import sync, temporary
 from gadcore.models.activations import Mode, set_mode
@@ -25,9 +27,12 @@ from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
 from gadcore.models.peft_format import write_adapter
 from gadcore.models.readout import Readout
+from gadcore.models.shallow import decoder_layers
 from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_parameters
+from gadcore.models.streaming import save_sharded
 
 R = TypeVar("R", bound=Readout)
+T = TypeVar("T")
 # The folder of an exported model that holds its adapters alone.
 ADAPTER = "adapter"
 
@@ -37,6 +42,8 @@ class Learner:
 
     model: the Hugging Face model; its layers attend, norm and multiply by gadcore's functions from here on.
     keeps: what its backward pass keeps (gadcore.models.activations).
+    world: the processes that it is trained by. All of them know every batch as a whole, take their shares of its
+        micro-batches, and find the same figures; every method is called by all of them.
     """
 
     def __init__(
@@ -49,33 +56,42 @@ class Learner:
         activation_checkpointing: Mode | Literal["auto"],
         tokenizer: PreTrainedTokenizerBase | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        world: World = ALONE,
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
         tokenizer: what save() writes beside the model. optimizer: over the model's parameters; default AdamW, by the
-        settings.
+        settings. world: of several processes, where the model is sharded here unless it has been.
+
+        Raises UserError for what does not work over several processes.
         """
+        if world.size > 1:
+            _refuse(settings, owner)
+            if settings.adapter != "none":
+                check_alone(world, owner)
+            if not fsdp.is_sharded(model):
+                fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
         if settings.master == "host":
             if optimizer is not None:
                 raise ValueError(f"{owner}.master = host has an optimizer of its own: leave it at device")
             self.optimizer: Optimizer = HostMaster(model, settings, lr=settings.lr, owner=owner)
         else:
-            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, own=optimizer)
+            self.optimizer = Optimizer(model, settings, lr=settings.lr, owner=owner, own=optimizer, world=world)
         use_packed_attention(model)
         fuse_backbone(model)
         embed_in_place(model)
-        prune_last_layer(model)
-        self.model, self.owner = model, owner
+        fsdp.inside(model, lambda: prune_last_layer(model))
+        self.model, self.owner, self.world = model, owner, world
         self._tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.cost = cost_of(model)
-        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast)
+        self.keeps = set_mode(model, activation_checkpointing, micro_batch_tokens, settings.autocast, world)
         self._unread: list[Readout] = []
 
     def packed(
         self, groups: Sequence[GroupTokens], *, teacher: bool, logprobs: Sequence[Sequence[float]] = ()
     ) -> Iterator[MicroBatch]:
-        """A batch in micro-batches on the model's device; see gadcore.data.groups.packed()."""
+        """This process's micro-batches of a batch, on the model's device; see gadcore.data.groups.packed()."""
         return packed(
             groups,
             self.micro_batch_tokens,
@@ -83,11 +99,21 @@ class Learner:
             teacher=teacher,
             logprobs=logprobs,
             device=self.model.device,
+            rank=self.world.rank,
+            size=self.world.size,
         )
 
     def weights(self) -> dict[str, Tensor]:
         """What is updated, and all that a run has to keep of the model's weights, by the names of the parameters."""
         return self.optimizer.weights(own_parameters(self.model))
+
+    def parameter_tensors(self) -> list[Tensor]:
+        """All tensors that look at the memory of its own parameters: who moves that memory moves these."""
+        return memory_of(self.model)
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """Its own parameters by their names, of sharded ones the rows that are here: plain tensors, no copies."""
+        return {name: fsdp.local(p) for name, p in own_parameters(self.model).items()}
 
     def later(self, readout: R) -> R:
         """Lets step() read what a pass has found, beside the gradient's norm."""
@@ -109,11 +135,16 @@ class Learner:
 
         The weights are those that the optimizer updates, in their dtype. Of a model with adapters they are its base's
         with the adapters added, see save_model(), and the adapters lie beside them as peft's, in the folder ADAPTER.
+        Of several processes the first one writes; none has more than one tensor whole at a time.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
-        weights, place = self.weights(), Path(folder)
+        place = Path(folder)
+        if self.world.size > 1:
+            save_sharded(self.model, self._tokenizer, place, self.world)
+            return
+        weights = self.weights()
         save_model(self.model, self._tokenizer, place, weights)
         if is_adapted(self.model):
             (place / ADAPTER).mkdir()
@@ -180,3 +211,25 @@ class Learner:
         with foreign(f"cannot read {path}", "give a folder that save_state() has written to"):
             tensors = load_file(path)
         self.load_state_dict(tensors)
+
+
+def memory_of(model: PreTrainedModel) -> list[Tensor]:
+    """All tensors that look at the memory of a model's own parameters."""
+    return list(own_parameters(model).values()) if is_adapted(model) else fsdp.memory(model)
+
+
+def check_alone(world: World, owner: str) -> None:
+    """Raises UserError where a model with an adapter would be of several processes."""
+    if world.size > 1:
+        raise UserError(
+            f"{owner}.adapter = lora trains on one device, and this job has several processes: start one, or set "
+            f"{owner}.adapter = none"
+        )
+
+
+def _refuse(settings: StudentSettings | DiscriminatorSettings, owner: str) -> None:
+    if settings.master == "host":
+        raise UserError(
+            f"{owner}.master = host keeps whole masters in one process's host memory, and this job has several "
+            f"processes: set {owner}.master = device, every process holds its share of them there"
+        )

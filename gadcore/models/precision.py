@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
@@ -16,3 +18,14 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     if dtype == "none":
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype), cache_enabled=False)
+
+
+def of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:
+    """Parameters that nothing but linear layers have: autocast casts these, no norm and no table of embeddings.
+
+    An output head that is the embedding as well is none of them.
+    """
+    owned: dict[bool, set[nn.Parameter]] = {True: set(), False: set()}
+    for module in model.modules():
+        owned[type(module) is nn.Linear].update(module.parameters(recurse=False))
+    return owned[True] - owned[False]

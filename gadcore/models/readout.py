@@ -8,6 +8,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from gadcore.distributed.world import World
+
 
 class Readout:
     """Named scalars of a pass, as attributes, and one vector beside them where there is one.
@@ -47,6 +49,24 @@ class Readout:
         if self._pending is not None:
             read([self])
         return self._values
+
+
+def together(
+    world: World, sums: Mapping[str, Tensor], most: Mapping[str, Tensor], vector: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The figures of all processes, of which each has found its part; on all the same bits, by one collective.
+
+    sums: are added up, in the order of the ranks. most, vector: the greatest counts, for `vector` of every entry.
+    """
+    if world.size == 1:
+        return {**sums, **most}, vector
+    names = [*sums, *most]
+    figures = torch.stack([value.double() for value in (*sums.values(), *most.values())])
+    found = world.all_gather(figures if vector is None else torch.cat([figures, vector.double()]))
+    added, greatest = found[:, : len(sums)].sum(0), found[:, len(sums) :].amax(0)
+    values = torch.cat([added, greatest])
+    made = None if vector is None else values[len(names) :].to(vector.dtype)
+    return dict(zip(names, values.unbind(), strict=False)), made
 
 
 def read(readouts: Sequence[Readout], *others: Tensor) -> list[float]:

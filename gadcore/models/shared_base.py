@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from gadcore.config.adapter import LoRA, lora_of
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, foreign
 from gadcore.models.adapter import add_adapter, base_parameters
 from gadcore.models.backbone import ATTENTION
@@ -88,15 +89,18 @@ def load_scorer(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     base: SharedBase | None = None,
+    world: World = ALONE,
 ) -> PreTrainedModel:
     """The discriminator's model: over `base` where there is one, else loaded by itself, with an adapter where the
-    settings ask for one. Raises UserError as load_discriminator() does."""
+    settings ask for one. world: as of load_causal_lm(). Raises UserError as load_discriminator() does."""
     end_id = spec.template.end_id
     if base is not None:
         return base.scorer(settings, seed=seed, end_id=end_id, tokenizer=tokenizer)
     adapted = lora_of(settings) is not None
     dtype = settings.weights_dtype if adapted else settings.dtype
-    model = load_discriminator(spec.path, dtype, device=device, seed=seed, end_id=end_id, tokenizer=tokenizer)
+    model = load_discriminator(
+        spec.path, dtype, device=device, seed=seed, end_id=end_id, tokenizer=tokenizer, world=world
+    )
     if adapted:
         model.score.to(_dtype(settings))
         _adapt(model, settings, "discriminator", seed)

@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gadcore.errors import UserError
 
 
-@torch.no_grad()
-def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
-    """Copies a checkpoint's tensors into the parameters of these names.
+@runtime_checkable
+class Stored(Protocol):
+    """Tensors that are read when somebody wants them (gadcore.checkpoint.shards.ShardedTensors)."""
 
-    model: "student" or "discriminator", for the message. Raises UserError, with the parameters as they were, where
-    names or shapes are not the same.
+    def facts(self) -> dict[str, tuple[torch.Size, torch.dtype]]: ...
+    def read_into(self, targets: Mapping[str, Tensor]) -> None: ...
+
+
+def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
+    """Copies a checkpoint's tensors into the parameters of these names, as check_parameters() allows it."""
+    check_parameters(parameters, tensors, model)
+    copy_into(parameters, tensors)
+
+
+def check_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
+    """Raises UserError where the parameters have other names or shapes than a checkpoint's tensors.
+
+    model: "student" or "discriminator", for the message.
     """
     here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    saved = {name: tuple(shape) for name, (shape, _) in facts(tensors).items()}
     if here != saved:
         name = min(name for name in here.keys() | saved.keys() if here.get(name) != saved.get(name))
         raise UserError(
             f"the checkpoint holds another {model} than {model}.model: its {name} is "
             f"{_shape(saved.get(name))}, the model's {_shape(here.get(name))}; keep the {model}.model of the run"
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+
+
+def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every saved tensor as a whole."""
+    if isinstance(tensors, Stored):
+        return tensors.facts()
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def copy_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies saved tensors into those of the same names and shapes; into a DTensor what this process holds of it."""
+    if isinstance(tensors, Stored):
+        tensors.read_into(targets)
+        return
+    for name, target in targets.items():
+        if isinstance(target, DTensor):
+            spec = target.shape, target.device_mesh, target.placements
+            shape, begin = compute_local_shape_and_global_offset(*spec)
+            held = tuple(slice(start, start + size) for start, size in zip(begin, shape, strict=True))
+            target.to_local().copy_(tensors[name][held])
+        else:
+            target.copy_(tensors[name])
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -61,8 +97,9 @@ def restore_optimizer(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    restored: dict[Tensor, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
+    restored: dict[Tensor, dict[str, str]] = {}
+    found = facts(tensors)
+    for full_name, (shape, dtype) in found.items():
         name, _, key = full_name.rpartition(".")
         if name not in managed:
             raise UserError(
@@ -70,12 +107,12 @@ def restore_optimizer(
                 "resume with the model that the checkpoint was made with"
             )
         parameter = managed[name]
-        if key != "step" and (tensor.shape != parameter.shape or tensor.dtype != parameter.dtype):
+        if key != "step" and (shape != parameter.shape or dtype != parameter.dtype):
             raise UserError(
-                f"the checkpoint's optimizer state {full_name} is {tensor.dtype} {list(tensor.shape)}, the parameter "
+                f"the checkpoint's optimizer state {full_name} is {dtype} {list(shape)}, the parameter "
                 f"is {parameter.dtype} {list(parameter.shape)}: resume with the model and dtype of the checkpoint"
             )
-        restored.setdefault(parameter, {})[key] = tensor
+        restored.setdefault(parameter, {})[key] = full_name
     keys = {frozenset(state) for state in restored.values()}
     needed = {"step"} if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else set()
     if len(keys) > 1 or any(not needed <= each for each in keys):
@@ -84,16 +121,18 @@ def restore_optimizer(
         if parameter not in restored:
             for value in optimizer.state.get(parameter, {}).values():
                 value.zero_()
-    for parameter, state in restored.items():
+    targets: dict[str, Tensor] = {}
+    for parameter, keyed in restored.items():
         own = optimizer.state.setdefault(parameter, {})
-        for key, value in state.items():
-            if key in own:
-                # Into the memory that is there: others may look at it, and there may be no room for as much again.
-                own[key].copy_(value)
-            elif key == "step":
-                own[key] = value.to(parameter.device if at_device[parameter] else "cpu", copy=True)
-            else:
-                own[key] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        for key, full_name in keyed.items():
+            # Into the memory that is there: others may look at it, and there may be no room for as much again.
+            if key not in own and key == "step":
+                shape, dtype = found[full_name]
+                own[key] = torch.empty(shape, dtype=dtype, device=parameter.device if at_device[parameter] else "cpu")
+            elif key not in own:
+                own[key] = torch.empty_like(parameter, requires_grad=False)
+            targets[full_name] = own[key]
+    copy_into(targets, tensors)
 
 
 def _managed(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,54 +18,30 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
 from gadcore.data.template import ChatTemplate
+from gadcore.distributed import fsdp
+from gadcore.distributed.world import ALONE, World
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
 from gadcore.kernels.layout import GroupLayout
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
 from gadcore.models.adapter import own_parameters
-from gadcore.models.backbone import predicting_states
+from gadcore.models.backbone import predicting_states, prune_as
 from gadcore.models.checks import check_head
-from gadcore.models.fused import gradient_in_place
-from gadcore.models.learner import Learner
+from gadcore.models.fused import fuse_backbone, gradient_in_place
+from gadcore.models.learner import Learner, check_alone, memory_of
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
-from gadcore.models.precision import autocast
-from gadcore.models.readout import Readout
+from gadcore.models.policy_stats import FAR, SUMS, PolicyStats, SeqKDStats
+from gadcore.models.precision import autocast, of_products_alone
+from gadcore.models.readout import together
+from gadcore.models.sharded import copy_sharded
 from gadcore.models.shared_base import SharedBase
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import Messages, ready, text_group
 
-# A difference of log-probs that no rounding explains: a factor of 1.1 between sampler and trainer.
-FAR = 0.1
 # Of every sample its reward: [S] over all samples, group after group, or a list a group.
 Rewards = Tensor | Sequence[Sequence[float]]
-
-
-class PolicyStats(Readout):
-    """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed.
-
-    Of the sampler's log-probs as they came, whatever algorithm.importance_cap makes of them, with
-    d = logprob - sampled logprob: logprob_diff_mean, logprob_diff_max of |d|; logprob_far_share of |d| > FAR;
-    sampler_kl of k3 = exp(d) - d - 1, which estimates KL(sampler | trainer) since the sampler drew the tokens.
-    capped_share: tokens whose importance weight met the cap, only where there is one.
-    """
-
-    loss: float
-    kl: float
-    entropy: float
-    clip_fraction: float
-    ratio_max: float
-    logprob_diff_mean: float
-    logprob_diff_max: float
-    logprob_far_share: float
-    sampler_kl: float
-
-
-class SeqKDStats(Readout):
-    """What a SeqKD pass found: cross-entropy per token, tokens processed."""
-
-    ce: float
 
 
 class Student(Learner):
@@ -82,6 +59,7 @@ class Student(Learner):
         tokenizer: PreTrainedTokenizerBase | None = None,
         template: ChatTemplate | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        world: World = ALONE,
     ) -> None:
         """model: checked as load_causal_lm() does. temperature: of sampling, and so of the log-probs.
         template: by which group() encodes text. optimizer: as of wrap().
@@ -94,6 +72,7 @@ class Student(Learner):
             activation_checkpointing=activation_checkpointing,
             tokenizer=tokenizer,
             optimizer=optimizer,
+            world=world,
         )
         self.template = template
         self.reference: PreTrainedModel | None = None
@@ -118,19 +97,23 @@ class Student(Learner):
         temperature: float = 0.8,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
+        world: World = ALONE,
     ) -> Student:
         """The student from a model directory, a hub id or a bundled name.
 
         settings, algorithm: default the paper's. device: default the GPU where there is one. seed: of a new adapter.
+        world: of several processes, each of which reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or StudentSettings()
-        where = best_device() if device is None else torch.device(device)
-        base = None if lora_of(settings) is None else SharedBase.load(spec, settings, where)
-        loaded = load_causal_lm(spec.path, settings.dtype, where) if base is None else base.policy(settings, seed=seed)
+        device = best_device() if device is None else torch.device(device)
+        base = None
+        if lora_of(settings) is not None:
+            check_alone(world, "student")
+            base = SharedBase.load(spec, settings, device)
         made = cls(
-            loaded,
+            base.policy(settings, seed=seed) if base else load_causal_lm(spec.path, settings.dtype, device, world),
             settings,
             algorithm or AlgorithmSettings(),
             temperature=temperature,
@@ -138,6 +121,7 @@ class Student(Learner):
             activation_checkpointing=activation_checkpointing,
             tokenizer=spec.tokenizer,
             template=spec.template,
+            world=world,
         )
         made.base = base
         return made
@@ -147,28 +131,54 @@ class Student(Learner):
 
         The frozen base under an adapter is the student's own, and the reference a copy of the adapter. What autocast
         rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
-        values: of the student's parameters by their names, where they wait elsewhere; default those of the model.
+        values: of the student's parameters by their names, where they wait elsewhere; default those of the model. Of
+        a sharded one they are this process's rows (local_parameters()), and so is what the reference holds.
         """
         if self.algorithm.kl_coef <= 0:
             return
-        rounded = set() if self.settings.autocast == "none" else _of_products_alone(self.model)
+        rounded = set() if self.settings.autocast == "none" else of_products_alone(self.model)
+        own = own_parameters(self.model)
+        dtypes = {
+            name: getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
+            for name, p in own.items()
+        }
+        if self.world.size > 1:
+            values = self.local_parameters() if values is None else values
+            self.reference = copy_sharded(self.model, values, dtypes, self.world)
+            fuse_backbone(self.reference)
+            prune_as(self.reference, self.model)
+            return
         copies: dict[int, object] = {id(p): p for p in self.model.parameters()}
-        for name, p in own_parameters(self.model).items():
+        for name, p in own.items():
             value = p.detach() if values is None else values[name]
-            dtype = getattr(torch, self.settings.autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
-            copies[id(p)] = nn.Parameter(value.to(p.device, dtype, copy=True), requires_grad=False)
+            copies[id(p)] = nn.Parameter(value.to(p.device, dtypes[name], copy=True), requires_grad=False)
         self.reference = copy.deepcopy(self.model, copies)
 
+    def reference_tensors(self) -> list[Tensor]:
+        """As parameter_tensors(), of the reference policy, which there must be."""
+        assert self.reference is not None
+        return memory_of(self.reference)
+
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
-        """Last hidden states [R, H] of the tokens that predict the response tokens of the batch."""
+        """Last hidden states [R, H] of the tokens that predict the response tokens of the batch.
+
+        Of a sharded model inside its forward alone (gadcore.distributed.fsdp.inside).
+        """
         with autocast(self.settings.autocast, model.device):
             return predicting_states(model, batch)
 
     def logprobs(self, model: PreTrainedModel, batch: GroupedBatch, temperature: float) -> Tensor:
         """Log-probs [R] of all response tokens under softmax(logits / temperature), in fp32."""
+        return fsdp.inside(model, lambda: self._logprobs(model, batch, temperature))
+
+    def _logprobs(self, model: PreTrainedModel, batch: GroupedBatch, temperature: float) -> Tensor:
         hidden, head = self.predicting_states(model, batch), model.get_output_embeddings()
         with autocast(self.settings.autocast, model.device):
             return linear_logprob(hidden, head.weight, batch.targets, bias=head.bias, temperature=temperature)
+
+    def _take_part(self, micro: MicroBatch) -> None:
+        """Gathers and adds up together with the others, where this process has nothing to do: a gradient of 0."""
+        (self.logprobs(self.model, micro.tokens, self.temperature).sum() * 0.0).backward()
 
     def seqkd_backward(self, groups: Sequence[Group]) -> SeqKDStats:
         """Adds the gradient of the cross-entropy on the teacher's responses, a global token mean over the batch."""
@@ -176,21 +186,30 @@ class Student(Learner):
         response_tokens = sum(len(group.teacher.token_ids) for group in groups)
         ce = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for micro in self.packed(tokens, teacher=False):
+            if micro.idle:
+                self._take_part(micro)
+                continue
             logprob = self.logprobs(self.model, micro.tokens, self.algorithm.sft_temperature)
             loss = -logprob.sum() / response_tokens
             loss.backward()
             ce += loss.detach()
-        return self.later(SeqKDStats({"ce": ce}, tokens=sum(group.tokens for group in tokens)))
+        figures, _ = together(self.world, {"ce": ce}, {})
+        return self.later(SeqKDStats(figures, tokens=sum(group.tokens for group in tokens)))
 
     @torch.no_grad()
     def reference_logprobs(self, groups: Sequence[Group]) -> Tensor | None:
         """Log-probs [R] of all sampled tokens of the batch under the reference policy, on the device, in fp32 (fp64 of
         an fp64 model), in the order in which grpo_backward() packs them; None where there is no reference policy.
+
+        Of several processes each has those of its own micro-batches, which nobody else needs.
         """
         if self.reference is None:
             return None
-        micros = self.packed(_sampled(groups), teacher=False)
-        return torch.cat([self.logprobs(self.reference, micro.tokens, self.temperature) for micro in micros])
+        found = []
+        for micro in self.packed(_sampled(groups), teacher=False):
+            logprob = self.logprobs(self.reference, micro.tokens, self.temperature)
+            found.append(logprob[:0] if micro.idle else logprob)
+        return torch.cat(found)
 
     def grpo_backward(
         self, groups: Sequence[Group], rewards: Rewards, ref_logprob: Tensor | None = None
@@ -209,17 +228,22 @@ class Student(Learner):
         advantages = self.advantages(rewards, [len(group.samples) for group in groups]).to(device)
         samples = [sample for group in groups for sample in group.samples]
         response_tokens = sum(len(sample.token_ids) for sample in samples)
-        if ref_logprob is not None and len(ref_logprob) != response_tokens:
+        if ref_logprob is not None and self.world.size == 1 and len(ref_logprob) != response_tokens:
             raise ValueError(f"the batch has {response_tokens} sampled tokens, ref_logprob {len(ref_logprob)}")
         done = 0
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        sums: dict[str, Tensor] = {}
+        capped = () if self.algorithm.importance_cap is None else ("capped_share",)
+        sums = dict.fromkeys((*SUMS, *capped), zero)
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), zero)
         for micro in self.packed(tokens, teacher=False, logprobs=[sample.logprobs for sample in samples]):
+            if micro.idle:
+                self._take_part(micro)
+                continue
             size = len(micro.tokens.targets)
             reference = None if ref_logprob is None else ref_logprob[done : done + size]
             done += size
-            result = self._policy_loss(micro, advantages[micro.index], micro.logprobs, reference, response_tokens)
+            given = (micro, advantages[micro.index], micro.logprobs, reference, response_tokens)
+            result = fsdp.inside(self.model, partial(self._policy_loss, *given))
             result.loss.backward()
             metrics = result.metrics
             signed = metrics.logprob - micro.logprobs
@@ -235,17 +259,23 @@ class Student(Learner):
             }
             if self.algorithm.importance_cap is not None:
                 found["capped_share"] = (signed > math.log(self.algorithm.importance_cap)).sum()
-            sums["loss"] = sums.get("loss", zero) + result.loss.detach()
+            sums["loss"] = sums["loss"] + result.loss.detach()
             for name, value in found.items():
-                sums[name] = sums.get(name, zero) + value.double() / response_tokens
+                sums[name] = sums[name] + value.double() / response_tokens
             for name, value in (("ratio_max", metrics.ratio_max), ("logprob_diff_max", difference.max())):
                 most[name] = torch.maximum(most[name], value.double())
-        return self.later(PolicyStats({**sums, **most}, tokens=sum(group.tokens for group in tokens)))
+        if ref_logprob is not None and len(ref_logprob) != done:
+            raise ValueError(f"this process has {done} sampled tokens of the batch, ref_logprob {len(ref_logprob)}")
+        figures, _ = together(self.world, sums, most)
+        return self.later(PolicyStats(figures, tokens=sum(group.tokens for group in tokens)))
 
     def _policy_loss(
         self, micro: MicroBatch, advantages: Tensor, sampled: Tensor, ref_logprob: Tensor | None, denominator: int
     ) -> GRPOLoss:
-        """The loss of a micro-batch under algorithm.loss, default the clipped ratio with k3 KL in one fused op."""
+        """The loss of a micro-batch under algorithm.loss, default the clipped ratio with k3 KL in one fused op.
+
+        Inside the model's forward.
+        """
         algorithm, batch = self.algorithm, micro.tokens
         if self._loss is not None:
             logprob = self.logprobs(self.model, batch, self.temperature)
@@ -356,17 +386,6 @@ class Student(Learner):
             found |= zip(micro.index.tolist(), logprob.split(micro.tokens.lengths), strict=True)
         rows = iter(range(len(found)))
         return [[found[next(rows)] for _ in group.samples] for group in groups]
-
-
-def _of_products_alone(model: PreTrainedModel) -> set[nn.Parameter]:
-    """Parameters that nothing but linear layers have: autocast casts these, no norm and no table of embeddings.
-
-    An output head that is the embedding as well is none of them.
-    """
-    owned: dict[bool, set[nn.Parameter]] = {True: set(), False: set()}
-    for module in model.modules():
-        owned[type(module) is nn.Linear].update(module.parameters(recurse=False))
-    return owned[True] - owned[False]
 
 
 def _sampled(groups: Sequence[Group]) -> list[GroupTokens]:

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from gadcore.config.kinds import Section
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.ledger import GIB
 from gadcore.plan.command import build_case, threads_of
@@ -28,7 +29,9 @@ class Fitted(NamedTuple):
     lines: list[str]
 
 
-def fit(config: Config, student_path: str, groups: Sequence[Group], stages: Sequence[str]) -> Fitted:
+def fit(
+    config: Config, student_path: str, groups: Sequence[Group], stages: Sequence[str], world: World = ALONE
+) -> Fitted:
     """The settings with which a run fits this machine, by prediction alone.
 
     What nobody chose is lowered where that makes it fit: schedule.micro_batch_tokens, and on a GPU
@@ -37,10 +40,10 @@ def fit(config: Config, student_path: str, groups: Sequence[Group], stages: Sequ
     Raises UserError, with what would make it fit, where nothing of that does. A model that the planner cannot read ends
     no run: that is said instead.
 
-    student_path: where the student's config.json is. groups: trained on.
+    student_path: where the student's config.json is. groups: trained on. world: the processes that the run is cut over.
     """
     try:
-        case = _case(config, student_path, groups, stages)
+        case = _case(config, student_path, groups, stages, world)
     except UserError as error:
         return Fitted(config, [f"the memory of this run is not predicted: {error}"], [])
     given, lowered, told = as_given(case), _open(config), []
@@ -65,9 +68,12 @@ def fit(config: Config, student_path: str, groups: Sequence[Group], stages: Sequ
     return Fitted(config, notes, [*ledger(plan), verdict])
 
 
-def _case(config: Config, student_path: str, groups: Sequence[Group], stages: Sequence[str]) -> Case:
+def _case(config: Config, student_path: str, groups: Sequence[Group], stages: Sequence[str], world: World) -> Case:
     here = config.model_copy(update={"student": config.student.model_copy(update={"model": student_path})})
-    case, _ = build_case(here, PlanSettings(), threads_of(config), Counted.of(groups, config), stages)
+    counted = Counted.of(groups, config)
+    case, _ = build_case(
+        here, PlanSettings(), threads_of(config), counted, stages, processes=world.size, nodes=world.nodes
+    )
     machine = case.machine
     if machine.kind == "cpu" and machine.limit is None:
         # Others may give way there: only what cannot be is refused.

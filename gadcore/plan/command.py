@@ -1,5 +1,6 @@
 """python -m gadcore.run plan: memory and time of a run, predicted from its settings and a machine.
 
+python -m gadcore.run plan --preset qwen2.5-14b --plan.gpus 16  the paper's: two nodes of 8 H100
 python -m gadcore.run plan --preset qwen2.5-14b --plan.machine 2x8-h100-80gb
 python -m gadcore.run plan --calibrate                          measure this machine, then plan the default job on it
 python -m gadcore.run plan --plan.against runs/latest           the prediction beside what a run measured
@@ -68,10 +69,14 @@ def build_case(
     threads: int,
     counted: Counted | None = None,
     stages: Sequence[str] | None = None,
+    *,
+    processes: int = 1,
+    nodes: int = 1,
 ) -> tuple[Case, list[Assumption]]:
     """(what is planned for, every assumption of it). Raises UserError for a model, machine or data that is unknown.
 
     counted: the training rows, where they have been read already. stages: by name; default those of `train`.
+    processes: of the job that plans for itself, on `nodes` machines like this one.
     """
     from gadcore.config.device import device_of
     from gadcore.memory.ledger import GIB
@@ -82,7 +87,17 @@ def build_case(
     from gadcore.rollout.engine import engine_class
 
     kind = device_of(config).type if plan.machine == "here" else None
-    machine = find(plan.machine, threads, plan.assume, kind=kind)
+    elsewhere = plan.gpus is not None and kind == "cpu"
+    machine = find("h100-80gb" if elsewhere else plan.machine, threads, plan.assume, kind=kind)
+    if plan.gpus is not None:
+        machine = machine.with_ranks(plan.gpus)
+    if processes > 1:
+        machine = machine.with_ranks(processes, processes // nodes)
+    if machine.ranks % config.distributed.replicate:
+        raise UserError(
+            f"distributed.replicate = {config.distributed.replicate} copies do not divide {machine.ranks} ranks of "
+            f"{machine.name}: take 1, or the number of nodes"
+        )
     if config.memory.limit_gib is not None:
         machine = replace(machine, limit=config.memory.limit_gib * GIB)
     student = read_dimensions(config.student.model)

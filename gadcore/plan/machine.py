@@ -56,10 +56,17 @@ class Machine:
             return self.product_flops(dtype) * self.figures["decode_flops_share"]
         return self.figures[f"decode_flops_{min(DECODE_ROWS, key=lambda at: abs(at - rows))}"]
 
-    def with_ranks(self, ranks: int) -> Machine:
-        """The same accelerators, 8 a node."""
-        per_node = min(8, ranks)
-        return replace(self, name=f"{ranks} of {self.name}", nodes=-(-ranks // per_node), per_node=per_node)
+    def with_ranks(self, ranks: int, per_node: int | None = None) -> Machine:
+        """The same accelerators; per_node: default as many, up to 8, as leave every node with as many."""
+        per_node = per_node or max(k for k in range(1, 9) if ranks % k == 0)
+        name, figures = f"{ranks} of {self.name}", self.figures
+        if self.kind == "cpu":
+            # The processes of a node share what one alone has.
+            name = f"{self.name}, {ranks} processes"
+            share = figures["memory_bytes"] / per_node
+            figures = figures.replaced({"memory_bytes": share}, f"of {figures['memory_bytes'] / 1e9:.1f} GB")
+        limit = None if self.limit is None else self.limit / (per_node if self.kind == "cpu" else 1)
+        return replace(self, name=name, nodes=ranks // per_node, per_node=per_node, figures=figures, limit=limit)
 
 
 def h100(nodes: int, per_node: int, name: str) -> Machine:
@@ -124,6 +131,10 @@ def cpu(name: str, memory_bytes: float) -> Machine:
         Assumption("engine_step_seconds", 8e-3, "s", f"{fixed}: scheduling, per decoding step"),
         Assumption("engine_layer_seconds", 5e-4, "s", f"{fixed}: one layer beside its products"),
         Assumption("engine_row_seconds", 5e-4, "s", f"{fixed}: sampling of one sequence's token"),
+        Assumption("node_link", 2e9, "bytes/s", "assumed: gloo between processes of a node, one way"),
+        Assumption("network_link", 1e9, "bytes/s", "assumed: gloo over 10 Gb/s Ethernet"),
+        Assumption("collective_share", 1.0, "share", "the links are assumed as they are"),
+        Assumption("overlap_share", 0.01, "share", "assumed: a CPU that communicates computes little meanwhile"),
         Assumption("file_write", 0.4e9, "bytes/s", guess),
         Assumption("file_read", 1e9, "bytes/s", guess),
     ]

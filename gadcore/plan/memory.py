@@ -1,8 +1,8 @@
 """Bytes of every state of a step on one rank: what is held, and what computing takes beside it.
 
-Parameters, gradients and moments are cut over the ranks; the sampler's weights are whole, or cut over `tensor_parallel`
-ranks. States are never added up: they follow each other. Masters in host memory, and what is moved off an accelerator,
-count for the host alone.
+Parameters, gradients and moments are cut over the ranks, or over those of a copy (distributed.replicate); the sampler's
+weights are whole, or cut over `tensor_parallel` ranks. States are never added up: they follow each other. Masters in
+host memory, and what is moved off an accelerator, count for the host alone.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Case:
         return tier_name(self.config.memory.offload, self.machine.kind)
 
     @property
+    def shards(self) -> int:
+        """Ranks that a model, or a copy of it, is cut over."""
+        return max(1, self.machine.ranks // self.config.distributed.replicate)
+
+    @property
     def engine(self) -> type[Engine]:
         """The class of the sampler's engine."""
         return engine_class(self.config)
@@ -127,7 +132,7 @@ class Case:
     @property
     def shared(self) -> bool:
         """Whether trainer and sampler have one copy of the student's weights."""
-        return self.engine.shares_weights(self.config, self.machine.kind)
+        return self.engine.shares_weights(self.config, self.machine.kind, self.machine.ranks)
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,8 @@ class StateMemory:
 
 def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
-    ranks, student, discriminator = case.machine.ranks, case.student_precision, case.discriminator_precision
-    policy, scorer = case.student.parameters / ranks, case.discriminator.scalar_parameters / ranks
+    shards, student, discriminator = case.shards, case.student_precision, case.discriminator_precision
+    policy, scorer = case.student.parameters / shards, case.discriminator.scalar_parameters / shards
     if not case.has_discriminator:
         scorer = 0.0
     engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
@@ -163,7 +168,7 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
         "student.parameters": policy * student.weights,
         "student.gradients": policy * student.gradients,
         "student.optimizer": 0.0 if student.host else 2 * policy * student.weights,
-        "reference.parameters": reference_bytes(case.student, student) / ranks if case.has_reference else 0.0,
+        "reference.parameters": reference_bytes(case.student, student) / shards if case.has_reference else 0.0,
         "discriminator.parameters": scorer * discriminator.weights,
         "discriminator.gradients": scorer * discriminator.gradients,
         "discriminator.optimizer": 0.0 if discriminator.host else 2 * scorer * discriminator.weights,
@@ -182,7 +187,7 @@ def master_bytes(case: Case) -> float:
     """Bytes of float32 masters and their moments in the memory of the host, of one rank."""
     policy, scorer = case.student.parameters, case.discriminator.scalar_parameters if case.has_discriminator else 0
     kept = policy * case.student_precision.host + scorer * case.discriminator_precision.host
-    return 12.0 * kept / case.machine.ranks
+    return 12.0 * kept / case.shards
 
 
 def held(case: Case, choice: Choice, state: State) -> dict[Holding, float]:
@@ -238,7 +243,7 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
         is_student = state == "student_update"
         if (case.student_precision if is_student else case.discriminator_precision).host:
             d = case.student if is_student else case.discriminator
-            working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.machine.ranks)
+            working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.shards)
     return StateMemory(lies, working)
 
 

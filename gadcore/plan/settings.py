@@ -28,6 +28,10 @@ class PlanSettings(Section):
         "here",
         description="here: this machine; h100-80gb-x1 .. h100-80gb-x8; 2x8-h100-80gb: 2 nodes of 8; or a TOML file.",
     )
+    gpus: Positive | None = Field(
+        None,
+        description="Accelerators like plan.machine's, or H100 where it has none, up to 8 a node; default: its own.",
+    )
     calibrate: bool = Field(False, description="Measure this machine first, within a minute, and keep the figures.")
     rows: Positive | None = Field(None, description="Training rows; default: those of the data.")
     prompt_tokens: AtLeastOne | None = Field(None, description="Mean tokens of a prompt; default: of the data.")

@@ -74,9 +74,12 @@ def _heading(case: Case) -> str:
 def _notes(case: Case, checks: Sequence[str]) -> list[str]:
     notes = list(case.machine.notes)
     if case.machine.ranks > 1:
+        machine, copies = case.machine, case.config.distributed.replicate
+        nodes = f" --nnodes {machine.nodes}" if machine.nodes > 1 else ""
+        cut = f"models cut over {case.shards} ranks" + (f", {copies} copies of them" if copies > 1 else "")
         notes.append(
-            "gadcore trains in one process on one device today; more than one rank is planned as fully sharded "
-            "training with a sampler on every rank, which is not built yet"
+            f"started by torchrun{nodes} --nproc-per-node {machine.per_node} -m gadcore.run .., {cut}; "
+            "docs/guide/distributed.md"
         )
     return notes + list(checks)
 
@@ -110,7 +113,8 @@ def _choice_table(plan: Plan, given: Plan) -> Table:
             f"{utilisation(plan):.2f} (KV cache {plan.choice.kv_bytes / 1e9:.1f} GB)",
             f"{config.vllm.gpu_memory_utilization:.2f} (KV cache {given.choice.kv_bytes / 1e9:.1f} GB)",
         )
-        table.add_row("ranks that share a sampler", str(plan.choice.tensor_parallel), "")
+        if case.machine.ranks > 1:
+            table.add_row("rollout.tensor_parallel", *(str(p.choice.tensor_parallel) for p in (plan, given)))
     table.add_row("memory.offload", case.offload, config.memory.offload)
     fits = "fits" if given.fits else "does not fit"
     table.add_row("", "fits" if plan.fits else "does not fit", fits)

@@ -76,7 +76,10 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
     moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
     hidden = figures["overlap_share"] * computing
-    return computing + max(0.0, moved / collective_bandwidth(case) - hidden)
+    talking = moved / collective_bandwidth(case)
+    if work.backward:
+        talking += micro_batches * _copies_seconds(case, parameters)
+    return computing + max(0.0, talking - hidden)
 
 
 def _weights_seconds(case: Case, choice: Choice, parameters: int, precision: Precision, backward: bool) -> float:
@@ -95,23 +98,32 @@ def _weights_seconds(case: Case, choice: Choice, parameters: int, precision: Pre
 
 
 def collective_bandwidth(case: Case) -> float:
-    """Bytes/s at which every rank gathers, or reduces, what is cut over all of them."""
-    figures, machine = case.machine.figures, case.machine
+    """Bytes/s at which every rank gathers, or reduces, what is cut over the ranks of a copy."""
+    figures, machine, shards = case.machine.figures, case.machine, case.shards
     link = figures["node_link"]
-    if machine.nodes > 1:
+    if shards > machine.per_node:
         # A ring over nodes enters and leaves each one by all of its network links.
         link = min(link, figures["network_link"] * machine.per_node)
-    return link * figures["collective_share"] * machine.ranks / (machine.ranks - 1)
+    return link * figures["collective_share"] * shards / (shards - 1) if shards > 1 else math.inf
+
+
+def _copies_seconds(case: Case, parameters: int) -> float:
+    """Gradients of every shard, added up over the copies in float32 (HSDP)."""
+    figures, copies = case.machine.figures, case.config.distributed.replicate
+    if copies == 1:
+        return 0.0
+    link = figures["network_link" if case.machine.nodes > 1 else "node_link"] * figures["collective_share"]
+    return 2 * (copies - 1) / copies * 4 * parameters / case.shards / link
 
 
 def optimizer_seconds(case: Case, parameters: int, precision: Precision) -> float:
     """Clipping and AdamW on every rank's shard."""
     figures = case.machine.figures
-    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.machine.ranks
+    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.shards
     seconds = moved / (figures["memory_bandwidth"] * figures["memory_share"])
     if not precision.host or case.machine.kind == "cpu":
         return seconds
-    both_ways = 2 * 12.0 * parameters / case.machine.ranks
+    both_ways = 2 * 12.0 * parameters / case.shards
     return max(seconds, both_ways / (2 * figures["host_link"] * figures["duplex_share"]))
 
 

@@ -6,7 +6,6 @@ it runs its process holds the folder's lock. runs/latest is the run of runs/ tha
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
-from gadcore.errors import Interrupted, UserError
+from gadcore.errors import Interrupted, UserError, is_users
 from gadcore.files import LOCK, clear_temporaries, free_name, held, remove, replace_link, sync, write_jsonl, write_whole
 from gadcore.record.tracking import MetricsLog, Row
 
@@ -214,8 +213,7 @@ def _told(folder: RunFolder, *, stays: bool) -> Iterator[None]:
             then = "nothing is left of this start, give the same command again"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"stopped at once; {then}") from None
-        # A full disk names no file.
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not is_users(error):
             raise
         raise UserError(f"{error.filename or folder.path}: {error.strerror}; mend that, then {then}") from error
 

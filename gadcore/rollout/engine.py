@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
+from gadcore.distributed.world import ALONE, World
+from gadcore.errors import UserError
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.rollout.weights import WeightSource
 
@@ -57,17 +59,27 @@ class Engine(ABC):
 
     @classmethod
     def make(
-        cls, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate, there: There
+        cls,
+        config: Config,
+        model_path: str,
+        model: PreTrainedModel,
+        template: ChatTemplate,
+        there: There,
+        world: World = ALONE,
     ) -> Engine:
         """An engine for a model whose weights are on its device inside the blocks of there(), and may be away outside:
         one that needs much memory can take it before they come.
+
+        world: the processes that train together, the model sharded over them. Each makes the engine and calls it with
+        the same arguments, and each has all responses.
         """
         with there():
             return cls(config, model_path, model, template)  # type: ignore[call-arg]
 
     @classmethod
-    def shares_weights(cls, config: Config, device: str) -> bool:
-        """Whether an engine with these settings would be `shared`, on a device of type "cpu" or "cuda"."""
+    def shares_weights(cls, config: Config, device: str, ranks: int = 1) -> bool:
+        """Whether an engine with these settings would be `shared`, on a device of type "cpu" or "cuda"; ranks: of the
+        trainer."""
         return True
 
     @classmethod
@@ -125,10 +137,24 @@ def engine_class(config: Config) -> type[Engine]:
 
 
 def make_engine(
-    config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate, there: There = nullcontext
+    config: Config,
+    model_path: str,
+    model: PreTrainedModel,
+    template: ChatTemplate,
+    there: There = nullcontext,
+    world: World = ALONE,
 ) -> Engine:
     """The engine that rollout.engine names, for `model`, which was loaded from `model_path`. It sleeps at first.
 
-    there: see Engine.make(). Raises UserError where the engine cannot run the model, or has no room on the device.
+    there, world: see Engine.make(). Raises UserError where the engine cannot run the model, has no room on the device,
+    or samples on one process alone.
     """
-    return engine_class(config).make(config, model_path, model, template, there)
+    found = engine_class(config)
+    if world.size == 1:
+        return found.make(config, model_path, model, template, there)
+    if not found.spans_ranks:
+        raise UserError(
+            f'rollout.engine = "{config.rollout.engine}" samples in one process, and {world.size} train together: take '
+            '"vllm", or start one process'
+        )
+    return found.make(config, model_path, model, template, there, world)

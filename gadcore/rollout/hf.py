@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
+from gadcore.distributed.fsdp import local, reshard_all
 from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.weights import WeightSource
 
@@ -19,8 +20,11 @@ from gadcore.rollout.weights import WeightSource
 class HFEngine(Engine):
     """Samples from the trainer's own model object: there is no second copy of the weights.
 
-    One prompt at a time, so that its seed alone decides its samples.
+    One prompt at a time, so that its seed alone decides its samples. Over several processes all draw all prompts, in
+    step: nothing is faster for it.
     """
+
+    spans_ranks = True
 
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model
@@ -57,9 +61,11 @@ class HFEngine(Engine):
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _nothing_of_its_own(self.model):
             torch.manual_seed(request.seed)
+            # Of a sharded model every process does the same, and gathers together with the others.
             out = self.model.generate(  # type: ignore[operator]
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
             )
+            reshard_all(self.model)
         scale = 1.0 if greedy else temperature
         logits = torch.stack(out.logits, 1).float() / scale
         responses = []
@@ -74,7 +80,7 @@ class HFEngine(Engine):
     def update_weights(self, source: WeightSource) -> None:
         own = self.weights()
         for name, tensor in source:
-            if name not in own or own[name].data_ptr() != tensor.data_ptr():
+            if name not in own or local(own[name]).data_ptr() != local(tensor).data_ptr():
                 raise RuntimeError(f"the Hugging Face engine samples from the model it was built with, not from {name}")
 
     def weights(self) -> dict[str, Tensor]:

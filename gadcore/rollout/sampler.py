@@ -1,6 +1,6 @@
 """Sampler: responses of the policy as it is now. The one place that knows in which order an engine is asked.
 
-    wake the weights -> update them -> wake the key-value cache -> generate -> sleep
+    wake the weights -> update them -> wake the key-value cache -> generate -> sleep -> now and then: the probe
 
 Any other order samples from old weights, from none, or holds memory that nobody uses.
 """
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from gadcore.data.groups import Group, Response
 from gadcore.rollout.engine import Done, Engine, SampleRequest
+from gadcore.rollout.probe import Probe
 from gadcore.rollout.weights import WeightSource
 
 States = Callable[[str], AbstractContextManager[None]]
@@ -31,12 +32,15 @@ class Sampler:
         max_tokens: int,
         seed: int = 0,
         states: States | None = None,
+        probe: Probe | None = None,
     ) -> None:
         """seed: of all samples. states: what entering the states "synchronise" and "rollout" of a shared device takes
         (gadcore.train.phases); None: the sampler has the device for itself, and its engine sleeps after every draw.
+        probe: asks the trainer now and then about what was drawn, in the state "student".
         """
         self.engine, self.weights = engine, weights
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
+        self._probe = probe
         self._alone = states is None
         self._states = _nothing_else if states is None else states
 
@@ -64,6 +68,9 @@ class Sampler:
             responses = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
         if self._alone:
             self.engine.sleep()
+        if self._probe is not None and self._probe.due():
+            with self._states("student"):
+                self._probe.check(requests, responses)
         return responses
 
 

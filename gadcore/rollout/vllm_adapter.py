@@ -7,7 +7,7 @@ CUDA they are vLLM's own (`enable_lora`), in the one slot that it has: its graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gadcore.errors import UserError
 from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
-from gadcore.rollout.vllm_weights import Slice
+from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, lay_out
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # max_lora_rank of vLLM (config/lora.py).
@@ -109,7 +109,7 @@ class AdaptedProduct:
         return [self.a, *self.bs, *(b for *_, b in self._pieces)]
 
     def weights(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, (_, _, its, _), b in zip(self._names, self._pieces, self.bs, strict=True):
             found |= {f"{name}.{DOWN}": self.a[its], f"{name}.{UP}": b}
         return found
@@ -185,6 +185,45 @@ class AdapterInSlot:
     def as_held(self, name: str, tensor: Tensor) -> Tensor:
         # vLLM's kernels know no scale: it is part of B, exactly where it is a power of two.
         return tensor * self._scale if is_adapters(name) and name.endswith(UP) else tensor
+
+
+def in_slots(on_cpu: bool) -> bool:
+    """Whether an adapter is in vLLM's own LoRA layers: elsewhere than on a CPU, where these are many times slower."""
+    return not on_cpu
+
+
+def install_adapter(llm: Any, model: PreTrainedModel, engine_model: nn.Module, *, slots: bool) -> Adapter:
+    """Gives vLLM the model's adapters as they are now. slots: it was started with lora_arguments()."""
+    slices = lay_out(model, engine_model)
+    return AdapterInSlot(llm, model, slices) if slots else AdapterInProducts(model, engine_model, slices)
+
+
+class AdaptedWeights(WholeWeights):
+    """vLLM's parameters, and the adapters beside them."""
+
+    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool) -> None:
+        super().__init__(engine_model, shared=shared)
+        self._adapter = adapter
+
+    def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
+        given = dict(source)
+        adapters = {name: given.pop(name) for name in list(given) if is_adapters(name)}
+        held = self._adapter.weights()
+        if missing := sorted(held.keys() ^ adapters.keys()):
+            raise RuntimeError(f"the source has not the adapters that vLLM computes with: {missing[0]}")
+        super().update(given.items())
+        triples = [(name, self._adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
+        bring(triples, shared=self._shared and self._adapter.shared)
+
+    def is_view(self, name: str) -> bool:
+        return self._shared and (self._adapter.shared or not is_adapters(name))
+
+    def aliases(self) -> list[Tensor]:
+        # What lies under an adapter stays where it is.
+        return self._adapter.aliases() if self._shared else []
+
+    def named(self) -> dict[str, Tensor]:
+        return super().named() | self._adapter.weights()
 
 
 def lora_arguments(model: PreTrainedModel) -> dict[str, Any]:

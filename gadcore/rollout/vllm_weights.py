@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gadcore.kernels.cast_copy import cast_copy
 from gadcore.kernels.lora_linear import is_adapters
-from gadcore.rollout.weights import row_sums
+from gadcore.rollout.weights import checksums, row_sums
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,58 @@ class Slice:
     vllm_name: str
     start: int
     end: int
+
+
+class WholeWeights:
+    """vLLM's parameters where it has all of every one, as the trainer has. Made while they are the directory's."""
+
+    def __init__(self, engine_model: nn.Module, *, shared: bool) -> None:
+        """shared: the trainer's parameters will be views into vLLM's."""
+        self._engine_model, self._shared = engine_model, shared
+        self._loaded = {name: row_sums(p) for name, p in engine_parameters(engine_model).items()}
+        self._slices: list[Slice] = []
+
+    def match(self, model: PreTrainedModel) -> None:
+        """Finds the trainer's parameters in vLLM's; RuntimeError where it did not load what the trainer has."""
+        self._slices = map_weights(model, self._engine_model, self._loaded)
+
+    def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
+        """vLLM has the trainer's weights from here on; RuntimeError where it does not."""
+        weights = self.named()
+        bring([(name, tensor, weights[name]) for name, tensor in source], shared=self._shared)
+
+    def is_view(self, name: str) -> bool:
+        """Whether the trainer's parameter of that name is a view into vLLM's."""
+        return self._shared
+
+    def aliases(self) -> list[Tensor]:
+        """vLLM's tensors that look at memory of the trainer's that may move."""
+        return self.own() if self._shared else []
+
+    def named(self) -> dict[str, Tensor]:
+        """Under the trainer's names, no copies."""
+        engine = engine_parameters(self._engine_model)
+        return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self._slices}
+
+    def own(self) -> list[Tensor]:
+        """vLLM's parameters that the trainer's lie in."""
+        engine = engine_parameters(self._engine_model)
+        return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self._slices)]
+
+
+def bring(triples: Sequence[tuple[str, Tensor, Tensor]], *, shared: bool) -> None:
+    """Brings the trainer's tensors into vLLM's, (name, trainer's, vLLM's); RuntimeError where they are not there then.
+
+    shared: they are views into these.
+    """
+    if shared:
+        if moved := [name for name, tensor, own in triples if tensor.data_ptr() != own.data_ptr()]:
+            raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
+        return
+    cast_copy([(tensor, own) for _, tensor, own in triples])
+    expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in triples)
+    if not torch.equal(checksums((name, own) for name, _, own in triples), expected):
+        raise RuntimeError("vLLM's weights differ from the trainer's after an update")
 
 
 def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping[str, Tensor]) -> list[Slice]:

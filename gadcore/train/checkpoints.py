@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from gadcore.checkpoint import bases, store
 from gadcore.checkpoint.state import (
     RngState,
+    copy_into,
     optimizer_tensors,
     restore_optimizer,
     restore_parameters,
@@ -22,7 +23,9 @@ from gadcore.checkpoint.state import (
     rng_state,
 )
 from gadcore.checkpoint.store import Checkpoint
+from gadcore.checkpoint.together import Together
 from gadcore.data.batches import Loader
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import State
@@ -31,6 +34,7 @@ from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
+from gadcore.train.agreement import of_first
 from gadcore.train.progress import Progress, other_stages
 
 # The states in which a model and its optimizer are on the device.
@@ -38,7 +42,10 @@ _UPDATE: Mapping[str, State] = {"student": "student_update", "discriminator": "d
 
 
 class Checkpoints:
-    """Writes and reads the checkpoints of a run. Models may wait off the device while they are written."""
+    """Writes and reads the checkpoints of a run. Models may wait off the device while they are written.
+
+    Of several processes each calls the same, in the same order.
+    """
 
     def __init__(
         self,
@@ -49,11 +56,15 @@ class Checkpoints:
         student: Student,
         discriminator: Discriminator | None,
         data: Callable[[], Mapping[str, str]],
+        world: World = ALONE,
+        *,
+        asynchronous: bool = False,
     ) -> None:
         """stages: of the run, by name; a checkpoint of other stages is another run's. data: gives fingerprints of its
-        rows, as gadcore.train.resuming compares them.
+        rows, as gadcore.train.resuming compares them. asynchronous: of several processes, see Together.
         """
-        self._data = data
+        self._data, self._world = data, world
+        self._together = Together(world, asynchronous=asynchronous) if world.size > 1 else None
         self.folder, self._memory, self._loader, self._stages = folder, memory, loader, list(stages)
         self.root = folder.checkpoints
         self._student = student
@@ -68,27 +79,51 @@ class Checkpoints:
         The records that it counts on are on the disk before. Raises UserError where the folder cannot be written;
         earlier checkpoints are as they were.
         """
-        self.folder.sync()
+        records = of_first(self._world, self._records)
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
             weights = model.weights()
-            tensors[name] = self._memory.readable(weights)
+            tensors[name] = readable(self._memory, weights)
             moments = optimizer_tensors(model.optimizer.adamw, weights)
-            tensors[f"{name}-optimizer"] = self._memory.readable(moments)
+            tensors[f"{name}-optimizer"] = readable(self._memory, moments)
         rng = rng_state()
-        tensors["rng"] = rng.tensors
+        tensors["rng"] = {f"{_of_rank(self._world)}{name}": tensor for name, tensor in rng.tensors.items()}
+        states = self._world.all_gather_objects(rng.state)
         state = {
             "stages": self._stages,
             "progress": asdict(progress),
             "loader": self._loader.state(),
-            "data": dict(self._data()),
-            "records": self.folder.counts(),
-            "rng": rng.state,
+            "data": dict(self._data()) if self._world.is_first else {},
+            "records": records,
+            "rng": rng.state if self._world.size == 1 else states,
             "bases": self._bases,
         }
         best = progress.convergence.best
-        return store.save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
+        return self._save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
+
+    def _records(self) -> dict[str, int]:
+        """What the checkpoint counts on, when it is on the disk."""
+        self.folder.sync()
+        return self.folder.counts()
+
+    def _save(self, root: Path, *arguments: Any, **others: Any) -> Path:
+        save = store.save if self._together is None else self._together.save
+        return save(root, *arguments, **others)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether save() returns before the checkpoint is whole."""
+        return self._together is not None and self._together.is_asynchronous
+
+    def finish(self) -> None:
+        """Returns when what save() has begun is whole: before anything that it writes may change."""
+        if self._together is not None:
+            self._together.finish()
+
+    def close(self) -> None:
+        if self._together is not None:
+            self._together.close()
 
     def restore(self, saved: Checkpoint) -> Progress:
         """Models, loader and random generators as they were; returns where the run stood.
@@ -100,7 +135,7 @@ class Checkpoints:
         bases.check(saved.state.get("bases"), self._bases, {n: _called(m) for n, m in self._models.items()})
         self._loader.restore(saved.state["loader"])
         self.restore_models(saved)
-        restore_rng(RngState(saved.state["rng"], saved.tensors["rng"]))
+        restore_rng(self._rng(saved))
         return Progress.of(saved.state["progress"])
 
     @cached_property
@@ -108,8 +143,18 @@ class Checkpoints:
         """They do not change: read once."""
         return bases.describe({name: model.model for name, model in self._models.items()})
 
+    def _rng(self, saved: Checkpoint) -> RngState:
+        """This process's random states; of as many processes as there were others the first one's."""
+        states, tensors = saved.state["rng"], saved.tensors["rng"]
+        if isinstance(states, dict):
+            return RngState(states, dict(tensors))
+        rank = self._world.rank if saved.ranks == self._world.size else 0
+        mine = f"rank-{rank}."
+        return RngState(states[rank], {n.removeprefix(mine): tensors[n] for n in tensors if n.startswith(mine)})
+
     def restore_models(self, saved: Checkpoint) -> None:
         """The parameters and optimizers alone."""
+        self.finish()
         for name, model in self._models.items():
             self._memory.enter(_UPDATE[name])
             weights = model.weights()
@@ -126,19 +171,31 @@ class Checkpoints:
                 f"the reference policy is missing from {self.folder.reference}: resume from a checkpoint "
                 "of the warmup, or start a new run"
             )
-        saved = store.load(path).tensors["reference"]
-        with torch.no_grad():
-            for name, p in own_parameters(reference).items():
-                p.copy_(saved[name])
+        saved = store.load(path, self._world).tensors["reference"]
+        copy_into(dict(own_parameters(reference)), saved)
         self._reference_saved = True
 
     def _save_reference(self, step: int) -> None:
         """Once: it never changes."""
         reference = self._student.reference
         if reference is not None and not self._reference_saved:
-            tensors = self._memory.readable(dict(own_parameters(reference)))
-            store.save(self.folder.reference, step, {"reference": tensors}, {}, keep=1)
+            tensors = readable(self._memory, dict(own_parameters(reference)))
+            self._save(self.folder.reference, step, {"reference": tensors}, {}, keep=1)
             self._reference_saved = True
+
+
+def readable(memory: Colocation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of tensors of any holdings, wherever they wait; of a DTensor what this process holds, as a DTensor."""
+    held = {name: t._local_tensor if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    values = memory.readable(held)
+    return {
+        name: DTensor(values[name], t._spec, requires_grad=False) if isinstance(t, DTensor) else values[name]  # type: ignore[call-arg]
+        for name, t in tensors.items()
+    }
+
+
+def _of_rank(world: World) -> str:
+    return f"rank-{world.rank}." if world.size > 1 else ""
 
 
 def _called(model: Learner) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from gadcore.data.batches import DataReport, Loader
 from gadcore.data.encoded import Rows, Subset, split_off, token_lengths
 from gadcore.data.groups import Group
 from gadcore.data.sources import Source
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.models.loading import cache_dir
 from gadcore.models.spec import ModelSpec
@@ -43,8 +44,23 @@ class Inputs:
     report: DataReport
 
 
-def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
-    """Reads the data through the student's chat template. Raises UserError for whatever is wrong with it."""
+def read_inputs(config: Config, stages: Sequence[str], world: World = ALONE) -> Inputs:
+    """Reads the data through the student's chat template. Raises UserError for whatever is wrong with it.
+
+    world: the first process of it fills the caches, the others read them.
+    """
+    if world.size == 1:
+        return _read_inputs(config, stages, _say)
+    found = None
+    for first in (True, False):
+        with world.agreeing():
+            if world.is_first == first:
+                found = _read_inputs(config, stages, _say if first else _nothing, world.size)
+    assert found is not None
+    return found
+
+
+def _read_inputs(config: Config, stages: Sequence[str], tell: Callable[[str], None], processes: int = 1) -> Inputs:
     quiet()
     data = config.data
     # The rows first: a broken line is told before a model is looked for.
@@ -75,19 +91,19 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
             f"prompt and response limits need a context of {config.context_tokens} tokens, the model {student.path} "
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
-    train, report, told = rows.groups(student.template, cache_dir(), _say)
+    train, report, told = rows.groups(student.template, cache_dir(), tell)
     warnings = [f"training: {sentence}" for sentence in report.warnings()]
     told += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: Sequence[Group] = []
     if held_out_rows is not None:
-        held_out, of_held_out, more = held_out_rows.groups(student.template, cache_dir(), _say)
+        held_out, of_held_out, more = held_out_rows.groups(student.template, cache_dir(), tell)
         warnings += [f"held out: {sentence}" for sentence in of_held_out.warnings()]
         told += [*more, *(f"held out: {sentence}" for sentence in of_held_out.sentences())]
     elif data.eval == SPLIT:
         train, held_out = split_off(train, data.eval_share, data.eval_rows, config.run.seed)
         told.append(_split_note(config, len(train), len(held_out)))
     loader = Loader(train, config.schedule.batch_size, config.run.seed)
-    notes = without_effect(config, device.type, stages, loader.steps_per_epoch)
+    notes = without_effect(config, device.type, stages, loader.steps_per_epoch, processes)
     notes += student.notes()
     if discriminator is not None and discriminator is not student:
         notes += discriminator.template.notes
@@ -107,6 +123,10 @@ def read_inputs(config: Config, stages: Sequence[str]) -> Inputs:
 def _say(text: str) -> None:
     """On its way to a run's view, which is not there yet."""
     print(f"gadcore: {text}", file=sys.stderr, flush=True)
+
+
+def _nothing(text: str) -> None:
+    """Another process tells it."""
 
 
 def _split_note(config: Config, train: int, held_out: int) -> str:

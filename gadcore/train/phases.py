@@ -26,9 +26,11 @@ class Phases:
 
     seconds: total per phase since the run began (resumed runs go on counting).
     memory: what holds the device when; a phase that is one of its states enters it. None: nobody minds.
+    before_update: called as an optimizer's phase begins.
     """
 
     memory: Colocation | None = None
+    before_update: Callable[[], object] | None = None
 
     def __init__(self, on_span: Callable[[str, float, float], None] | None = None) -> None:
         """on_span: told of every phase at its end: name, start and end, both by time.perf_counter()."""
@@ -36,6 +38,11 @@ class Phases:
         self._step = dict.fromkeys(PHASES, 0.0)
         self._current: str | None = None
         self._on_span = on_span
+
+    @property
+    def current(self) -> str | None:
+        """The phase that is at work."""
+        return self._current
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -47,6 +54,8 @@ class Phases:
             return
         if self._current is not None:
             raise RuntimeError(f"phase {name} begins inside phase {self._current}")
+        if self.before_update is not None and name.endswith("_update"):
+            self.before_update()
         self._current = name
         start = time.perf_counter()
         try:

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
-from gadcore.models.adapter import own_parameters
 from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.learner import Learner
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
+from gadcore.train.agreement import of_first
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
@@ -55,13 +58,14 @@ class Trainer:
         make_discriminator: Callable[[], Discriminator] | None = None,
         facts: dict[str, Any] | None = None,
         data: Callable[[], dict[str, str]] = dict,
+        world: World = ALONE,
     ) -> None:
         """held_out: groups without samples. records: default none are kept. folder: of checkpoints and results; without
         one nothing can be saved. memory: default a device on which everything stays. stop_requested: why the run is to
         stop after this step, None to go on. make_discriminator: see Heldout. facts: for the summary. data: see
-        Checkpoints.
+        Checkpoints. world: every process of it has a Trainer of the same run; the first one's records are the run's.
         """
-        self.config = config
+        self.config, self.world = config, world
         self.stage_steps = stage_steps(config, stages, loader.steps_per_epoch)
         self.folder, self.records = folder, records or Records()
         self.student, self._discriminator = student, discriminator
@@ -87,8 +91,17 @@ class Trainer:
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
-                folder, self.memory, loader, list(self.stage_steps), student, discriminator, data
+                folder,
+                self.memory,
+                loader,
+                list(self.stage_steps),
+                student,
+                discriminator,
+                data,
+                world,
+                asynchronous=config.checkpoint.asynchronous,
             )
+            self.phases.before_update = self._checkpoints.finish
 
     @property
     def discriminator(self) -> Discriminator:
@@ -141,12 +154,17 @@ class Trainer:
             where = f"--run.dir {shlex.quote(str(self.folder.path))} "
             if self.progress.step:
                 self.save()
+                self.checkpoints.finish()
                 saved = f"after step {self.progress.step}, saved"
         command = "seqkd " if "seqkd" in self.stage_steps else ""
-        raise Interrupted(
-            f"stopped by {reason} {saved}; go on with: "
-            f"{shlex.quote(sys.executable)} -m gadcore.run {command}{where}--resume auto"
-        )
+        start = f"{shlex.quote(sys.executable)} -m gadcore.run"
+        if self.world.size > 1:
+            start = "the torchrun command that started it, and -m gadcore.run"
+        raise Interrupted(f"stopped by {reason} {saved}; go on with: {start} {command}{where}--resume auto")
+
+    def where(self) -> tuple[str, int]:
+        """(the phase that is at work, the step), from any thread: what is told of a process that hangs."""
+        return self.phases.current or self.progress.stage or "setup", self.progress.step + 1
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
         """Draws N samples of the current student for every group of the batch."""
@@ -159,8 +177,10 @@ class Trainer:
         name = self.config.algorithm.reward
         if self._reward is None or name is None:
             return None
+        reward = self._reward
         with self.phases("rewards"):
-            return rewards_by(self._reward, name, groups, scores)
+            # A function of one's own need not give the same twice.
+            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores))
 
     # What a step leaves
 
@@ -237,7 +257,8 @@ class Trainer:
             return True
         if not progress.gate.measured or progress.gate.measured[-1][0] != progress.step:
             self.records.status("measuring the discriminator at the gate")
-            progress.gate = progress.gate.look(progress.step, self.heldout.accuracy(settings.rows))
+            accuracy = self.world.broadcast_object(self.heldout.accuracy(settings.rows))
+            progress.gate = progress.gate.look(progress.step, accuracy)
         self.records.message(progress.gate.message(settings))
         if progress.gate.fails(settings):
             self.save()
@@ -258,7 +279,7 @@ class Trainer:
         if not settings.enabled:
             return {}
         self.records.status("training a fresh discriminator on held-out pairs")
-        found = self.heldout.fresh(settings, self.config.run.seed)
+        found = self.world.broadcast_object(self.heldout.fresh(settings, self.config.run.seed))
         progress.convergence = progress.convergence.look(progress.step, found.accuracy, found.interval, settings)
         self.records.message(progress.convergence.message())
         if progress.stage_step == 0:
@@ -271,7 +292,8 @@ class Trainer:
         best = self.progress.convergence.best
         if best is None or best[0] == self.progress.step:
             return
-        self.checkpoints.restore_models(store.load(store.at(self.checkpoints.root, best[0])))
+        self.checkpoints.finish()
+        self.checkpoints.restore_models(store.load(store.at(self.checkpoints.root, best[0]), self.world))
         self.records.message(f"the final student is that of step {best[0]}, where a fresh discriminator did worst")
 
     # Saving and going on
@@ -283,7 +305,8 @@ class Trainer:
             self.progress.seconds = dict(self.phases.seconds)
             path = self.checkpoints.save(self.progress, self.config.checkpoint.keep)
         self.phases.take_step()
-        self.records.message(f"checkpoint {path}")
+        written = " is being written" if self.checkpoints.is_asynchronous else ""
+        self.records.message(f"checkpoint {path}{written}")
 
     def resume(self, saved: store.Checkpoint | None) -> None:
         """Goes on from a checkpoint, or from the beginning where the run had none yet."""
@@ -300,8 +323,10 @@ class Trainer:
     def _go_back(self) -> None:
         """What came after the checkpoint is set aside, so that the run goes on from here whenever it is stopped."""
         step, folder = self.progress.step, self.checkpoints.folder
-        aside = folder.go_back(step, self.progress.evaluations)
-        kept = store.abandon_after(folder.checkpoints, step)
+        aside, kept = of_first(
+            self.world,
+            lambda: (folder.go_back(step, self.progress.evaluations), store.abandon_after(folder.checkpoints, step)),
+        )
         if aside or kept:
             self.records.message(
                 f"what came after step {step} is set aside: {', '.join(map(str, filter(None, (aside, *kept))))}"
@@ -314,29 +339,32 @@ class Trainer:
         """
         # The reference alone: it is made of the student's values wherever they wait.
         self.memory.enter("rest")
-        self.student.freeze_reference(self.memory.readable(dict(own_parameters(self.student.model))))
+        self.student.freeze_reference(self.memory.readable(self.student.local_parameters()))
         if self.student.reference is not None:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            reference = self.student.reference
-            self.memory.add("reference.parameters", lambda: own_parameters(reference).values(), frozen=True)
+            self.memory.add("reference.parameters", self.student.reference_tensors, frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""
         self.records.status("saving the models")
         folder = self.checkpoints.folder.path
         with self.phases("checkpoint"):
+            self.checkpoints.finish()
             self.memory.enter("student")
-            with whole_folder(folder / "student", replace=True) as place:
-                self.student.save(place)
+            self._export(self.student, folder / "student")
             if self._discriminator is not None:
                 self.memory.enter("discriminator")
-                with whole_folder(folder / "discriminator", replace=True) as place:
-                    self._discriminator.save(place)
+                self._export(self._discriminator, folder / "discriminator")
         summary = self.summary()
         self.records.summary(summary)
         return summary
+
+    def _export(self, model: Learner, place: Path) -> None:
+        """A model's directory, which the first process writes."""
+        with whole_folder(place, replace=True) if self.world.is_first else nullcontext(place) as folder:
+            model.save(folder)
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""

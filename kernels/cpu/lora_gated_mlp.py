@@ -55,7 +55,8 @@ class _LoRAGatedMlp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, t_gate, t_up, t_down, *tensors = ctx.saved_tensors
-        gate, up, down = (Adapted(*tensors[3 * i : 3 * i + 3], scale) for i, scale in enumerate(ctx.scales))
+        per_part = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.scales, strict=True)
+        gate, up, down = (Adapted(*part) for part in per_part)
         rows = x.reshape(-1, x.shape[-1])
         h = swiglu(g, u)
         grad = grad.reshape(-1, grad.shape[-1])

@@ -61,13 +61,13 @@ def test_vllm_starts_before_the_weights_come(monkeypatch, log, there) -> None:
 
         return call
 
-    monkeypatch.setattr(vllm, "_import_vllm", lambda *_: None)
-    monkeypatch.setattr(vllm, "map_weights", says("compared", []))
+    monkeypatch.setattr(vllm, "import_vllm", lambda *_: None)
+    monkeypatch.setattr(vllm, "start", says("started", SimpleNamespace(apply_model=lambda read: [read(model)])))
+    monkeypatch.setattr(vllm, "check_distribution", says("checked"))
+    monkeypatch.setattr(vllm.WholeWeights, "match", says("compared"))
     for name, what, result in (
-        ("_start", "started", SimpleNamespace(apply_model=lambda read: [read(model)])),
         ("_find_kv_cache", "cache found", []),
-        ("_sample_once", "sampled", ((), None)),
-        ("_check_distribution", "checked", None),
+        ("_draw", "sampled", [[None]]),
         ("sleep", "asleep", None),
     ):
         monkeypatch.setattr(vllm.VLLMEngine, name, says(what, result))

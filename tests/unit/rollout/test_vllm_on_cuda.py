@@ -105,7 +105,7 @@ def test_it_samples_what_the_trainer_has_over_sleeps_and_updates(tmp_path, devic
 
 def test_without_an_update_it_would_sample_from_nothing(tmp_path, device, monkeypatch) -> None:
     made = Made(tmp_path)
-    monkeypatch.setattr("gadcore.rollout.vllm.cast_copy", lambda pairs: None)
+    monkeypatch.setattr("gadcore.rollout.vllm_weights.cast_copy", lambda pairs: None)
     made.engine.wake("weights")
     with pytest.raises(RuntimeError, match="differ from the trainer's after an update"):
         made.engine.update_weights(PlainWeights(made.model))
