@@ -91,7 +91,7 @@ OPS = {
     "gated_mlp": Op("a gated MLP with its three products and their gradients", cpu=SINGLE),
     "swiglu": Op("the gated activation of an MLP", passes=BOTH, cpu=SINGLE),
     "lora_linear": Op("a linear layer of a frozen weight with a low-rank adapter"),
-    "lora_gated_mlp": Op("a gated MLP of frozen weights with three such adapters", cpu=SINGLE),
+    "lora_gated_mlp": Op("a gated MLP of frozen weights with three such adapters, on a CPU"),
 }
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.cpu.recompute import recomputable
-from gadcore.kernels import rotary
-from gadcore.kernels.cpu import gated_mlp, lora_gated_mlp, native
+from gadcore.kernels import lora_gated_mlp, rotary
+from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
 from gadcore.kernels.cpu.swiglu import swiglu
 from gadcore.kernels.lora_linear import LoRALinear

@@ -12,7 +12,7 @@ from gadcore.config.adapter import LoRA
 from gadcore.config.settings import Config, DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupedBatch
 from gadcore.errors import UserError
-from gadcore.kernels.cpu import lora_gated_mlp
+from gadcore.kernels import lora_gated_mlp
 from gadcore.kernels.lora_linear import LoRALinear, is_adapters, lora_linear, lora_linear_reference
 from gadcore.models import backbone
 from gadcore.models.adapter import adapted_layers, add_adapter, base_parameters, own_parameters
