@@ -97,10 +97,18 @@ def check_adapter(name: str, settings: Adaptable) -> None:
         raise ValueError(f'{name}.adapter_targets must be "all-linear" or names as q_proj,v_proj, is {targets!r}')
 
 
-def check_folding(settings: Adaptable) -> None:
-    """Raises ValueError where vLLM, which makes the scale part of B, would round B by it in bfloat16."""
+def check_sampler(settings: Adaptable, engine: str, dtype: str) -> None:
+    """Raises ValueError where rollout.engine, with that rollout.dtype, cannot sample from the student's adapter."""
     lora = lora_of(settings)
-    if lora is not None and lora.start is None and not lora.exact:
+    if lora is None:
+        return
+    if engine == "vllm-server":
+        raise ValueError(
+            "rollout.engine = vllm-server gets whole weights, and student.adapter = lora changes none of them: set "
+            'rollout.engine = "vllm"'
+        )
+    # That of a folder is read with it.
+    if engine == "vllm" and dtype == "bfloat16" and lora.start is None and not lora.exact:
         raise ValueError(
             f"vLLM makes the scale of student.adapter ({lora.scale:g}) part of B, which rounds in bfloat16 where it is "
             "no power of two: choose student.adapter_alpha so that it is one, for example twice the rank"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
-from gadcore.config.adapter import Adaptable, check_adapter, check_folding
+from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.kinds import (
     BUNDLED_MODEL,
@@ -339,8 +339,7 @@ class Config(Section):
                     "others: leave one of them out"
                 )
             check_adapter(name, trained)
-        if isinstance(self.rollout, VLLMRollout) and self.rollout.dtype == "bfloat16":
-            check_folding(self.student)
+        check_sampler(self.student, self.rollout.engine, getattr(self.rollout, "dtype", "float32"))
         for section in (self.gate, self.convergence):
             if section.enabled and self.data.eval is None:
                 name = "gate" if section is self.gate else "convergence"

@@ -39,10 +39,18 @@ LATER = {
     "algorithm.importance_cap": "none",
     "rollout.head_dtype": "float32",
     "rollout.batch_invariant": False,
+    "rollout.tensor_parallel": 1,
+    "rollout.probe_every": 10,
     "checkpoint.asynchronous": False,
     "distributed.shard": 0,
     "distributed.replicate": 1,
     "distributed.timeout_s": 1800.0,
+    **{f"{name}.adapter": "none" for name in ("student", "discriminator")},
+    **{
+        f"{name}.adapter_{key}": "none"
+        for name in ("student", "discriminator")
+        for key in ("rank", "alpha", "targets", "rslora", "from")
+    },
 }
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
