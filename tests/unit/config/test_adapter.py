@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gadcore.config.adapter import LoRA, lora_of
+from gadcore.config.adapter import LoRA, check_sampler, lora_of
 from gadcore.config.loading import load
 from gadcore.errors import UserError
 
@@ -34,7 +34,6 @@ def test_an_adapter_of_defaults_and_one_of_settings() -> None:
         (["--student.adapter", "lora", "--student.adapter_targets", "q_proj,"], "adapter_targets must be"),
         (["--student.adapter", "dora"], "student.adapter"),
         (["--student.adapter", "lora", "--student.adapter_rank", "0"], "student.adapter_rank"),
-        (["--student.adapter", "lora", "--rollout.engine", "vllm-server"], "vllm-server gets whole weights"),
         (
             ["--student.adapter", "lora", "--student.adapter_alpha", "24", "--rollout.dtype", "bfloat16"],
             r"scale of student.adapter \(1.5\) part of B, which rounds in bfloat16",
@@ -44,6 +43,13 @@ def test_an_adapter_of_defaults_and_one_of_settings() -> None:
 def test_what_contradicts_itself_is_told(arguments, message) -> None:
     with pytest.raises(UserError, match=message):
         load(arguments)
+
+
+def test_a_server_that_gets_whole_weights_gets_no_adapter() -> None:
+    student = load(["--student.adapter", "lora"]).student
+    with pytest.raises(ValueError, match="vllm-server gets whole weights"):
+        check_sampler(student, "vllm-server", "float32")
+    check_sampler(load([]).student, "vllm-server", "float32")
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(16.0, True), (64.0, True), (24.0, False), (1.0, True)])
