@@ -34,13 +34,6 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, dtype: torch.dtype, *, owner
             f"the decoder layers of {model.config.model_type} have no linear layer for an adapter to stand beside: "
             f"set {owner}.adapter = none"
         )
-    for name in chosen:
-        linear = linears[name]
-        if lora.rank > min(linear.in_features, linear.out_features):
-            raise UserError(
-                f"{owner}.adapter_rank = {lora.rank} is more than {name} has rows or columns "
-                f"({linear.out_features} x {linear.in_features}): lower it"
-            )
     model.requires_grad_(False)
     # Not hash(): that is another one in every process.
     digest = hashlib.blake2b(f"{seed} {owner}".encode(), digest_size=6).digest()
