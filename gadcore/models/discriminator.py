@@ -26,9 +26,9 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
 from gadcore.models.bt_loss import score_penalty, softened_bt_loss
 from gadcore.models.learner import Learner
-from gadcore.models.loading import load_discriminator
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout, together
+from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
 
@@ -135,6 +135,7 @@ class Discriminator(Learner):
         student: ModelSpec | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        base: SharedBase | None = None,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         world: World = ALONE,
@@ -142,22 +143,23 @@ class Discriminator(Learner):
         """A discriminator from a model directory, a hub id or a bundled name, with the scalar head that is stored
         there, or a fresh one from `seed`.
 
-        settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default another one than
-        D's. device: default the GPU where there is one. world: of several processes, each of which reads its shards
-        alone.
+        base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
+        is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
+        another one than D's. device: default the GPU where there is one. world: of several processes, each of which
+        reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or DiscriminatorSettings()
         # A copy: it gets a padding token of D's own, and the student may have the same spec.
         tokenizer = copy.deepcopy(spec.tokenizer)
-        loaded = load_discriminator(
-            spec.path,
-            settings.dtype,
+        loaded = load_scorer(
+            spec,
+            settings,
             device=best_device() if device is None else torch.device(device),
             seed=seed,
-            end_id=spec.template.end_id,
             tokenizer=tokenizer,
+            base=base,
             world=world,
         )
         return cls(

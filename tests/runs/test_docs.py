@@ -190,6 +190,7 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def discriminator_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a discriminator service over a tiny model and rows."""
+    pytest.importorskip("fastapi")
     with running(settings(tmp_path_factory.mktemp("service"))) as (url, _):
         yield url
 
@@ -283,7 +284,13 @@ def look_up(code: Code) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_commands_and_programs(
-    document: Path, worker: Worker, prepared: Path, server: str, discriminator_service: str, tmp_path: Path, monkeypatch
+    document: Path,
+    worker: Worker,
+    prepared: Path,
+    server: str,
+    tmp_path: Path,
+    monkeypatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(prepared, tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -293,7 +300,7 @@ def test_commands_and_programs(
             assert name, f"{code.where}: the first line of a program names its file: # NAME.py"
             text = code.text.replace(MODEL, str(tmp_path / "model"))
             if DEFAULT_URL in text:
-                text = text.replace(DEFAULT_URL, discriminator_service)
+                text = text.replace(DEFAULT_URL, request.getfixturevalue("discriminator_service"))
             (tmp_path / name[1]).write_text(text)
             argv = [name[1]]
         elif code.words[3:4] == ["serve-discriminator"]:

@@ -1,7 +1,7 @@
-"""A client of the service that may be killed and started again: python service_client.py URL FOLDER NAME COUNT.
+"""A client of the service that may be killed and started again: python service_client.py URL FOLDER NAME COUNT MOST.
 
-It asks for COUNT updates, request after request, and writes into FOLDER/NAME.jsonl what it has sent and what it was
-answered; now and then it repeats a request that was answered. Imports no torch.
+It asks for COUNT updates of at most MOST groups, request after request, and writes into FOLDER/NAME.jsonl what it has
+sent and what it was answered; now and then it repeats a request that was answered. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def group(name: str) -> TextGroup:
     return TextGroup(samples, prompt=text(), teacher_response=text(), finished=finished, id=name)
 
 
-def groups_of(request_id: str) -> list[TextGroup]:
-    """One to three groups, by the id alone."""
-    return [group(f"{request_id}/{k}") for k in range(random.Random(request_id).randint(1, 3))]
+def groups_of(request_id: str, most: int) -> list[TextGroup]:
+    """One group or several, by the id alone."""
+    return [group(f"{request_id}/{k}") for k in range(random.Random(request_id).randint(1, most))]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
-def main(url: str, folder: Path, name: str, count: int) -> None:
+def main(url: str, folder: Path, name: str, count: int, most: int) -> None:
     path = folder / f"{name}.jsonl"
     known = {line["id"] for line in read_log(path) if line["what"] == "answered"}
     log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -51,7 +51,7 @@ def main(url: str, folder: Path, name: str, count: int) -> None:
 
     def ask(what: str, request_id: str) -> None:
         write("sent", request_id)
-        found = client.score_and_update(groups_of(request_id), request_id=request_id)
+        found = client.score_and_update(groups_of(request_id, most), request_id=request_id)
         rows = [[teacher, *own] for teacher, own in zip(found.teacher_scores, found.rewards, strict=True)]
         write(what, request_id, version=found.version, scored_by=found.scored_by, scores=rows, again=found.duplicate)
 
@@ -66,4 +66,4 @@ def main(url: str, folder: Path, name: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

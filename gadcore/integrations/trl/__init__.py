@@ -5,7 +5,9 @@ from gadcore.errors import UserError
 try:
     import trl as _trl
 except ImportError as error:
-    raise UserError("gadcore.integrations.trl needs TRL, which is not installed: pip install 'gadcore[trl]'") from error
+    raise UserError(
+        f"gadcore.integrations.trl needs TRL, which does not load ({error}): pip install 'gadcore[trl]'"
+    ) from error
 
 from gadcore.integrations.trl.remote import GADServiceReward
 from gadcore.integrations.trl.reward import GADReward

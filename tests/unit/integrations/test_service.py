@@ -21,6 +21,7 @@ from gadcore.integrations.service.command import main
 from tests.support.service import running, settings
 from tests.support.service_client import group
 
+pytest.importorskip("fastapi")
 TOKEN = "a-token-of-the-tests"
 
 
