@@ -43,7 +43,7 @@ def resumed(folder: Path, size: int, name: str, *others: str) -> Job:
     return start_job(size, command, folder / f"out-{name}-resumed", cwd=folder)
 
 
-def finished(job: Job, deadline: float = 300) -> str:
+def finished(job: Job, deadline: float = 600) -> str:
     codes = job.wait(deadline)
     assert codes == [0] * len(codes), [job.output(rank)[-3000:] for rank in range(len(codes))]
     return job.output(0)
