@@ -268,10 +268,8 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
-        outside = _outside(d, d.root, precision, head=True)
-        working["gathered layers"] = gathered_bytes(
-            d.layer, d.root, precision.products, sum(working.values()), outside=outside
-        )
+        # Of two layers, and nobody's gradient.
+        working["gathered layers"] = _outside(d, d.root, precision, head=True) + 2.0 * precision.products * d.layer
     return working
 
 
