@@ -269,10 +269,9 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
+        # Of two layers, and nobody's gradient.
         outside = outside_bytes(d, d.root, precision.weights, narrow_head=precision.autocast)
-        working["gathered layers"] = gathered_bytes(
-            d.layer, d.root, precision.products, sum(working.values()), outside=outside
-        )
+        working["gathered layers"] = outside + 2.0 * precision.products * d.layer
     return working
 
 
