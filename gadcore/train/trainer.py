@@ -76,17 +76,11 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
+        each = config.data.eval_samples
         self.heldout = Heldout(
-            held_out,
-            sampler,
-            discriminator,
-            self.phases,
-            self.memory,
-            make_discriminator,
-            samples=config.data.eval_samples,
+            held_out, sampler, discriminator, self.phases, self.memory, make_discriminator, samples=each
         )
-        self.stop_requested = stop_requested
-        self.facts = facts or {}
+        self.stop_requested, self.facts = stop_requested, facts or {}
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
@@ -207,9 +201,8 @@ class Trainer:
         progress, stage, step = self.progress, result.stage, result.step
         progress.step += 1
         progress.stage_step = step
-        every = self.config.checkpoint.every
         # The end of a stage has a checkpoint of its own.
-        last = step == self._length(stage)
+        every, last = self.config.checkpoint.every, step == self._length(stage)
         due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(result) | sample_traits(result)
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
