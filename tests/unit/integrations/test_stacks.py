@@ -105,7 +105,10 @@ def test_samples_that_come_one_by_one_are_sent_as_groups() -> None:
     async def everything() -> list[float]:
         collector = Collector(send)
         return await asyncio.gather(
-            *(collector.add(key, 2, key, Sample(text)) for key, text in (("x", "a"), ("y", "bb"), ("x", "ccc"), ("y", "")))
+            *(
+                collector.add(key, 2, key, Sample(text))
+                for key, text in (("x", "a"), ("y", "bb"), ("x", "ccc"), ("y", ""))
+            )
         )
 
     assert asyncio.run(everything()) == [1.0, 2.0, 3.0, 0.0]
@@ -129,7 +132,9 @@ def test_an_error_reaches_every_sample_of_the_group() -> None:
 
     async def everything() -> list[Any]:
         collector = Collector(send)
-        return await asyncio.gather(*(collector.add("x", 2, None, Sample("a")) for _ in range(2)), return_exceptions=True)
+        return await asyncio.gather(
+            *(collector.add("x", 2, None, Sample("a")) for _ in range(2)), return_exceptions=True
+        )
 
     assert [str(error) for error in asyncio.run(everything())] == ["no service"] * 2
 
@@ -158,7 +163,9 @@ def test_openrlhf(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
             await asyncio.sleep(0.01 * len(text))
             ended = len(text) > 1
             output = SimpleNamespace(
-                token_ids=[ord(c) for c in text] + [0] * ended, finish_reason="stop" if ended else "length", logprobs=None
+                token_ids=[ord(c) for c in text] + [0] * ended,
+                finish_reason="stop" if ended else "length",
+                logprobs=None,
             )
             return SimpleNamespace(outputs=[output])
 
@@ -174,7 +181,12 @@ def test_openrlhf(monkeypatch: pytest.MonkeyPatch, asked: list[Any]) -> None:
         return await asyncio.gather(prompt(executor, "Where?"), prompt(executor, "Who?"))
 
     where, who = asyncio.run(everything())
-    assert [(one["reward"], one["scores"]) for one in (*where, *who)] == [(5.0, 5.0), (7.0, 7.0), (4.0, 4.0), (1.0, 1.0)]
+    assert [(one["reward"], one["scores"]) for one in (*where, *who)] == [
+        (5.0, 5.0),
+        (7.0, 7.0),
+        (4.0, 4.0),
+        (1.0, 1.0),
+    ]
     groups = {g["prompt"]: g for _, body in asked for g in body["groups"]}
     assert len(asked) == 2 and sorted(groups["Where?"]["samples"]) == ["In Rome", "Paris"]
     assert dict(zip(groups["Who?"]["samples"], groups["Who?"]["finished"], strict=True)) == {"Oslo": True, "x": False}

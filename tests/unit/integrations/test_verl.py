@@ -202,7 +202,9 @@ def test_verls_trainer_with_the_discriminator_as_its_critic(monkeypatch: pytest.
         scores = torch.stack([a, b]).detach()
         expected = (scores - scores.mean()) / (scores.std() + 1e-6)
         for key, value in zip((first, second), expected, strict=True):
-            assert queue.rows[key]["advantages"].tolist() == pytest.approx([value.item()] * len(queue.rows[key]["responses"]), rel=1e-4)
+            assert queue.rows[key]["advantages"].tolist() == pytest.approx(
+                [value.item()] * len(queue.rows[key]["responses"]), rel=1e-4
+            )
 
     batch = trainer_base.KVBatchMeta(keys=keys, tags=tags, partition_id="train", extra_info={})
     gad._update_critic(batch, metrics)

@@ -95,7 +95,9 @@ def groups_of(spec: ModelSpec, trl: GRPOTrainer, rows: list[dict[str, Any]]) -> 
     groups = []
     for i, row in enumerate(rows):
         ids = drawn["completion_ids"][SAMPLES * i : SAMPLES * (i + 1)]
-        teacher = Response(row["teacher_response"], spec.template.response_ids(row["teacher_response"], finished=True), True)
+        teacher = Response(
+            row["teacher_response"], spec.template.response_ids(row["teacher_response"], finished=True), True
+        )
         samples = []
         for own in ids:
             text, finished = spec.template.text_of(own)

@@ -109,7 +109,9 @@ def test_loss_gradients_and_metrics_are_those_of_trl(
 
     expected, found = passed(theirs, inputs, variant), passed(mine, inputs, variant)
 
-    assert bool(calls) == (name in ONE_PASS and (kind in ("dapo", "bnpo", "dr_grpo") or (kind == "grpo" and not variant.get("beta"))))
+    assert bool(calls) == (
+        name in ONE_PASS and (kind in ("dapo", "bnpo", "dr_grpo") or (kind == "grpo" and not variant.get("beta")))
+    )
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-6)
     norm = torch.cat([g.flatten() for g in expected["gradient"]]).norm()
     for mine_, theirs_ in zip(found["gradient"], expected["gradient"], strict=True):
@@ -152,7 +154,10 @@ def test_a_training_run_is_that_of_trl(name: str, tmp_path: Path) -> None:
     for kind in (GRPOTrainer, GADGRPOTrainer):
         trainer = make(kind, model, tmp_path / kind.__name__, max_steps=3, optim="sgd", **SCHEDULES[name])
         trainer.train()
-        log = [{k: v for k, v in entry.items() if "time" not in k and "second" not in k} for entry in trainer.state.log_history[:3]]
+        log = [
+            {k: v for k, v in entry.items() if "time" not in k and "second" not in k}
+            for entry in trainer.state.log_history[:3]
+        ]
         runs.append((trainer, log))
     (theirs, expected), (mine, found) = runs
     for a, b in zip(expected, found, strict=True):

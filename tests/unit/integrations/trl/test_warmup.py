@@ -91,4 +91,6 @@ def test_a_killed_warmup_goes_on_to_the_bit(model: Path, tmp_path: Path) -> None
 
 def test_rows_without_a_teacher_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'prompt' and 'teacher_response'"):
-        GADWarmup(str(model), settings(tmp_path), train_dataset=Dataset.from_list([{"prompt": "x"}]), discriminator=None)
+        GADWarmup(
+            str(model), settings(tmp_path), train_dataset=Dataset.from_list([{"prompt": "x"}]), discriminator=None
+        )
