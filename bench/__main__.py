@@ -16,7 +16,10 @@ from bench import options, record
 from bench.suites import SUITES, TABLES, Suite
 from gadcore.errors import UserError
 
-ABOUT_TABLES = "docs/measured/kernels.md, step.md, rollout.md, memory.md, findings.md, from what lies in bench/results"
+ABOUT_TABLES = (
+    "docs/measured/kernels.md, step.md, trl.md, rollout.md, memory.md, reshard.md, findings.md, from what lies in "
+    "bench/results"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,6 +36,7 @@ SUITES = {
         "the whole GAD step beside TRL and beside the paper's literal schedule, on the CPU",
         threads=True,
     ),
+    "trl": Suite("bench.trl.suite", "gadcore's trainer inside TRL beside TRL's own: a group's loss, on the CPU"),
     "rollout": Suite(
         "bench.rollout.suite",
         "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
@@ -53,6 +54,9 @@ SUITES = {
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),
+    "reshard": Suite(
+        "bench.reshard.suite", "plans from FSDP's shards to vLLM's on the meta device: bytes, and seconds to plan"
+    ),
     "real": Suite(
         "bench.paper.real",
         "runs on real text, GAD's first, compared over their seconds of training",
@@ -64,7 +68,9 @@ SUITES = {
 TABLES = (
     "bench.kernels.tables",
     "bench.step.tables",
+    "bench.trl.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
+    "bench.reshard.tables",
     "bench.paper.tables",
 )

@@ -31,8 +31,8 @@ warm.train()
 warm.save_model("runs/trl/warm")
 
 reward = GADReward(discriminator)
-settings = GRPOConfig("runs/trl/gad", max_steps=8, learning_rate=1e-5, beta=0.001, temperature=0.8,
-                      num_generations=4, per_device_train_batch_size=16, max_completion_length=64, **common)  # fmt: skip
+grpo = dict(max_steps=8, learning_rate=1e-5, beta=0.001, temperature=0.8, max_completion_length=64)
+settings = GRPOConfig("runs/trl/gad", num_generations=4, per_device_train_batch_size=16, **grpo, **common)
 trainer = GADGRPOTrainer("runs/trl/warm", [reward], settings, data, processing_class=tokenizer, callbacks=[reward])
 trainer.train()
 trainer.save_model("runs/trl/student")

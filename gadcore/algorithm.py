@@ -30,6 +30,7 @@ from torch import Tensor
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
 from gadcore.models.discriminator import Discriminator, Scores
+from gadcore.models.preference import preference_backward
 from gadcore.models.student import Student
 from gadcore.train.step import StepResult
 from gadcore.train.trainer import Trainer
@@ -57,7 +58,7 @@ class Run(Protocol):
         """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores, in the phase rewards; None: they are the rewards."""
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
 
     def record(self, result: StepResult) -> None:
         """Ends a step: figures, a checkpoint when due, a measurement of the convergence rule when due."""
@@ -70,6 +71,12 @@ class Run(Protocol):
 
     def measure_before_gad(self) -> None:
         """The convergence rule's first measurement, where it is in use."""
+
+    def take_snapshot(self) -> None:
+        """Samples of every row by the student as it is when the stage soda begins, and its log-probs of them."""
+
+    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Gives every group its samples of the snapshot; returns log-probs as models.preference has them."""
 
     def restore_best(self) -> None:
         """Gives both models the weights that they had at the convergence rule's minimum, where it is in use."""
@@ -179,7 +186,23 @@ def _cross_entropy(run: Run, stage: str, lr: float) -> None:
         run.record(result)
 
 
-STAGES = {"sft": sft, "warmup": warmup, "gad": gad, "seqkd": seqkd}
+def soda(run: Run) -> None:
+    """The baseline of arXiv 2604.03873: DPO of the teacher's responses against samples of one frozen snapshot, the
+    student as it is when this stage begins, which is the reference policy too. Nothing is sampled after that."""
+    student, phase = run.student, run.phases
+    run.begin("soda")
+    run.take_snapshot()
+    for step, groups in run.steps("soda"):
+        result = StepResult("soda", step, groups)
+        reference = run.from_snapshot(groups)
+        with phase("student"):
+            result.stats = preference_backward(student, groups, reference, run.config.algorithm.soda_beta)
+        with phase("student_update"):
+            result.student_norm = student.step(student.settings.soda_lr)
+        run.record(result)
+
+
+STAGES = {"sft": sft, "warmup": warmup, "gad": gad, "seqkd": seqkd, "soda": soda}
 
 
 def train(run: Trainer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -18,7 +19,7 @@ from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_functions
-from gadcore.config.process import StopSignals, keep_writing, leave, set_environment, several_processes
+from gadcore.config.process import StopSignals, keep_writing, leave, restarts, set_environment, several_processes
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError, is_users
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
@@ -28,7 +29,7 @@ from gadcore.text import say
 if TYPE_CHECKING:
     from gadcore.train.job import Job
 
-TRAINING = ("train", "seqkd")
+TRAINING = ("train", "seqkd", "soda")
 
 
 class Command(NamedTuple):
@@ -46,6 +47,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("[settings]", "train a student; without a command this one is meant"),
     "seqkd": Command("[settings]", "the baseline: cross-entropy on the teacher's responses only"),
+    "soda": Command(
+        "[settings]", "the baseline: DPO of the teacher's responses against one snapshot of the student's own"
+    ),
     "data": Command(
         "FILE [settings]",
         "what a run would read of a file: rows, lengths, what is cut, examples",
@@ -90,6 +94,12 @@ COMMANDS = {
         "a checkpoint as a Hugging Face directory",
         "gadcore.checkpoint.export_command:main",
     ),
+    "doctor-d": Command(
+        "[RUN_FOLDER] [--noise]",
+        f"what is wrong with a run's discriminator, and the setting that mends it (default {LATEST})",
+        "gadcore.run:doctor_d_main",
+        own_help=False,
+    ),
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
     ),
@@ -129,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}, or --help"
             raise UserError(f"unknown command {command!r}: {hint}")
         if command not in TRAINING:
+            if several_processes():
+                raise UserError(f"{command} is a command of one process: start it without torchrun")
             return _other(command, arguments)
         signals = StopSignals()
         return _train(command, arguments, signals)
@@ -222,13 +234,24 @@ def report_main(arguments: list[str]) -> int:
     return 0
 
 
+def doctor_d_main(arguments: list[str]) -> int:
+    """Examines the discriminator of a run, and writes its report again; 0, or 1 where something is wrong."""
+    from gadcore.evaluate.doctor_d_command import main as examine
+    from gadcore.report.page import write_report
+
+    folder, wrong = examine(arguments, _prepare)
+    say(write_report(folder))
+    return int(wrong)
+
+
 def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments, dry_run = [a for a in arguments if a != "--dry-run"], "--dry-run" in arguments
     arguments = [a.replace("--resume", "--run.resume", 1) if a.split("=")[0] == "--resume" else a for a in arguments]
+    arguments += _restarted(arguments)
     saved = _saved_config(arguments)
     default = loading.DEFAULT_PRESET if saved else default_preset(arguments)
     config = loading.load(arguments, saved=saved, default=default)
-    if default == GPU_PRESET:
+    if default == GPU_PRESET and os.environ.get("RANK", "0") == "0":
         say(
             f"gadcore: no preset is named and there is a GPU: --preset {GPU_PRESET}; --run.device cpu means "
             f"{loading.DEFAULT_PRESET}",
@@ -312,6 +335,13 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
             write_report(folder.path)
         trainer.records.finished(summary)
     return 0
+
+
+def _restarted(arguments: list[str]) -> list[str]:
+    """What has a job that torchrun starts again (--max-restarts) go on with its run, which --run.dir names."""
+    directory = split(arguments, setting_kinds(Config))[1].get("run.dir", "none")
+    begun = directory != "none" and (Path(directory).expanduser() / "config.toml").is_file()
+    return ["--run.resume", "auto"] if begun and restarts() else []
 
 
 def _saved_config(arguments: list[str]) -> Path | None:

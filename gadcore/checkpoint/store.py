@@ -51,7 +51,7 @@ class Checkpoint:
 
     step: of the run.
     tensors: group -> tensor name -> CPU tensor, mapped from the file and read when touched; of shards ShardedTensors,
-      which put a tensor together when it is asked for. gadcore.checkpoint.state.copy_into() reads what a process holds.
+      which put a tensor together when it is asked for. gadcore.models.state.copy_into() reads what a process holds.
     state: what save() was given.
     ranks: processes that wrote it.
     """

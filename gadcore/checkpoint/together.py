@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ class _Writing:
 class Together:
     """Saves for a job of several processes; every process calls the same, with what it holds."""
 
-    def __init__(self, world: World, *, asynchronous: bool = False) -> None:
-        """asynchronous: save() returns when what is to be written lies in host memory; finish() waits for the files."""
+    def __init__(self, world: World, *, asynchronous: bool = False, timeout_s: float = 1800.0) -> None:
+        """asynchronous: save() returns when what is to be written lies in host memory; finish() waits for the files.
+        timeout_s: of what a process waits for the others while it is planned who writes what.
+        """
         self._world, self.is_asynchronous = world, asynchronous
         # Planning goes on beside the collectives of training.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: _Writing | None = None
 

@@ -54,6 +54,11 @@ class DataSettings(Section):
         "cut",
         description="A longer teacher response is cut, as a student's sample would be, dropped, or refused.",
     )
+    reasoning: Literal["keep", "strip", "error"] = Field(
+        "keep",
+        description="Blocks of reasoning (<think>): kept on both sides; taken off the teacher's text, and off what the "
+        "discriminator sees of a sample; or refused (gadcore/data/reasoning.py).",
+    )
     train_rows: Positive | None = Field(None, description="Use only the first rows of the training set.")
     eval_rows: Positive | None = Field(None, description="Use only the first rows of the held-out set.")
     eval_samples: Positive = Field(1, description="Of a held-out prompt, in the evaluations of a run.")

@@ -73,3 +73,5 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    # Nothing writes into what a sharded model returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gadcore.config.data import SPLIT
 from gadcore.config.kinds import Section
+from gadcore.config.rollout import VLLMServerRollout
 from gadcore.config.settings import AlgorithmSettings, Config
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
@@ -13,11 +14,16 @@ Reason = tuple[str, tuple[str, ...]]
 
 # What only one of the commands reads.
 _OF_SEQKD = ("student.seqkd_lr", "schedule.seqkd_epochs", "schedule.seqkd_steps")
+_OF_SODA = (
+    "student.soda_lr",
+    "schedule.soda_epochs",
+    "schedule.soda_steps",
+    "algorithm.soda_beta",
+    "algorithm.soda_samples",
+)
+_OF_SFT = ("student.warmup_lr", "schedule.sft_epochs", "schedule.sft_steps")
 _OF_TRAIN = (
     "student.lr",
-    "student.warmup_lr",
-    "schedule.sft_epochs",
-    "schedule.sft_steps",
     "schedule.warmup_epochs",
     "schedule.warmup_steps",
     "schedule.gad_epochs",
@@ -26,7 +32,11 @@ _OF_TRAIN = (
     "discriminator.*",
     "gate.*",
     "convergence.*",
-    *(f"algorithm.{name}" for name in AlgorithmSettings.model_fields if name != "sft_temperature"),
+    *(
+        f"algorithm.{name}"
+        for name in AlgorithmSettings.model_fields
+        if name not in ("sft_temperature", "soda_beta", "soda_samples")
+    ),
 )
 _OF_CROSS_ENTROPY = ("student.warmup_lr", "algorithm.sft_temperature")
 _OF_GAD = (
@@ -34,12 +44,15 @@ _OF_GAD = (
     "convergence.*",
     *(f"algorithm.{name}" for name in ("clip_low", "clip_high", "kl_coef", "normalise_advantage", "loss", "reward")),
     "algorithm.importance_cap",
+    "algorithm.score_clip",
+    "algorithm.length_debias",
     "algorithm.advantage_std_floor",
     "algorithm.freeze_discriminator",
 )
 _OF_UPDATES = (
     *(f"discriminator.{name}" for name in ("lr", "betas", "weight_decay", "grad_clip", "label_smoothing")),
     "discriminator.margin_cap",
+    "discriminator.score_l2",
     "algorithm.discriminator_steps",
     "algorithm.discriminator_every",
 )
@@ -70,11 +83,21 @@ def told(config: Section, reasons: Iterable[Reason]) -> list[str]:
     return sentences
 
 
+# Engines that are vLLM.
+VLLM = ("vllm", "vllm-server")
+# What a server that is running has decided itself; rollout.dtype says which it has.
+_OF_A_STARTED_SERVER = (
+    *(f"rollout.{name}" for name in ("block_size", "max_num_seqs", "prefix_caching", "enforce_eager")),
+    *(f"rollout.{name}" for name in ("head_dtype", "batch_invariant", "kv_cache_gib", "gpu_memory_utilization")),
+    "rollout.tensor_parallel",
+)
+
+
 def of_vllm(section: str, engine: str, device: str) -> Iterator[Reason]:
     """What vLLM does not read on a device, of the settings in `section`."""
-    if engine == "vllm" and device == "cuda":
+    if engine in VLLM and device == "cuda":
         yield f"on CUDA {section}.gpu_memory_utilization says how much vLLM takes", (f"{section}.kv_cache_gib",)
-    if engine == "vllm" and device == "cpu":
+    if engine in VLLM and device == "cpu":
         yield f"on a CPU {section}.kv_cache_gib says how much vLLM takes", (f"{section}.gpu_memory_utilization",)
         yield "on a CPU a prompt's samples depend on its seed alone in any case", (f"{section}.batch_invariant",)
 
@@ -94,10 +117,16 @@ def _chosen(config: Section, keys: Iterable[str]) -> Iterator[str]:
 def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Reason]:
     """Those that hold."""
     if "seqkd" in stages:
-        yield "seqkd trains the student alone, by cross-entropy at student.seqkd_lr", _OF_TRAIN
+        yield "seqkd trains the student alone, by cross-entropy at student.seqkd_lr", (*_OF_TRAIN, *_OF_SFT)
+    elif "soda" in stages:
+        yield "soda trains the student alone, by DPO at student.soda_lr", _OF_TRAIN
+        if "sft" not in stages:
+            yield "soda has no cross-entropy before it (schedule.sft_epochs)", _OF_CROSS_ENTROPY
     else:
-        yield "for the baseline only, the command seqkd", _OF_SEQKD
         yield from _of_training(config)
+    for command, keys in (("seqkd", _OF_SEQKD), ("soda", _OF_SODA)):
+        if command not in stages:
+            yield f"for the baseline only, the command {command}", keys
     yield from _of_machine(config, device)
     data = config.data
     if data.eval is None:
@@ -123,10 +152,15 @@ def _of_processes(processes: int) -> Iterator[Reason]:
 
 def _of_machine(config: Config, device: str) -> Iterator[Reason]:
     yield from of_vllm("rollout", config.rollout.engine, device)
-    if config.rollout.engine == "vllm" and config.vllm.dtype == "float32":
+    if isinstance(config.rollout, VLLMServerRollout) and config.rollout.url is not None:
+        yield f"rollout.url = {config.rollout.url} names a server that runs already", _OF_A_STARTED_SERVER
+    if config.rollout.engine in VLLM and config.vllm.dtype == "float32":
         yield 'rollout.dtype = "float32" has its logits in float32', ("rollout.head_dtype",)
     if config.rollout.engine == "hf":
-        yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', ("memory.shared_weights",)
+        idle = ("memory.shared_weights", "rollout.probe_every")
+        yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', idle
+    elif config.rollout.engine == "vllm-server":
+        yield "a vLLM server has always a copy of its own", ("memory.shared_weights",)
     elif device == "cuda":
         yield "on CUDA vLLM has always a copy of its own", ("memory.shared_weights",)
     offload = config.memory.offload

@@ -53,6 +53,11 @@ def several_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def restarts() -> int:
+    """How often torchrun has started this job anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 class StopSignals:
     """What SIGTERM, SIGHUP and Ctrl-C do to a run: they stop it at once until `finish_steps()`, and from then on they
     are remembered, so that the step at work is finished; a second Ctrl-C stops at once.

@@ -31,10 +31,9 @@ class CommonRollout(Section):
     )
 
 
-class VLLMRollout(CommonRollout):
-    """Sampling by vLLM: many prompts at a time, with weights and a KV cache of its own."""
+class VLLMSettings(CommonRollout):
+    """What both ways to run vLLM have."""
 
-    engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
     dtype: Literal["float32", "bfloat16"] = "float32"
     head_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the logits, where dtype is bfloat16.")
     block_size: Positive = 32
@@ -68,7 +67,32 @@ class VLLMRollout(CommonRollout):
         return 1024 if device == "cuda" and large else 256
 
 
+class VLLMRollout(VLLMSettings):
+    """Sampling by vLLM in the trainer's processes: many prompts at a time, with weights and a KV cache of its own."""
+
+    engine: Literal["vllm"] = Field(
+        "vllm", description='Or "vllm-server", or "hf", which has only the settings of every engine.'
+    )
+
+
+class VLLMServerRollout(VLLMSettings):
+    """Sampling by a vLLM server, which gets the weights over vLLM's weight transfer."""
+
+    engine: Literal["vllm-server"] = "vllm-server"
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+/?$")] | None = Field(
+        None, description="Of a server that is running, for example http://127.0.0.1:8000; none: one is started here."
+    )
+    token_env: str = Field("GADCORE_SERVER_TOKEN", description="Environment variable that holds the server's token.")
+    transfer: Literal["auto", "memory", "ipc", "nccl"] = Field(
+        "auto",
+        description="How weights travel. memory: shared, on one machine's CPU; ipc: on the same GPUs; nccl: to others; "
+        "auto: the one that fits.",
+    )
+    wait_s: Positive = Field(300, description="Seconds for a server to start, or to come back.")
+    answer_s: Positive = Field(3600, description="Seconds for one answer of the server.")
+
+
 class HFRollout(CommonRollout):
     """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
 
-    engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
+    engine: Literal["hf"] = Field("hf", description='Or "vllm" and "vllm-server", which have more settings.')

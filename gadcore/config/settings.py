@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
+from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.kinds import (
     BUNDLED_MODEL,
@@ -23,10 +24,9 @@ from gadcore.config.kinds import (
     Rate,
     Section,
     Share,
-    Trained,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
 
 
 class RunSettings(Section):
@@ -61,7 +61,7 @@ class RunSettings(Section):
         return resume
 
 
-class StudentSettings(Trained):
+class StudentSettings(Adaptable):
     """The model that learns."""
 
     model: Location = BUNDLED_MODEL
@@ -71,12 +71,13 @@ class StudentSettings(Trained):
     lr: Rate = Field(1e-6, description="Of the GAD stage.")
     warmup_lr: Rate = Field(1e-6, description="Of the warmup's cross-entropy.")
     seqkd_lr: Rate = Field(5e-6, description="Of the baseline `seqkd`.")
+    soda_lr: Rate = Field(5e-7, description="Of the baseline `soda`.")
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Rate = 0.01
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
 
 
-class DiscriminatorSettings(Trained):
+class DiscriminatorSettings(Adaptable):
     """The model that scores; "student" means initialised from the student's own weights."""
 
     model: Location = Field(
@@ -94,6 +95,9 @@ class DiscriminatorSettings(Trained):
     )
     margin_cap: Above | None = Field(
         None, description="A pair whose margin is above this gives no gradient; none: every pair does."
+    )
+    score_l2: Rate = Field(
+        0.0, description="lambda: adds the mean over pairs of lambda (D(x, y_t)^2 + D(x, y_s)^2) to the loss."
     )
 
 
@@ -123,6 +127,16 @@ class AlgorithmSettings(Section):
         1, description="Update the discriminator only in every k-th step, of both stages."
     )
     advantage_std_floor: Above = Field(1e-6, description="Added to the standard deviation that divides advantages.")
+    score_clip: Above | None = Field(
+        None, description="c: a reward differs from the teacher's score by this at most; none: by whatever it does."
+    )
+    length_debias: float = Field(0.0, description="b: a reward is less by b log(1 + tokens of the sample).")
+    soda_beta: Above = Field(
+        0.1, description="Of the baseline `soda`: how strongly DPO holds the student to where it began."
+    )
+    soda_samples: Positive = Field(
+        1, description="Of the baseline `soda`: samples of every row in the snapshot, each one a pair."
+    )
     loss: str | None = Field(
         None, description='"module:function" in place of the clipped ratio loss (gadcore/models/policy_loss.py).'
     )
@@ -154,10 +168,12 @@ class ScheduleSettings(Section):
     warmup_epochs: NonNegative = 1
     gad_epochs: NonNegative = 2
     seqkd_epochs: NonNegative = Field(3, description="Of the baseline `seqkd`.")
+    soda_epochs: NonNegative = Field(1, description="Of the baseline `soda`.")
     sft_steps: NonNegative | None = Field(None, description="Upper limit on steps of cross-entropy alone.")
     warmup_steps: NonNegative | None = Field(None, description="Upper limit on steps of the warmup.")
     gad_steps: NonNegative | None = Field(None, description="Upper limit on steps of the GAD stage.")
-    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline.")
+    seqkd_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `seqkd`.")
+    soda_steps: NonNegative | None = Field(None, description="Upper limit on steps of the baseline `soda`.")
     micro_batch_tokens: Positive = Field(16384, description="Packed tokens per forward pass.")
     activation_checkpointing: Literal["auto", "off", "selective", "full"] = Field(
         "auto", description="What backward computes again to save memory; auto: the least that fits."
@@ -276,7 +292,12 @@ class Config(Section):
     data: DataSettings = DataSettings()
     student: StudentSettings = StudentSettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
-    rollout: Annotated[Annotated[VLLMRollout, Tag("vllm")] | Annotated[HFRollout, Tag("hf")], BY_ENGINE] = VLLMRollout()
+    rollout: Annotated[
+        Annotated[VLLMRollout, Tag("vllm")]
+        | Annotated[VLLMServerRollout, Tag("vllm-server")]
+        | Annotated[HFRollout, Tag("hf")],
+        BY_ENGINE,
+    ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
@@ -292,9 +313,9 @@ class Config(Section):
         return self.rollout.context_tokens or self.data.max_prompt_tokens + self.data.max_response_tokens
 
     @property
-    def vllm(self) -> VLLMRollout:
+    def vllm(self) -> VLLMSettings:
         """The settings of a run whose engine is vLLM; TypeError for another."""
-        if not isinstance(self.rollout, VLLMRollout):
+        if not isinstance(self.rollout, VLLMSettings):
             raise TypeError(f"the engine is {self.rollout.engine}")
         return self.rollout
 
@@ -310,11 +331,14 @@ class Config(Section):
         data = {"train": anywhere(self.data.train, "builtin"), "eval": anywhere(self.data.eval, "builtin", SPLIT)}
         discriminator = {"model": anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
         memory = {"dir": self.memory.dir and os.path.abspath(self.memory.dir)}
+        student = {"model": anywhere(self.student.model, BUNDLED_MODEL)}
+        for update, settings in ((student, self.student), (discriminator, self.discriminator)):
+            update["adapter_from"] = anywhere(settings.adapter_from)
         return self.model_copy(
             update={
                 "run": self.run.model_copy(update=run),
                 "data": self.data.model_copy(update=data),
-                "student": self.student.model_copy(update={"model": anywhere(self.student.model, BUNDLED_MODEL)}),
+                "student": self.student.model_copy(update=student),
                 "discriminator": self.discriminator.model_copy(update=discriminator),
                 "memory": self.memory.model_copy(update=memory),
             }
@@ -335,6 +359,8 @@ class Config(Section):
                     f"{name}.master = host keeps float32 weights and moments, {name}.dtype = {trained.dtype} asks for "
                     "others: leave one of them out"
                 )
+            check_adapter(name, trained)
+        check_sampler(self.student, self.rollout.engine, getattr(self.rollout, "dtype", "float32"))
         for section in (self.gate, self.convergence):
             if section.enabled and self.data.eval is None:
                 name = "gate" if section is self.gate else "convergence"

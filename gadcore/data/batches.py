@@ -14,6 +14,7 @@ from gadcore.config.data import DataSettings
 from gadcore.data.facts import Facts, Lengths, Survey
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response
+from gadcore.data.reasoning import of_teacher, reasons
 from gadcore.data.rows import BadRow, BadRows, no_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
@@ -31,7 +32,7 @@ class DataReport:
     rows: rows given; truncated_prompts, cut_responses: rows used with less than their text;
     dropped_prompts, dropped_responses: rows not used because the prompt, or the response, is too long;
     mean_response_tokens: of the teacher's responses in use, end marker included;
-    ended: responses whose text ended in the end marker, which was taken off;
+    ended: responses whose text ended in the end marker, which was taken off; reasoned: those with a block of reasoning;
     skipped: what was left out before, a sentence with its list; facts: of all rows.
     """
 
@@ -44,6 +45,7 @@ class DataReport:
     ended: int = 0
     skipped: str = ""
     facts: Facts | None = field(default=None, compare=False)
+    reasoned: int = 0
 
     def sentences(self) -> list[str]:
         """What the user should be told: one line for every kind of row that was shortened or left out."""
@@ -52,6 +54,8 @@ class DataReport:
             told.append(
                 f"{self.ended} of {self.rows} teacher responses ended in the text of an end marker, which was taken off"
             )
+        if self.reasoned:
+            told.append(f"{self.reasoned} of {self.rows} teacher responses have a block of reasoning (data.reasoning)")
         return ([self.skipped] if self.skipped else []) + told
 
     def warnings(self) -> list[str]:
@@ -138,6 +142,7 @@ class Encoder:
             counts["ended"],
             self._bad.sentence(source) if self._bad.count else "",
             self._survey.facts(self._settings.max_prompt_tokens, self._limit),
+            counts["reasoned"],
         )
         if not self._used:
             if not counts["rows"] and not report.skipped:
@@ -151,12 +156,14 @@ class Encoder:
         try:
             if not text.strip():
                 raise UserError("the response is nothing but an end marker: remove the row or fill it in")
+            answer = of_teacher(text, self._settings.reasoning)
             rendered = self._template.rendered(row.messages)
         except UserError as error:
             self._bad.add(BadRow(row.where, str(error)))
             return None
         self._counts["ended"] += text != row.teacher_response
-        return index, row, rendered, text
+        self._counts["reasoned"] += reasons(text)
+        return index, row, rendered, answer
 
     def _fitted(
         self, index: int, row: RawRow, prompt_ids: tuple[int, ...], text: str, ids: tuple[int, ...]
@@ -225,6 +232,11 @@ class Loader:
         self._seed = seed
         self.epoch = 0
         self.position = 0
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """What the batches are made of, in its own order."""
+        return self._groups
 
     @property
     def steps_per_epoch(self) -> int:

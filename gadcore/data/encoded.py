@@ -51,7 +51,15 @@ _SCHEMA = pa.schema(
         "finished": pa.bool_(),
     }
 )
-_FIELDS = ("max_prompt_tokens", "max_response_tokens", "long_prompt", "long_response", "columns", "bad_rows")
+_FIELDS = (
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "long_prompt",
+    "long_response",
+    "columns",
+    "bad_rows",
+    "reasoning",
+)
 
 
 class _Lazy(Sequence[Group]):

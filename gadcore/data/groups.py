@@ -266,6 +266,7 @@ def packed(
     cost: Cost,
     *,
     teacher: bool,
+    scored: bool | None = None,
     logprobs: Sequence[Sequence[float]] = (),
     device: torch.device | str = "cpu",
     rank: int = 0,
@@ -273,18 +274,20 @@ def packed(
 ) -> Iterator[MicroBatch]:
     """A batch in micro-batches, as micro_batches() cuts it, packed on `device` by one copy each.
 
-    teacher: the first response of every group is its teacher's; last tokens are inputs then, where scores are read.
+    teacher: the first response of every group is its teacher's. scored: last tokens are inputs, where scores are read,
+    and no tokens are predicted; default where there is a teacher.
     logprobs: of every token of every response of the batch, by the sampler; () for none.
     rank, size: of a process that takes its share of the whole batch's; all of them take equally many.
     """
     begin = [0, *accumulate(len(group.responses) for group in groups)]
+    scored = teacher if scored is None else scored
     cuts = micro_batches(groups, token_budget, cost, teacher=teacher, multiple_of=size)
     for parts in cuts[rank::size]:
-        tokens = GroupedBatch.of(select(groups, parts) or [_NOBODY], last_tokens=teacher)
+        tokens = GroupedBatch.of(select(groups, parts) or [_NOBODY], last_tokens=scored)
         sequences = GroupLayout.of(
             [len(part.responses) - teacher for part in parts] or [1 - teacher],
             teacher=teacher,
-            lengths=None if teacher else tokens.lengths,
+            lengths=None if scored else tokens.lengths,
         )
         index = [begin[p.group] + i for p in parts for i in p.responses]
         sampled = np.fromiter(chain.from_iterable(logprobs[i] for i in index if logprobs), dtype=np.float32)

@@ -9,8 +9,8 @@ Gradients are added up over the processes, not averaged: every denominator is co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import update_wrapper
+from collections.abc import Callable, Collection, Iterable
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -86,6 +86,33 @@ def _settle(model: nn.Module) -> None:
         data, local = parameter._sharded_param_data, parameter.sharded_param._local_tensor
         if data.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
             raise RuntimeError("FSDP gathers from other memory than its parameters': this PyTorch is not supported")
+
+
+def gather_in(dtype: torch.dtype, model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+    """Lets those of `parameters` that are float32 be gathered in a narrower dtype.
+
+    For what every computation casts to it, as autocast does for products: the same bits, half of the bytes on their
+    way, and nothing of them that a backward pass keeps stays when a layer's parameters go. Gradients are float32, and
+    so are shards. On all processes together.
+    """
+    for module in _modules(model):
+        found = [p for p in _own(module) if p.sharded_param in parameters and p.orig_dtype == torch.float32]
+        for parameter in found:
+            # FSDP asks for it again and again.
+            parameter.init_dtype_attrs = partial(_narrow, parameter, dtype)
+            # Made by the first gathering, in the dtype that it had.
+            parameter.all_gather_outputs = []
+            vars(parameter).pop("_unsharded_param", None)
+        module.unshard()
+        for parameter in found:
+            parameter.unsharded_param.grad_dtype = torch.float32
+        module.reshard()
+
+
+def _narrow(parameter: Any, dtype: torch.dtype, policy: MixedPrecisionPolicy) -> None:
+    """In place of what a policy says of all parameters of a group alike."""
+    parameter.orig_dtype, parameter.param_dtype = parameter.sharded_param.dtype, dtype
+    parameter.reduce_dtype = policy.reduce_dtype
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -170,12 +197,15 @@ def _modules(model: nn.Module) -> list[FSDPModule]:
 
 def _parameters(model: nn.Module) -> list[Any]:
     """FSDP's own records of the parameters."""
-    groups = [group for m in _modules(model) for group in m._get_fsdp_state()._fsdp_param_groups]  # type: ignore[attr-defined]
-    return [parameter for group in groups for parameter in group.fsdp_params]
+    return [parameter for module in _modules(model) for parameter in _own(module)]
+
+
+def _own(module: Any) -> list[Any]:
+    """Those that are gathered with a module."""
+    return [parameter for group in module._get_fsdp_state()._fsdp_param_groups for parameter in group.fsdp_params]
 
 
 def _are_here(model: nn.Module, args: object) -> None:
     """Shards that wait elsewhere are empty: FSDP would gather nothing and compute NaN of it, without an error."""
-    groups = model._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
-    if not all(p._sharded_param_data.numel() for group in groups for p in group.fsdp_params):
+    if not all(parameter._sharded_param_data.numel() for parameter in _own(model)):
         raise RuntimeError("the model's parameters are away: its state has to be entered first")

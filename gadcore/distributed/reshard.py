@@ -97,6 +97,11 @@ class Layout:
     engine_dtypes: Mapping[str, torch.dtype]
     blocks: Sequence[Sequence[Block]]
 
+    @property
+    def stored(self) -> dict[str, torch.dtype]:
+        """The engine's dtypes by the trainer's names."""
+        return {block.source: self.engine_dtypes[block.target] for blocks in self.blocks for block in blocks}
+
     def wire(self, block: Block) -> torch.dtype:
         """The dtype in which a block travels: the narrower of the two, so that no bit is sent that is dropped, or was
         not there."""
@@ -112,8 +117,8 @@ class Plan:
     order, and buckets are runs of units, cut so that no rank sends or receives more than the limit in one, unless a
     single row is more.
 
-    own, sends, takes: of `rank` alone, in order of unit; empty where the plan is of none. sent, received: bytes over
-    the wire, of every rank. kept: bytes that a rank's engine has from the rank itself. pieces: of all ranks.
+    own, sends, takes: of `rank` alone, in order of unit; empty where the plan is of none. pieces: of all ranks.
+    moved: [source][target] bytes that a rank's engine has from each rank; from itself they are copied.
     """
 
     layout: Layout
@@ -122,10 +127,24 @@ class Plan:
     own: list[Piece] = field(default_factory=list)
     sends: list[Piece] = field(default_factory=list)
     takes: list[Piece] = field(default_factory=list)
-    sent: list[int] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
+    moved: list[list[int]] = field(default_factory=list)
     pieces: int = 0
+
+    @property
+    def sent(self) -> list[int]:
+        """Bytes over the wire, by rank."""
+        return [sum(row) - row[source] for source, row in enumerate(self.moved)]
+
+    @property
+    def received(self) -> list[int]:
+        """Bytes over the wire, by rank."""
+        columns = [list(column) for column in zip(*self.moved, strict=True)]
+        return [sum(column) - column[target] for target, column in enumerate(columns)]
+
+    @property
+    def kept(self) -> list[int]:
+        """Bytes that a rank's engine has from the rank itself."""
+        return [row[rank] for rank, row in enumerate(self.moved)]
 
     @property
     def minimum(self) -> list[int]:
@@ -155,19 +174,17 @@ def make_plan(layout: Layout, rank: int | None = None, *, bucket_bytes: int = BU
     units = _Units(layout, bucket_bytes)
     plan = Plan(layout, rank)
     size = layout.mesh.size
-    plan.sent, plan.received, plan.kept = [0] * size, [0] * size, [0] * size
+    plan.moved = [[0] * size for _ in range(size)]
     # What a rank sends and receives of a unit: [unit][rank].
     loads: dict[int, list[list[int]]] = {}
     for piece in _pieces(layout, units):
         plan.pieces += 1
         count = piece.block.rows * piece.block.columns * layout.wire(piece.block).itemsize
+        plan.moved[piece.source][piece.target] += count
         if piece.source == piece.target:
-            plan.kept[piece.target] += count
             if piece.target == rank:
                 plan.own.append(piece)
             continue
-        plan.sent[piece.source] += count
-        plan.received[piece.target] += count
         load = loads.setdefault(piece.unit, [[0] * size, [0] * size])
         load[0][piece.source] += count
         load[1][piece.target] += count
@@ -179,6 +196,11 @@ def make_plan(layout: Layout, rank: int | None = None, *, bucket_bytes: int = BU
     for pieces in (plan.own, plan.sends, plan.takes):
         pieces.sort(key=_order)
     return plan
+
+
+def all_pieces(layout: Layout, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Piece]:
+    """Those of all ranks, as every rank's plan has its own of them."""
+    return _pieces(layout, _Units(layout, bucket_bytes))
 
 
 def _order(piece: Piece) -> tuple[int, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gadcore.distributed.reshard import Layout
-from gadcore.distributed.reshard_blocks import matrix
+from gadcore.distributed.reshard import Layout, Mesh
+from gadcore.distributed.reshard_blocks import Shape, matrix
 from gadcore.distributed.world import World
 
 # Of a tensor that is cast to be looked at.
@@ -29,11 +29,19 @@ def block_sums(values: Tensor, row: int, column: int) -> Tensor:
 
 
 @torch.no_grad()
-def trainer_sums(layout: Layout, world: World, weights: Iterable[tuple[str, Tensor]]) -> Tensor:
-    """[parameters, 4] int64, of the trainer's shards as the engine would hold them, over all ranks: each row once."""
-    dtypes = {block.source: layout.engine_dtypes[block.target] for blocks in layout.blocks for block in blocks}
-    order = {name: i for i, name in enumerate(layout.shapes)}
-    found, first = None, layout.mesh.ranks[0]
+def trainer_sums(
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, torch.dtype],
+    mesh: Mesh,
+    world: World,
+    weights: Iterable[tuple[str, Tensor]],
+) -> Tensor:
+    """[parameters, 4] int64, of the trainer's shards as the engine would hold them, over all ranks: each row once.
+
+    dtypes: the engine's, by the trainer's names.
+    """
+    order = {name: i for i, name in enumerate(shapes)}
+    found, first = None, mesh.ranks[0]
     for name, tensor in weights:
         local = matrix(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
         if found is None:
@@ -41,7 +49,7 @@ def trainer_sums(layout: Layout, world: World, weights: Iterable[tuple[str, Tens
         # Other replicas have the same rows.
         if world.rank not in first or not local.numel():
             continue
-        start = first.index(world.rank) * layout.mesh.chunk(tensor.shape[0] if tensor.dim() else 1)
+        start = first.index(world.rank) * mesh.chunk(tensor.shape[0] if tensor.dim() else 1)
         run = max(1, _CAST_BYTES // max(1, local[:1].nbytes))
         for at in range(0, len(local), run):
             found[order[name]] += block_sums(local[at : at + run].to(dtypes[name]), start + at, 0)
@@ -62,7 +70,7 @@ def engine_sums(layout: Layout, world: World, parameters: Mapping[str, Tensor]) 
     return world.sum_(found)
 
 
-def differing(layout: Layout, trainer: Tensor, engine: Tensor) -> list[str]:
+def differing(names: Sequence[str], trainer: Tensor, engine: Tensor) -> list[str]:
     """The parameters that the engines do not hold as the trainer has them; one read of the device where all are.
 
     What several ranks hold counts as often in the engines' sums.
@@ -71,4 +79,4 @@ def differing(layout: Layout, trainer: Tensor, engine: Tensor) -> list[str]:
     same = (engine == trainer * copies[:, None]).all(1) & (copies > 0)
     if bool(same.all()):
         return []
-    return [name for name, agrees in zip(layout.shapes, same.tolist(), strict=True) if not agrees]
+    return [name for name, agrees in zip(names, same.tolist(), strict=True) if not agrees]

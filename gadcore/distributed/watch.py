@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
@@ -193,8 +194,13 @@ class Watch:
 
     def _end(self, failure: Failure) -> None:
         """Leaves the main thread some time, and then ends the process."""
-        if self._closed.wait(_GRACE_S + _REASON_S):
-            return
+        end = time.monotonic() + _GRACE_S + _REASON_S
+        while time.monotonic() < end:
+            if self._closed.wait(_PERIOD_S):
+                return
+            with suppress(Exception):
+                # Whoever tells what all are doing is to see that this one is there.
+                self._beat()
         if failure.kind != "told":
             self._tell_own(failure)
             faulthandler.dump_traceback(sys.__stderr__ or 2)

@@ -188,6 +188,9 @@ def join_world(device: torch.device, *, timeout_s: float = 600.0, replicas: int 
     shape, names = ((size,), (SHARD,)) if replicas == 1 else ((replicas, size // replicas), (REPLICATE, SHARD))
     try:
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for name in names:
+            # A mesh makes groups of its own, which would wait for half an hour.
+            dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
         yield World(rank, size, local_rank, size // per_node, mesh)
     finally:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from gadcore.errors import UserError
 from gadcore.evaluate.judge import Judge, judge_score, load_prompts
 from gadcore.evaluate.judge_rows import JUDGED, find, read_both
 from gadcore.evaluate.pairwise import OUTCOMES, compare
-from gadcore.evaluate.responses import read_responses, write_json
+from gadcore.evaluate.responses import read_first, write_json
 from gadcore.files import file_name
 from gadcore.record.reading import read_json
 from gadcore.teacher.client import exit_code
@@ -100,7 +100,7 @@ def judge_main(arguments: list[str]) -> int:
     jobs = []
     for set_name, model in find(chosen.responses, chosen.sets, chosen.models):
         folder = Path(chosen.responses) / set_name
-        rows = read_responses(folder / f"{model}.jsonl")[: chosen.rows]
+        rows = read_first(folder / f"{model}.jsonl")[: chosen.rows]
         figures = partial(judge_score, rows=rows, seed=chosen.seed)
         about = {"set": set_name, "model": model}
         jobs.append(Job(folder / JUDGED / judge / f"{model}.json", about, figures, _score_line))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gadcore.errors import UserError
-from gadcore.evaluate.responses import ResponseRow, read_responses
+from gadcore.evaluate.responses import ResponseRow, read_first
 
 # Of a set's folder: the folder of an LLM judge's scores, <judge>/<model>.json, the judge by files.file_name().
 JUDGED = "judge"
@@ -45,7 +45,7 @@ def read_both(folder: Path, models: tuple[str, str]) -> tuple[list[ResponseRow],
     if models[0] == models[1]:
         raise UserError(f"{models[0]} cannot be compared with itself: name two models, a and b")
     paths = [folder / f"{model}.jsonl" for model in models]
-    a, b = (read_responses(path) for path in paths)
+    a, b = (read_first(path) for path in paths)
     for line, (one, other) in enumerate(zip(a, b, strict=False), 1):
         if one.messages != other.messages:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Every measure without an API, as a value per prompt, and their means, differences and intervals.
+"""Every measure without an API, as a value per prompt (the mean over its responses), their differences and intervals.
 
 The first model is what the others are compared with. Everything is read from the folder of an evaluation.
 """
@@ -14,11 +14,12 @@ from pydantic import TypeAdapter
 
 from gadcore.errors import UserError
 from gadcore.evaluate.judge_rows import JUDGED
-from gadcore.evaluate.responses import ResponseRow, read_responses
+from gadcore.evaluate.responses import ResponseRow, by_prompt, read_responses
 from gadcore.measure.diversity import distinct_values, repetition
 from gadcore.measure.figures import Measure
 from gadcore.measure.intervals import bootstrap, difference, wilson
 from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
+from gadcore.measure.style import checks, score, word_range
 from gadcore.record.reading import Count, Finite, read_as
 
 # A model's row of results: {measure: {"mean", "interval", "n"}}.
@@ -29,6 +30,8 @@ TEACHER = "teacher"
 TEXT_MEASURES = (
     Measure(("rouge_l",), "ROUGE-L", "higher"),
     *(Measure((f"ngram_f1_{n}",), f"{n}-gram F1", "higher") for n in NGRAMS),
+    Measure(("style",), "house style", "higher", share=True),
+    Measure(("word_range",), "length as the teacher's", "higher", share=True),
     Measure(("length_ratio",), "length ratio", "near 1"),
     Measure(("words",), "words", "as the teacher"),
     Measure(("distinct_1",), "distinct-1", "as the teacher"),
@@ -49,33 +52,57 @@ def measures_of(results: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
 
 
 def values_of(rows: Sequence[ResponseRow]) -> dict[str, list[float]]:
-    """Every text measure of a model's responses, a value per row."""
+    """Every text measure of a model's responses, a value per prompt."""
     texts, references = [row.response for row in rows], [row.reference for row in rows]
     pairs = list(zip(texts, references, strict=True))
-    return {
+    within = word_range([row.reference for row in rows])
+    kept = [checks(row.response, row.finished, row.prompt, row.reference, within) for row in rows]
+    values = {
         "rouge_l": [rouge_l(*pair) for pair in pairs],
         **{f"ngram_f1_{n}": [ngram_f1(*pair, n) for pair in pairs] for n in NGRAMS},
+        **_rules(kept),
         "length_ratio": [length_ratio(*pair) for pair in pairs],
-        **_own(texts),
+        **_own(rows, texts),
         "cut_share": [float(not row.finished) for row in rows],
     }
+    return {name: by_prompt(rows, column) for name, column in values.items()}
 
 
 def teacher_values(rows: Sequence[ResponseRow]) -> dict[str, list[float]]:
-    """The measures that the references have by themselves."""
+    """The measures that the references have by themselves, a value per prompt."""
+    rows = [row for row in rows if row.sample == 0]
+    texts = [row.reference for row in rows]
+    within = word_range(texts)
+    kept = [checks(r.reference, r.reference_finished, r.prompt, r.reference, within) for r in rows]
     return {
-        **_own([row.reference for row in rows]),
+        **_rules(kept),
+        **_own(rows, texts),
         "cut_share": [float(not row.reference_finished) for row in rows],
     }
 
 
-def _own(texts: Sequence[str]) -> dict[str, list[float]]:
+def _rules(kept: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {"style": [score(each) for each in kept], "word_range": [each["word_range"] for each in kept]}
+
+
+def _own(rows: Sequence[ResponseRow], texts: Sequence[str]) -> dict[str, list[float]]:
+    """A value per row; texts: of every row."""
     return {
         "words": [float(len(words(text))) for text in texts],
-        "distinct_1": distinct_values(texts, 1),
-        "distinct_2": distinct_values(texts, 2),
+        "distinct_1": _distinct(rows, texts, 1),
+        "distinct_2": _distinct(rows, texts, 2),
         "repetition": [repetition(text) for text in texts],
     }
+
+
+def _distinct(rows: Sequence[ResponseRow], texts: Sequence[str], n: int) -> list[float]:
+    """Over one response to each prompt at a time: over all of them together it would fall with their number alone."""
+    values = [0.0] * len(rows)
+    for sample in range(max(row.sample for row in rows) + 1):
+        places = [place for place, row in enumerate(rows) if row.sample == sample]
+        for place, value in zip(places, distinct_values([texts[place] for place in places], n), strict=True):
+            values[place] = value
+    return values
 
 
 def measure_set(
@@ -88,7 +115,8 @@ def measure_set(
     """
     rows = {model: read_responses(folder / f"{model}.jsonl") for model in models}
     _check_same(rows, folder)
-    if fresh is not None and len(rows[models[0]]) < 2:
+    first = {model: [row for row in rows[model] if row.sample == 0] for model in models}
+    if fresh is not None and len(first[models[0]]) < 2:
         raise UserError(
             f"{folder} has one prompt, which cannot be cut into halves: give more, or set fresh.enabled to false"
         )
@@ -97,7 +125,7 @@ def measure_set(
     for model in models:
         results[model] = _means(values[model], resamples)
         if fresh is not None:
-            found = fresh(rows[model], folder / f"fresh-{model}.json")
+            found = fresh(first[model], folder / f"fresh-{model}.json")
             results[model]["fresh_accuracy"] = {
                 "mean": found["accuracy"],
                 **{key: found[key] for key in ("interval", "n", "margin", "train_accuracy", "steps")},
@@ -111,7 +139,7 @@ def measure_set(
         }
         for model in models[1:]
     }
-    return results, differences, len(rows[models[0]])
+    return results, differences, len(first[models[0]])
 
 
 def _means(values: Mapping[str, Sequence[float]], resamples: int) -> Results:
@@ -125,6 +153,11 @@ def _check_same(rows: Mapping[str, Sequence[ResponseRow]], folder: Path) -> None
     """Paired differences need the same prompts in the same order."""
     (first, expected), *others = rows.items()
     for model, mine in others:
+        if len({max(row.sample for row in each) for each in (mine, expected)}) > 1:
+            raise UserError(
+                f"{folder / model}.jsonl and {folder / first}.jsonl hold different numbers of responses to a prompt: "
+                "draw as many of each (eval.samples)"
+            )
         if [row.index for row in mine] != [row.index for row in expected]:
             raise UserError(
                 f"{folder / model}.jsonl and {folder / first}.jsonl hold different prompts (index): give both models "

@@ -1,11 +1,13 @@
-"""Responses on disk, the border between sampling and every measure: <out>/<set>/<model>.jsonl, one row per prompt.
+"""Responses on disk, the border between sampling and every measure: <out>/<set>/<model>.jsonl, one row per response.
 
     {"prompt": the last user text, "messages": [{"role": .., "content": ..}, ..], "reference": text, "response": text,
      "finished": whether the response ended by itself, "source": where the row came from,
-     "reference_finished": false where the reference was cut at the length limit, "index": the row's number in its set}
+     "reference_finished": false where the reference was cut at the length limit, "index": the row's number in its set,
+     "sample": the response's number among those to its prompt}
 
-The last two may be missing: a reference is then whole, and rows are numbered from 0 in the order of the file. Responses
-of other systems can be measured by writing such files.
+The last three may be missing: a reference is then whole, rows are numbered from 0 in the order of the file, and a
+response is its prompt's first. Several to a prompt stand behind each other, equally many to each. Responses of other
+systems can be measured by writing such files.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gadcore.errors import UserError
@@ -34,6 +37,7 @@ class ResponseRow:
     source: str
     reference_finished: bool
     index: int
+    sample: int = 0
 
 
 _TEXTS = ("prompt", "reference", "response", "source")
@@ -50,12 +54,36 @@ def read_responses(path: Path) -> list[ResponseRow]:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return [_row(line, f"{path}:{number}", number - 1) for number, line in enumerate(lines, 1)]
+    rows = [_row(line, f"{path}:{number}", number - 1) for number, line in enumerate(lines, 1)]
+    each = max(row.sample for row in rows) + 1
+    if len(rows) % each:
+        raise UserError(
+            f"{path}: {len(rows)} rows are no whole number of {each} samples each: delete it and run eval again"
+        )
+    for number, row in enumerate(rows):
+        place, sample = divmod(number, each)
+        if row.sample != sample or row.index != rows[place * each].index:
+            raise UserError(
+                f"{path}:{number + 1}: sample {row.sample} of prompt {row.index} is out of its place: every prompt has "
+                f"samples 0 to {each - 1}, one behind the other"
+            )
+    return rows
+
+
+def read_first(path: Path) -> list[ResponseRow]:
+    """The first response to every prompt of a file; raises as read_responses() does."""
+    return [row for row in read_responses(path) if row.sample == 0]
+
+
+def by_prompt(rows: Sequence[ResponseRow], values: Sequence[float]) -> list[float]:
+    """The mean of every prompt's values, of one value a row."""
+    each = max(row.sample for row in rows) + 1
+    return [fmean(values[start : start + each]) for start in range(0, len(rows), each)]
 
 
 def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
     """Writes all rows in one move, so that the file is whole or not there."""
-    write_jsonl(path, map(asdict, rows))
+    write_jsonl(path, ({k: v for k, v in asdict(row).items() if (k, v) != ("sample", 0)} for row in rows))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,10 +103,11 @@ def _row(line: str, where: str, index: int) -> ResponseRow:
         raise UserError(f"{where}: broken JSON ({error}): mend or delete the line") from None
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected an object: mend or delete the line")
-    row = {"reference_finished": True, "index": index, **row}
+    row = {"reference_finished": True, "index": index, "sample": 0, **row}
     wrong = [key for key in _TEXTS if not _is_text(row.get(key))]
     wrong += [key for key in ("finished", "reference_finished") if not isinstance(row.get(key), bool)]
     wrong += ["index"] if type(row["index"]) is not int else []
+    wrong += ["sample"] if type(row["sample"]) is not int or not 0 <= row["sample"] < 10**6 else []
     if not _conversation(row.get("messages")):
         wrong.append("messages")
     if wrong:

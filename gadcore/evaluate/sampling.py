@@ -1,4 +1,4 @@
-"""Draws one response per prompt from every model, and keeps them as gadcore.evaluate.responses describes.
+"""Draws responses to every prompt from every model, and keeps them as gadcore.evaluate.responses describes.
 
 A model's responses to a set are written when all are there, with how they were made beside them
 (sampled-<model>.json); until then those that are there stand in drawn-<model>.part. What is there already is not drawn
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gadcore.config.device import quiet
 from gadcore.data.batches import build_prompts
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
+from gadcore.data.reasoning import of_student
 from gadcore.data.rows import load_rows
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
@@ -106,7 +107,7 @@ def _draw(config: EvalConfig, device: torch.device, log: Log, *, one_engine: boo
                 if not sampler.use(directory, one_engine=one_engine):
                     return False
                 for name, rows in task.rows.items():
-                    log(f"sampling {len(rows)} responses of {task.model} to {name}")
+                    log(f"sampling {len(rows) * config.eval.samples} responses of {task.model} to {name}")
                     _sample(sampler, rows, out / name, task.model, task.made_from[name], log)
         return True
     finally:
@@ -162,6 +163,10 @@ def _made_from(config: EvalConfig, weights: str, rows: list[RawRow]) -> dict[str
     if not settings["template_arguments"]:
         # As before there were any: what is on disk without them is not drawn again.
         del settings["template_arguments"]
+    if settings["reasoning"] == "keep":
+        del settings["reasoning"]
+    if config.eval.samples > 1:
+        settings["samples"] = config.eval.samples
     settings |= {name: getattr(config.sampling, name) for name in ("temperature", "dtype")}
     return {"weights": weights, "rows": text, **settings}
 
@@ -178,7 +183,9 @@ def _is_done(folder: Path, model: str, made_from: dict[str, Any]) -> bool:
 
 
 def _check_made_from(path: Path, before: dict[str, Any], made_from: dict[str, Any]) -> None:
-    if changed := sorted(key for key in made_from if before.get(key) != made_from[key]):
+    # Left out of what was made where they change nothing.
+    keys = made_from.keys() | (before.keys() & {"samples", "reasoning"})
+    if changed := sorted(key for key in keys if before.get(key) != made_from.get(key)):
         raise UserError(
             f"{path} was made with other {', '.join(changed)}: choose another eval.out, or delete it to draw the "
             "responses again"
@@ -231,7 +238,7 @@ class _Sampler:
         return True
 
     def generate(self, requests: list[SampleRequest], done: Done) -> None:
-        """Draws one response per request; done is told of each as soon as it is there."""
+        """Draws the responses of every request; done is told of a request's as soon as they are there."""
         engine = self.engine
         if engine is None:
             raise RuntimeError("use() comes before generate()")
@@ -250,13 +257,14 @@ class _Sampler:
 
 
 class _Drawn:
-    """Responses on disk as they come: rows of the file by the request's place, and the seconds that they took.
+    """Responses on disk as they come: rows of the file by the request's place, those of whose responses all are there,
+    and the seconds that they took.
 
     Raises UserError where the file holds responses that were made otherwise, or is damaged.
     """
 
-    def __init__(self, path: Path, made_from: dict[str, Any]) -> None:
-        self.path, self.rows, self.seconds = path, dict[int, Row](), 0.0
+    def __init__(self, path: Path, made_from: dict[str, Any], each: int) -> None:
+        self.path, self.rows, self.seconds = path, dict[int, list[Row]](), 0.0
         self._log = MetricsLog(path)
         found = scan(path) if path.exists() else Scan([], [], torn=False)
         if found.rows:
@@ -264,23 +272,32 @@ class _Drawn:
         for number, row in enumerate(found.rows[1:], 2):
             if not {"place", "text", "finished", "tokens", "seconds"} <= row.keys():
                 raise UserError(f"{path}, line {number} is no response: delete the file to draw the responses again")
-            self.rows[row["place"]] = row
+            self.rows.setdefault(row["place"], []).append(row)
             self.seconds = row["seconds"]
-        write_whole(path, b"".join(line + b"\n" for line in found.lines))
+        # Of a prompt that was stopped in between all are drawn again: its seed gives them together.
+        self.rows = {place: rows for place, rows in self.rows.items() if len(rows) == each}
+        kept = [
+            line for number, line in enumerate(found.lines) if not number or found.rows[number]["place"] in self.rows
+        ]
+        write_whole(path, b"".join(line + b"\n" for line in kept))
         if not found.rows:
             self._log.write({"made_from": made_from})
         self._begin = time.perf_counter() - self.seconds
 
-    def add(self, place: int, response: Response) -> None:
+    def add(self, place: int, responses: Sequence[Response]) -> None:
         self.seconds = time.perf_counter() - self._begin
-        self.rows[place] = {
-            "place": place,
-            "text": response.text,
-            "finished": response.finished,
-            "tokens": len(response.token_ids),
-            "seconds": round(self.seconds, 3),
-        }
-        self._log.write(self.rows[place])
+        self.rows[place] = [
+            {
+                "place": place,
+                "text": response.text,
+                "finished": response.finished,
+                "tokens": len(response.token_ids),
+                "seconds": round(self.seconds, 3),
+            }
+            for response in responses
+        ]
+        for row in self.rows[place]:
+            self._log.write(row)
 
     def close(self) -> None:
         self._log.close()
@@ -308,20 +325,27 @@ def _sample(
     sampler: _Sampler, rows: list[RawRow], folder: Path, model: str, made_from: dict[str, Any], log: Log
 ) -> None:
     groups, report = build_prompts(rows, sampler.template, sampler.run_config.data)
+    each = sampler.config.eval.samples
     requests = [
         # The same seed for every model: equal models give equal responses.
-        SampleRequest(g.prompt.token_ids, 1, derived_seed(sampler.config.run.seed, folder.name, g.prompt.index))
+        SampleRequest(g.prompt.token_ids, each, derived_seed(sampler.config.run.seed, folder.name, g.prompt.index))
         for g in groups
     ]
-    drawn = _Drawn(folder / f"drawn-{model}.part", made_from)
+    drawn = _Drawn(folder / f"drawn-{model}.part", made_from, each)
     missing = [place for place in range(len(requests)) if place not in drawn.rows]
     if drawn.rows:
         log(f"  {len(drawn.rows)} of them are there already")
+
+    def done(at: int, samples: Sequence[Response]) -> None:
+        place = missing[at]
+        where = f"the prompt of row {groups[place].prompt.index} (from 0)"
+        drawn.add(place, [of_student(sample, sampler.config.data.reasoning, where) for sample in samples])
+
     if missing:
-        sampler.generate([requests[place] for place in missing], lambda at, samples: drawn.add(missing[at], *samples))
+        sampler.generate([requests[place] for place in missing], done)
     drawn.close()
     rows_of = [drawn.rows[place] for place in range(len(requests))]
-    tokens, seconds = sum(row["tokens"] for row in rows_of), drawn.seconds
+    tokens, seconds = sum(row["tokens"] for of in rows_of for row in of), drawn.seconds
     made = [
         ResponseRow(
             prompt=group.prompt.messages[-1]["content"],
@@ -332,8 +356,10 @@ def _sample(
             source=rows[group.prompt.index].where,
             reference_finished=group.teacher.finished,
             index=group.prompt.index,
+            sample=sample,
         )
-        for group, row in zip(groups, rows_of, strict=True)
+        for group, of in zip(groups, rows_of, strict=True)
+        for sample, row in enumerate(of)
     ]
     record = {"made_from": made_from, "notes": report.sentences(), "tokens": tokens, "seconds": round(seconds, 3)}
     # Before the responses: without it they would be taken for another system's.

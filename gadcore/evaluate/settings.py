@@ -40,6 +40,11 @@ class EvalSettings(Section):
     in_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Sets like the training data, by name.")
     out_of_domain: dict[str, SetSettings] = Field(default_factory=dict, description="Other sets, by name.")
     rows: Positive | None = Field(None, description="Use only the first rows of every set.")
+    samples: Positive = Field(
+        1,
+        description="Responses to a prompt, by which every measure but the fresh discriminator and the judges is "
+        "averaged; 8 tell models apart that 1 does not.",
+    )
     out: Location = Field("runs/eval", description="Folder of responses, evaluation.md and evaluation.json.")
     resamples: Positive = Field(2000, description="Of the bootstrap that the intervals come from.")
 
@@ -92,10 +97,13 @@ class LimitSettings(Section):
     long_prompt: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="truncate cuts inside the last user text; every such row is counted and reported."
     )
+    reasoning: Literal["keep", "strip", "error"] = Field(
+        "keep", description="Blocks of reasoning (<think>) of references and responses: kept, taken off, or refused."
+    )
 
 
 class CommonSampling(Section):
-    """How responses are drawn, one per prompt, with any engine."""
+    """How responses are drawn, with any engine."""
 
     engine: str
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -103,7 +111,7 @@ class CommonSampling(Section):
 
 
 class VLLMSampling(CommonSampling):
-    """How vLLM draws responses, one per prompt."""
+    """How vLLM draws responses."""
 
     engine: Literal["vllm"] = Field("vllm", description='Or "hf", which has only the settings of every engine.')
     max_num_seqs: Positive | None = Field(None, description="Sequences at a time; none: as in training.")
@@ -120,7 +128,7 @@ class VLLMSampling(CommonSampling):
 
 
 class HFSampling(CommonSampling):
-    """How Hugging Face's generate draws responses, one per prompt."""
+    """How Hugging Face's generate draws responses."""
 
     engine: Literal["hf"] = Field("hf", description='Or "vllm", which has more settings.')
 

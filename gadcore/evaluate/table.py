@@ -100,11 +100,11 @@ def _cell(measure: Measure, found: Mapping[str, Any] | None, *, signed: bool = F
 
 
 LEGEND = (
-    "Means over prompts with 95 % intervals; differences are paired by prompt, * marks those whose interval excludes "
-    "0, as some of so many do by chance. Intervals cover the choice of prompts, not another draw of responses or "
-    "another training run. The fresh discriminator is trained on one half of the pairs and asked about the other: "
-    "50 % where it cannot tell student from teacher, which with few prompts or steps says more about it than about "
-    "the student."
+    "Means over responses, then over prompts, with 95 % intervals over prompts; differences are paired by prompt, * "
+    "marks those whose interval excludes 0, as some of so many do by chance. Intervals cover the choice of prompts, "
+    "not another draw of responses or another training run. The fresh discriminator is trained on one half of the "
+    "pairs and asked about the other: 50 % where it cannot tell student from teacher, which with few prompts or steps "
+    "says more about it than about the student."
 )
 
 

@@ -3,8 +3,8 @@
 A stack hands a label along with every prompt, which its data set names. Here a label is
 - text: the teacher's response to the stack's prompt;
 - a number: a row of the service's data.train, from 0, which has prompt and teacher's response;
-- an object, or its JSON: {"teacher_response": text} or {"row": number}, with "prompt": text or "messages": [..] where the
-  stack's own prompt is already rendered, and "held_out": true where the discriminator must score without training.
+- an object, or its JSON: {"teacher_response": text} or {"row": number}, with "prompt": text or "messages": [..] where
+  the stack's own prompt is already rendered, and "held_out": true where the discriminator must score without training.
 
 GADCORE_URL is the address of the service, GADCORE_TOKEN its token.
 """
@@ -69,7 +69,9 @@ def held_out(label: Any) -> dict[str, Any]:
 
 def _text_group(label: Any, prompt: Any, samples: Sequence[Sample]) -> tuple[TextGroup, bool]:
     known = _known(label)
-    given: dict[str, Any] = {key: known[key] for key in ("teacher_response", "row", "prompt", "messages") if key in known}
+    given: dict[str, Any] = {
+        key: known[key] for key in ("teacher_response", "row", "prompt", "messages") if key in known
+    }
     if not given.keys() & {"prompt", "messages", "row"}:
         if prompt is None:
             raise UserError(f"the label {label!r:.200} has no prompt, and neither has the stack: add one to the label")
@@ -122,8 +124,8 @@ class _Waiting:
 class Collector:
     """Samples that a stack scores one by one, as the groups that they are of.
 
-    send: gives the scores of a whole group. patience_s: for the siblings of a sample; a group is sent without those that
-    have not come by then, since a generation may have failed.
+    send: gives the scores of a whole group. patience_s: for the siblings of a sample; a group is sent without those
+    that have not come by then, since a generation may have failed.
     """
 
     def __init__(

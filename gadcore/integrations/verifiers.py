@@ -2,8 +2,8 @@
 
     uv run eval .. --env.id gadcore.integrations.verifiers --env.n 8
 
-The rubrics of verifiers are gone with 0.3; what compares attempts is an environment's finalize(). One agent attempts the
-task n times, and the discriminator service scores the attempts together: the reward "discriminator" of every trace. With
+verifiers has no rubrics any more; what compares attempts is an environment's finalize(). One agent attempts the task n
+times, and the discriminator service scores the attempts together: the reward "discriminator" of every trace. With
 prime-rl one episode is the group (group_size = 1), over which its grpo takes advantages. The task's data has a field
 teacher_response, or label: see gadcore.integrations.text_rewards.
 """
@@ -20,7 +20,7 @@ try:
     import verifiers.v1 as vf
     from verifiers.v1.envs.best_of_n import BestOfNEnv, BestOfNEnvConfig
 except ImportError as error:
-    raise UserError("gadcore.integrations.verifiers needs verifiers 0.4, which is not installed: pip install verifiers") from error
+    raise UserError(f"gadcore.integrations.verifiers needs verifiers 0.4, which does not load: {error}") from error
 
 __all__ = ["GADEnv", "GADEnvConfig"]
 

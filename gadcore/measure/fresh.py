@@ -94,7 +94,7 @@ def fresh_discriminator(
     trained: list[float] = []
     for fold, (train, test) in enumerate(folds):
         discriminator = make_discriminator()
-        for batch in _batches(train, settings, fold):
+        for batch in batches(train, settings, fold):
             discriminator.score([groups[i] for i in batch], backward=True)
             discriminator.step()
         scored = [_scored(discriminator, [groups[i] for i in part], settings.batch_size) for part in (train, test)]
@@ -119,7 +119,7 @@ def fresh_discriminator(
     )
 
 
-def _batches(items: Sequence[int], settings: FreshSettings, fold: int) -> Iterator[list[int]]:
+def batches(items: Sequence[int], settings: FreshSettings, fold: int) -> Iterator[list[int]]:
     """settings.steps batches, the items shuffled anew each time that they are used up."""
     generator = np.random.default_rng([settings.seed, fold])
     left: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import NormalDist, stdev
 from typing import Any
 
 import numpy as np
@@ -61,22 +61,25 @@ def difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0
     return bootstrap(np.subtract(second, first).tolist(), seed=seed, resamples=resamples)
 
 
-def margin(differences: Sequence[float]) -> float | None:
+def margin(differences: Sequence[float], comparisons: int = 1) -> float | None:
     """Half the width of the t interval around the mean of paired differences; None for fewer than two.
 
     For a difference that has to be told from noise where rows may be few: at 4 rows it is 1.6 times as wide as the
-    normal distribution would have it.
+    normal distribution would have it. comparisons: made at once, all of whose intervals hold together (Bonferroni).
     """
     n = len(differences)
-    return _t(n - 1) * stdev(differences) / math.sqrt(n) if n > 1 else None
+    return _t(n - 1, comparisons) * stdev(differences) / math.sqrt(n) if n > 1 else None
 
 
-def _t(freedom: int) -> float:
-    """The quantile of Student's t at (1 + LEVEL) / 2, for whole degrees of freedom."""
-    if freedom <= 2:
-        return (12.7062, 4.3027)[freedom - 1]
+def _t(freedom: int, comparisons: int = 1) -> float:
+    """The quantile of Student's t at (1 + LEVEL) / 2, for whole degrees of freedom; of several comparisons nearer 1."""
+    tail = (1 - LEVEL) / 2 / comparisons
+    if freedom == 1:
+        return 1 / math.tan(math.pi * tail)
+    if freedom == 2:
+        return (1 - 2 * tail) / math.sqrt(2 * tail * (1 - tail))
     # Fisher's expansion around the normal quantile, right to three digits from 3 degrees of freedom on.
-    z, v = _Z, freedom
+    z, v = _Z if comparisons == 1 else NormalDist().inv_cdf(1 - tail), freedom
     terms = (
         (z**3 + z) / (4 * v),
         (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
+from gadcore.kernels import lora_linear  # noqa: F401 - registers its op
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
 from gadcore.models.precision import autocast as products_in
@@ -111,7 +112,8 @@ def _kept(model: PreTrainedModel, layers: int, autocast: str) -> int:
     batch = GroupedBatch.of([GroupTokens(ids, (ids,))], last_tokens=True, device=model.device)
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
     with torch.enable_grad(), shallow(model, layers), again.collected(), hooks, products_in(autocast, model.device):
-        out = fsdp.inside(model, lambda: hidden_states(model, batch))
+        # Not a view of it, of which FSDP would warn.
+        out = fsdp.inside(model, lambda: hidden_states(model, batch).sum())
     assert out.grad_fn is not None, "the model has no parameter that is trained"
     fsdp.reset(model)
     return sum(kept.values())
@@ -160,4 +162,5 @@ def _products() -> set[Any]:
         # What kernels/cpu/linear.py multiplies by.
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.gadcore.prefix_attention.default,
+        torch.ops.gadcore.lora_product.default,
     }

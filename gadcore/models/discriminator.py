@@ -24,10 +24,11 @@ from gadcore.kernels.bt_score import BTScore, bt_score
 from gadcore.kernels.layout import GroupLayout
 from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
+from gadcore.models.bt_loss import score_penalty, softened_bt_loss
 from gadcore.models.learner import Learner
-from gadcore.models.loading import load_discriminator
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout, together
+from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
 
@@ -134,6 +135,7 @@ class Discriminator(Learner):
         student: ModelSpec | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        base: SharedBase | None = None,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         world: World = ALONE,
@@ -141,22 +143,23 @@ class Discriminator(Learner):
         """A discriminator from a model directory, a hub id or a bundled name, with the scalar head that is stored
         there, or a fresh one from `seed`.
 
-        settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default another one than
-        D's. device: default the GPU where there is one. world: of several processes, each of which reads its shards
-        alone.
+        base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
+        is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
+        another one than D's. device: default the GPU where there is one. world: of several processes, each of which
+        reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or DiscriminatorSettings()
         # A copy: it gets a padding token of D's own, and the student may have the same spec.
         tokenizer = copy.deepcopy(spec.tokenizer)
-        loaded = load_discriminator(
-            spec.path,
-            settings.dtype,
+        loaded = load_scorer(
+            spec,
+            settings,
             device=best_device() if device is None else torch.device(device),
             seed=seed,
-            end_id=spec.template.end_id,
             tokenizer=tokenizer,
+            base=base,
             world=world,
         )
         return cls(
@@ -279,11 +282,14 @@ class Discriminator(Learner):
             hidden = last_hidden_states(self.model, batch)
         head: nn.Linear = self.model.score  # type: ignore[assignment]
         result = bt_score(hidden, batch.packed_as, head.weight[0], head.bias, layout, denominator=denominator)
-        smoothing, cap = self.settings.label_smoothing, self.settings.margin_cap
-        if smoothing == 0 and cap is None:
+        smoothing, cap, l2 = self.settings.label_smoothing, self.settings.margin_cap, self.settings.score_l2
+        if smoothing == 0 and cap is None and l2 == 0:
             return result
         # The op's own loss gets no gradient then; that of its scores is all that is needed.
-        return result._replace(loss=softened_bt_loss(result.scores, layout, smoothing, cap) / denominator)
+        loss = softened_bt_loss(result.scores, layout, smoothing, cap)
+        if l2:
+            loss = loss + l2 * score_penalty(result.scores, layout)
+        return result._replace(loss=loss / denominator)
 
     @classmethod
     def wrap(
@@ -381,19 +387,3 @@ def _too_long(group: Group, needed: int, context: int) -> str:
         f"context has {context}: lower data.max_prompt_tokens or data.max_response_tokens "
         "(they count the student's tokens), or choose another discriminator.model"
     )
-
-
-def softened_bt_loss(scores: Tensor, groups: GroupLayout, smoothing: float, cap: float | None) -> Tensor:
-    """The BT loss with opt-in remedies against a discriminator that wins too clearly, summed over pairs.
-
-        m    = min(D(x, y_t) - D(x, y_s^i), cap)
-        loss = (1 - e) softplus(-m) + e softplus(m) = softplus(-m) + e m
-
-    With smoothing e > 0 the loss of a pair is least at the margin log((1 - e) / e), not at infinity. A pair whose
-    margin is above the cap gives no gradient. scores: [S], floating, every group's teacher first; groups without one
-    form no pairs.
-    """
-    margin = scores[groups.group_offsets[groups.group_of]] - scores
-    if cap is not None:
-        margin = margin.clamp(max=cap)
-    return (F.softplus(-margin) + smoothing * margin).where(groups.paired, 0.0).sum()

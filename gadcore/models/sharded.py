@@ -36,11 +36,12 @@ def load_sharded(
     missing_keys, mismatched_keys, unexpected_keys. Missing weights are 0.
     Raises UserError, on all processes, where the files cannot be read, do not fit the config or hold NaN.
     """
-    with foreign(f"cannot load the model {path}"), _parameters_on_meta():
+    with foreign(f"cannot load the model {path}"), parameters_on_meta():
         model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False)
     _finish(model, device, world)
+    folder = _folder(path, world)
     with world.agreeing():
-        files = _files(path, world)
+        files = _files(folder)
     with world.agreeing(), foreign(f"cannot load the model {path}"):
         info = _read(model, files)
     with world.agreeing():
@@ -56,7 +57,7 @@ def copy_sharded(
     values: this process's rows of every parameter. dtypes: of the copy's parameters.
     """
     kind: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    with _parameters_on_meta():
+    with parameters_on_meta():
         other: PreTrainedModel = kind._from_config(
             copy.deepcopy(model.config), dtype=model.dtype, attn_implementation=ATTENTION
         )
@@ -79,7 +80,7 @@ def _finish(model: PreTrainedModel, device: torch.device, world: World) -> None:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules that are made inside have parameters on the meta device, and real buffers: no checkpoint holds these."""
     register = nn.Module.register_parameter
 
@@ -95,23 +96,28 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _files(path: str, world: World) -> dict[str, Path]:
-    """Name of every stored tensor -> the file that holds it."""
+def _folder(path: str, world: World) -> Path:
+    """Where the files of a directory or a hub id lie; one process of a node downloads, the others find what it left."""
     folder = Path(path)
-    if not folder.is_dir():
-        # A hub id. One process of a node downloads, the others find what it has left.
-        for first in (True, False):
+    if folder.is_dir():
+        return folder
+    for first in (True, False):
+        with world.agreeing():
             if (world.local_rank == 0) == first:
                 with foreign(f"cannot download the model {path}"):
                     folder = Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-            world.barrier()
+    return folder
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name of every stored tensor -> the file that holds it."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         with foreign(f"{index} is damaged", "download it anew"):
             named: dict[str, str] = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in named.items()}
     if not single.is_file():
-        raise UserError(f"the model {path} has no model.safetensors and no index of several: convert its weights")
+        raise UserError(f"the model {folder} has no model.safetensors and no index of several: convert its weights")
     with safe_open(single, "pt") as stored:
         return dict.fromkeys(stored.keys(), single)
 

@@ -24,12 +24,16 @@ class OnDisk(Protocol):
     def read_into(self, targets: Mapping[str, Tensor]) -> None: ...
 
 
-@torch.no_grad()
 def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
-    """Copies a checkpoint's tensors into the parameters of these names.
+    """Copies a checkpoint's tensors into the parameters of these names, as check_parameters() allows it."""
+    check_parameters(parameters, tensors, model)
+    copy_into(parameters, tensors)
 
-    model: "student" or "discriminator", for the message. Raises UserError, with the parameters as they were, where
-    names or shapes are not the same.
+
+def check_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], model: str) -> None:
+    """Raises UserError where the parameters have other names or shapes than a checkpoint's tensors.
+
+    model: "student" or "discriminator", for the message.
     """
     here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     saved = {name: tuple(shape) for name, (shape, _) in facts(tensors).items()}
@@ -39,7 +43,6 @@ def restore_parameters(parameters: Mapping[str, Tensor], tensors: Mapping[str, T
             f"the checkpoint holds another {model} than {model}.model: its {name} is "
             f"{_shape(saved.get(name))}, the model's {_shape(here.get(name))}; keep the {model}.model of the run"
         )
-    copy_into(parameters, tensors)
 
 
 def facts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

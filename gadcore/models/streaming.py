@@ -1,10 +1,11 @@
-"""Writing a sharded model: an ordinary Hugging Face directory, with one tensor whole at a time."""
+"""Writing a model that is whole nowhere: an ordinary Hugging Face directory, with one tensor whole at a time."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.distributed.fsdp import local, whole
-from gadcore.distributed.world import World
+from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause
 
 _FILE_BYTES = 5 * 10**9
@@ -34,13 +35,37 @@ def save_sharded(
     *,
     file_bytes: int = _FILE_BYTES,
 ) -> None:
+    """Writes a sharded model as save_streamed() does."""
+    tensors = stored(model)
+
+    def whole_of(name: str) -> Tensor:
+        return whole(local(tensors[name].detach()), tensors[name])
+
+    save_streamed(model, tokenizer, folder, whole_of, world, file_bytes=file_bytes)
+
+
+def stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and those buffers that a checkpoint holds, by their names; tied ones once."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return dict(model.named_parameters()) | buffers
+
+
+def save_streamed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    whole_of: Callable[[str], Tensor],
+    world: World = ALONE,
+    *,
+    file_bytes: int = _FILE_BYTES,
+) -> None:
     """Safetensors, config, generation config and tokenizer, as save_model() leaves them; the first process writes.
 
-    file_bytes: of a file at most, where one tensor is not larger. Raises UserError, on all processes, where they
-    cannot be written.
+    model: its tensors say names, shapes and dtypes, and may be on the meta device. whole_of: called by all processes
+    for every name, in the same order; of the tensor's dtype. file_bytes: of a file at most, where one tensor is not
+    larger. Raises UserError, on all processes, where they cannot be written.
     """
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    tensors = stored(model)
     plan = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=_bytes,
@@ -53,7 +78,7 @@ def save_sharded(
         file: BinaryIO | None = None
         for i, each in enumerate(names):
             # Gathered by all, also after an error of the one that writes: nobody may wait for it.
-            tensor = whole(local(tensors[each].detach()), tensors[each])
+            tensor = whole_of(each)
             if not world.is_first or error is not None:
                 continue
             try:

@@ -113,7 +113,7 @@ def build_case(
 def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
     from gadcore.plan.assumptions import RULES
     from gadcore.plan.planning import advise, as_given, make_plan
-    from gadcore.plan.show import show
+    from gadcore.plan.show import resharding_table, show
 
     case, assumptions = build_case(config, plan, threads_of(config))
     checks: list[str] = []
@@ -122,6 +122,12 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
     found, given = make_plan(case), as_given(case)
     advice = advise(found)
     show(console, found, given, assumptions, advice, checks)
+    moved = []
+    if plan.resharding:
+        from gadcore.plan.resharding import of_case
+
+        moved = of_case(case)
+        console.print(resharding_table(moved))
     if plan.out:
         content = {
             "predicted": True,
@@ -133,6 +139,7 @@ def _plan(config: Config, plan: PlanSettings, console: Console) -> int:
             "as_given": _as_dict(given),
             "advice": [asdict(item) for item in advice],
             "checks": checks,
+            "resharding": [asdict(item) | {"seconds": item.seconds} for item in moved],
             "assumptions": [asdict(item) for item in assumptions],
             "rules": RULES,
             "settings": config.model_dump(),

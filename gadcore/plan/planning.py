@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from gadcore.config.settings import Config
+from gadcore.errors import UserError
 from gadcore.memory.holdings import State
 from gadcore.models.activations import MODES, Mode
 from gadcore.plan.memory import (
@@ -106,7 +107,12 @@ def as_given(case: Case, *, sequence_fits: bool = False) -> Plan:
     sequence_fits: the sampler's cache holds one sequence of full length, whatever its share of the memory comes to.
     """
     config, machine = case.config, case.machine
-    degree, _ = _sampler(case)
+    degree = config.vllm.tensor_parallel if case.engine.holds_memory and machine.ranks > 1 else 1
+    if machine.ranks % degree:
+        raise UserError(
+            f"rollout.tensor_parallel = {degree} does not divide the {machine.ranks} ranks of {machine.name}: take a "
+            "number of ranks that does, inside a node"
+        )
     kv = 0.0
     if case.engine.holds_memory and machine.kind == "cpu":
         kv = float(config.vllm.kv_cache_gib * _GIB)

@@ -30,7 +30,7 @@ class PlanSettings(Section):
     )
     gpus: Positive | None = Field(
         None,
-        description="Accelerators, up to 8 a node, of plan.machine's kind or an H100's where it has none; default: its own.",
+        description="Accelerators like plan.machine's, or H100 where it has none, up to 8 a node; default: its own.",
     )
     calibrate: bool = Field(False, description="Measure this machine first, within a minute, and keep the figures.")
     rows: Positive | None = Field(None, description="Training rows; default: those of the data.")
@@ -46,6 +46,11 @@ class PlanSettings(Section):
     )
     check_activations: bool = Field(
         True, description="Run the real code on fake tensors and compare the activations that it keeps."
+    )
+    resharding: bool = Field(
+        False,
+        description="Of several ranks: ask vLLM for its layout at every size of tensor parallelism, and count what a "
+        "sync of the weights moves.",
     )
     against: Location | None = Field(None, description="Run folder: set the prediction beside what that run measured.")
     out: Location | None = Field(None, description="File that gets everything as JSON.")

@@ -14,6 +14,7 @@ from gadcore.plan.against import Comparison
 from gadcore.plan.assumptions import RULES, Assumption
 from gadcore.plan.memory import Case, StateMemory, host_bytes
 from gadcore.plan.planning import Advice, Plan, utilisation
+from gadcore.plan.resharding import Resharding
 
 # (what a part of a bar stands for, its character, its colour)
 _PARTS = (
@@ -113,7 +114,8 @@ def _choice_table(plan: Plan, given: Plan) -> Table:
             f"{utilisation(plan):.2f} (KV cache {plan.choice.kv_bytes / 1e9:.1f} GB)",
             f"{config.vllm.gpu_memory_utilization:.2f} (KV cache {given.choice.kv_bytes / 1e9:.1f} GB)",
         )
-        table.add_row("ranks that share a sampler", str(plan.choice.tensor_parallel), "")
+        if case.machine.ranks > 1:
+            table.add_row("rollout.tensor_parallel", *(str(p.choice.tensor_parallel) for p in (plan, given)))
     table.add_row("memory.offload", case.offload, config.memory.offload)
     fits = "fits" if given.fits else "does not fit"
     table.add_row("", "fits" if plan.fits else "does not fit", fits)
@@ -199,6 +201,23 @@ def _hours(plan: Plan, given: Plan) -> str:
     if (plan.case.student.name, plan.case.machine.ranks) == _PAPER[:2]:
         line += f"; the paper states about {_PAPER[2]:.0f} hours for this model on {_PAPER[1]} H100 (arXiv 2511.10643)"
     return line
+
+
+def resharding_table(found: Sequence[Resharding]) -> Table:
+    """What a sync moves, by the ranks that share a sampler."""
+    title = Text(
+        "A sync of the weights, from shards to vLLM's: bytes counted by vLLM's own layout, seconds PREDICTED from the "
+        "assumptions node_link, network_link, collective_share, memory_bandwidth and memory_share"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    columns = ("rollout.tensor_parallel", "GB a rank receives", "the least", "by gathering", "from other nodes", "s")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in found:
+        sizes = (row.received, row.minimum, row.gathered, row.network)
+        cells = (f"{size / 1e9:.2f}" for size in sizes)
+        table.add_row(str(row.tensor_parallel), *cells, f"{row.seconds:.3f}")
+    return table
 
 
 def _advice_table(advice: Sequence[Advice]) -> Table:

@@ -4,7 +4,7 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
             over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
             casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
-head        three products in the policy's pass, one in the reference's, four in the warmup's
+head        three products in the policy's pass, one in the reference's, four in the warmup's and in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
             at a time
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
+from gadcore.plan.workload import Workload, pairs_of
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,26 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     # Forward passes that backward makes again: "selective" leaves products and attention out.
     again = {"off": 0.0, "selective": figures["elementwise_share"], "full": 1.0}[choice.mode]
     times, attention_times = (3 + again, 3.5 + (choice.mode == "full")) if work.backward else (1.0, 1.0)
+    role = case.policy if settings_name == "student" else case.scorer
+    if role.adapted and work.backward:
+        # No gradient of a frozen weight; three products with A and B.
+        times += 3 * role.trained / (d.layers * d.matrices) - 1
     layers = times * d.token_flops * work.tokens / (rate * figures["product_share"])
     layers /= 1 - figures["elementwise_share"]
     attention = attention_times * d.pair_flops * work.pairs / (rate * figures["attention_share"])
-    head = work.head * d.head_flops * work.responses / (rate * figures["head_share"])
+    of_head = work.head - (role.adapted and work.backward and work.head > 0)
+    head = of_head * d.head_flops * work.responses / (rate * figures["head_share"])
     computing = (layers + attention + head) / machine.ranks
-    is_student = settings_name == "student"
-    parameters = d.parameters if is_student else d.scalar_parameters
+    parameters = role.trained
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
-    # Gathered for each pass, in the dtype of the products; gradients are reduced in float32.
-    moved = parameters * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype]) * micro_batches
+    # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
+    # gradients are reduced in float32.
+    inside = d.layers * d.layer
+    moved = inside * (2 * ITEM[dtype] + 4 if work.backward else ITEM[dtype])
+    moved += (parameters - inside) * (precision.weights + 4 * work.backward)
+    moved *= micro_batches
     hidden = figures["overlap_share"] * computing
     talking = moved / collective_bandwidth(case)
     if work.backward:
@@ -194,16 +203,25 @@ def _decay(mean: float, limit: int) -> float:
     return low
 
 
-def synchronise_seconds(case: Case) -> float:
-    """The student's weights reach the sampler: gathered, copied, and compared by a fingerprint."""
+def synchronise_seconds(case: Case, choice: Choice) -> float:
+    """The student's weights reach the sampler: copied, what a rank's part of it lacks from others, and compared by a
+    fingerprint. Of several ranks it is a bound: gadcore.plan.resharding counts what is really exchanged."""
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
-    read = parameters * (case.student_precision.weights + 3 * ITEM[case.sampling_dtype])
-    seconds = read / (figures["memory_bandwidth"] * figures["memory_share"])
-    if case.machine.ranks > 1:
-        seconds += parameters * ITEM[case.sampling_dtype] / collective_bandwidth(case)
-    return seconds
+    bandwidth = figures["memory_bandwidth"] * figures["memory_share"]
+    item = ITEM[case.sampling_dtype]
+    if case.machine.ranks == 1:
+        return parameters * (case.student_precision.weights + 3 * item) / bandwidth
+    engine, shard = (
+        parameters * item / choice.tensor_parallel,
+        parameters * case.student_precision.weights / case.shards,
+    )
+    # Packed, unpacked and stored; the fingerprint reads both sides twice.
+    seconds = (4 * engine + 2 * engine + 3 * shard) / bandwidth
+    near, far = min(case.shards, case.machine.per_node) - 1, max(0, case.shards - case.machine.per_node)
+    links = (near / figures["node_link"], far / figures["network_link"] if far else 0.0)
+    return seconds + engine / case.shards * max(links) / figures["collective_share"]
 
 
 def offload_seconds(case: Case, choice: Choice) -> float:
@@ -233,13 +251,13 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     work, config, discriminator = case.work, case.config, case.discriminator
     algorithm = config.algorithm
     responses, teacher = work.sampled, work.prompts * work.teacher
-    update = optimizer_seconds(case, discriminator.scalar_parameters, case.discriminator_precision)
+    update = optimizer_seconds(case, case.scorer.trained, case.discriminator_precision)
     scored = Pass(work.discriminator_tokens, work.discriminator_pairs, 0, 0, True)
     d_seconds = pass_seconds(case, choice, discriminator, "discriminator", scored) + update
     looked = pass_seconds(case, choice, discriminator, "discriminator", replace(scored, backward=False))
     updates = algorithm.discriminator_steps / algorithm.discriminator_every
     d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
-    g_update = optimizer_seconds(case, case.student.parameters, case.student_precision)
+    g_update = optimizer_seconds(case, case.policy.trained, case.student_precision)
     policy = Pass(work.student_tokens, work.student_pairs, responses, 3, True)
     g_seconds = pass_seconds(case, choice, case.student, "student", policy) + g_update
     if algorithm.kl_coef > 0:
@@ -249,7 +267,7 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
 
     sampling = {
-        "synchronise": synchronise_seconds(case),
+        "synchronise": synchronise_seconds(case, choice),
         "rollout": rollout_seconds(case, choice, work.prompts, work.samples),
         "offload": offload_seconds(case, choice),
     }
@@ -259,7 +277,23 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     gad = {**sampling, "discriminator": looked if algorithm.freeze_discriminator else d_seconds, "student": g_seconds}
     ce = {"student": ce_seconds}
     stages = {"sft": ce, "seqkd": ce, "warmup": warmup, "gad": gad}
-    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, _once(case, choice, looked))
+    once = _once(case, choice, looked)
+    if "soda" in work.steps:
+        pairs = _pairs_pass(work, algorithm.soda_samples)
+        stages["soda"] = {"student": pass_seconds(case, choice, case.student, "student", pairs) + g_update}
+        if rows := work.prompts * work.steps["soda"] / max(1, config.schedule.soda_epochs):
+            known = pass_seconds(case, choice, case.student, "student", replace(pairs, head=1, backward=False))
+            once["rollout"] = rollout_seconds(case, choice, rows, algorithm.soda_samples)
+            once["reference"] = known * rows / work.prompts
+    return RunTime({stage: stages[stage] for stage in work.steps}, work.steps, once)
+
+
+def _pairs_pass(work: Workload, samples: int) -> Pass:
+    """The pass of a step of `soda`: prompt, teacher's response and samples; its head computes the logits twice."""
+    lengths = [work.teacher, *[work.response] * samples]
+    tokens = work.prompts * (work.prompt + sum(lengths))
+    pairs = work.prompts * pairs_of(work.prompt, lengths)
+    return Pass(tokens, pairs, work.prompts * sum(lengths), 4, True)
 
 
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
@@ -269,10 +303,10 @@ def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     samples = case.config.data.eval_samples
     evaluation = rollout_seconds(case, choice, work.eval_rows, samples)
     # Parameters, or their masters, and both moments.
-    saved = 3.0 * case.student.parameters * ITEM[case.config.student.dtype]
+    saved = 3.0 * case.policy.trained * ITEM[case.config.student.dtype]
     if case.has_discriminator:
         evaluation += looked * share * samples
-        saved += 3.0 * case.discriminator.scalar_parameters * ITEM[case.config.discriminator.dtype]
+        saved += 3.0 * case.scorer.trained * ITEM[case.config.discriminator.dtype]
     count = (steps // every + len(work.steps) if every else 0) + 1
     return {
         "evaluation": evaluation * (1 + len(work.steps)),

@@ -59,7 +59,7 @@ class Workload:
 
     @property
     def student_pairs(self) -> float:
-        return self.prompts * _pairs(self.prompt, [self.response] * self.samples)
+        return self.prompts * pairs_of(self.prompt, [self.response] * self.samples)
 
     @property
     def discriminator_tokens(self) -> float:
@@ -68,7 +68,7 @@ class Workload:
 
     @property
     def discriminator_pairs(self) -> float:
-        return self.prompts * _pairs(self.prompt, [self.teacher] + [self.response] * self.samples)
+        return self.prompts * pairs_of(self.prompt, [self.teacher] + [self.response] * self.samples)
 
     @property
     def warmup_tokens(self) -> float:
@@ -77,10 +77,11 @@ class Workload:
 
     @property
     def warmup_pairs(self) -> float:
-        return self.prompts * _pairs(self.prompt, [self.teacher])
+        return self.prompts * pairs_of(self.prompt, [self.teacher])
 
 
-def _pairs(prompt: float, responses: list[float]) -> float:
+def pairs_of(prompt: float, responses: list[float]) -> float:
+    """(query, key) pairs of a prompt and its responses, by their lengths."""
     return prompt * prompt / 2 + sum(r * prompt + r * r / 2 for r in responses)
 
 

@@ -29,8 +29,9 @@ LATEST = RUNS / "latest"
 # run's own.
 CONFIG, SUMMARY, TILES = "config.toml", "summary.json", "tiles.json"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evaluations")
-RESULTS = (SUMMARY, "report.html", "student", "discriminator")
-OTHERS = ("checkpoints", "reference", "trace.json", "offload", "tracker.json", TILES)
+DOCTOR_D = "doctor-d.json"
+RESULTS = (SUMMARY, "report.html", "student", "discriminator", DOCTOR_D)
+OTHERS = ("checkpoints", "reference", "snapshot", "trace.json", "offload", "tracker.json", TILES)
 TRACKERS = ("tensorboard", "wandb", "mlflow.db", "mlflow-artifacts")
 NAMES = (CONFIG, *RECORDS, *RESULTS, *OTHERS, *TRACKERS)
 
@@ -70,6 +71,11 @@ class RunFolder:
     def reference(self) -> Path:
         """The saved reference policy of the GAD stage."""
         return self.path / "reference"
+
+    @property
+    def snapshot(self) -> Path:
+        """What the baseline `soda` learns from beside the teacher's responses (gadcore.train.snapshot)."""
+        return self.path / "snapshot"
 
     @property
     def trace(self) -> Path:

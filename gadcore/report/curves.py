@@ -84,6 +84,25 @@ LEARNING = (
         [("student/kl", "KL")], zero=True,
     ),
 )  # fmt: skip
+PREFERENCE = (
+    Spec(
+        "Preference margin",
+        "How much more probable than at the start the teacher's responses have become beside the snapshot's, "
+        "times beta. Healthy: grows, and levels off. Where both sides fall, the student unlearns more than it learns.",
+        [("preference/margin", "margin"), ("preference/teacher", "teacher"), ("preference/student", "snapshot")],
+        guides=[(0.0, "as at the start")],
+    ),
+    Spec(
+        "Preference accuracy",
+        "Share of the pairs in which the teacher's response has gained more than the snapshot's.",
+        [("preference/accuracy", "accuracy")], unit="%", guides=[(0.5, "as at the start")],
+    ),
+    Spec(
+        "Preference loss",
+        "0.693 is the start. Near zero means that no pair has a gradient any more.",
+        [("preference/loss", "loss")], guides=[(0.6931, "start")],
+    ),
+)  # fmt: skip
 LENGTHS = (
     Spec(
         "Response length",
@@ -287,6 +306,8 @@ HARDWARE = (
 SECTIONS = (
     ("learning", "Does it learn", "The contest between student and discriminator. Every chart runs over the steps of "
      "all stages; move over one, or use the arrow keys on it, to read all of them at one step.", LEARNING),
+    ("preference", "Preference", "SODA: the teacher's responses against those of one snapshot of the student.",
+     PREFERENCE),
     ("lengths", "Lengths, endings, repetition", "The usual ways in which a reward is gamed.", LENGTHS),
     ("optimisation", "Optimisation", "Losses, gradients and the sharpness of the student.", OPTIMISATION),
     ("machinery", "Machinery", "Whether sampler and trainer agree, and what the time is spent on.", MACHINERY),

@@ -16,7 +16,7 @@ from gadcore.errors import UserError
 from gadcore.record.reading import Count, Figure, Finite, fitting, read_json
 from gadcore.record.tracking import Row, scan
 
-KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_gad")
+KNOWN_ORDER = ("before", "after_sft", "after_warmup", "after_seqkd", "after_soda", "after_gad")
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Word = str | Finite | None
 
@@ -49,6 +49,9 @@ class _Evaluation:
     words: Figure | None = None
     repeated: Figure | None = None
     distinct_2: Figure | None = None
+    style: Figure | None = None
+    word_range: Figure | None = None
+    style_checks: dict[str, Figure] | None = None
     rouge_l: Figure | None = None
     ngram_f1: dict[str, Figure] | None = None
     length_ratio: Figure | None = None
@@ -147,6 +150,15 @@ class _Sample:
 
 
 @dataclass(frozen=True)
+class _Drawn:
+    """One of a prompt's samples."""
+
+    text: str
+    finished: bool
+    score: Figure | None = None
+
+
+@dataclass(frozen=True)
 class _Answer:
     """Of evaluations/<name>.jsonl; older runs hold fewer of the figures."""
 
@@ -157,10 +169,15 @@ class _Answer:
     length_ratio: Annotated[Finite, Field(ge=0)]
     teacher_score: Figure | None = None
     student_score: Figure | None = None
+    teacher_finished: bool | None = None
+    samples: list[_Drawn] | None = None
     ngram_f1: dict[str, Figure] | None = None
     cut_share: Figure | None = None
     repeated: Figure | None = None
     distinct_2: Figure | None = None
+    style: Figure | None = None
+    word_range: Figure | None = None
+    style_checks: dict[str, Figure] | None = None
     words: Figure | None = None
     accuracy: Figure | None = None
     margin: Figure | None = None

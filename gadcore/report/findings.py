@@ -12,6 +12,7 @@ from statistics import fmean
 from gadcore.measure.figures import MEASURES, Measure, number
 from gadcore.measure.intervals import margin
 from gadcore.measure.likeness import NGRAMS, ngram_f1
+from gadcore.measure.power import least_seen, rows_needed
 from gadcore.record.health import Warning, percent, watched
 from gadcore.record.tracking import Row
 
@@ -30,8 +31,8 @@ ONE_SAMPLE: dict[tuple[str, ...], Callable[[Row], float | None]] = {
     ("accuracy",): lambda row: None if (s := _scores(row)) is None else float(s[0] > s[1]),
     ("margin",): lambda row: None if (s := _scores(row)) is None else s[0] - s[1],
 }
-# What the first sentence looks at, in this order: it names those that changed beyond the noise.
-HEADLINES = (("rouge_l",), ("repeated",), ("distinct_2",), ("cut_share",))
+# What the first sentence looks at: it names those that changed beyond the noise, the one that shows it best first.
+HEADLINES = (("rouge_l",), ("style",), ("repeated",), ("distinct_2",), ("cut_share",))
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Difference:
 
     margin: half the width of the 95 % interval of the mean paired difference, over prompts; None below two prompts.
     change: "better" or "worse" where the interval shows it, "noise" where it does not, None for a measure of which no
-    change is better or worse. up, down: prompts.
+    change is better or worse. up, down: prompts. together: the margin where all of HEADLINES are to hold at once.
+    needed: prompts that would show a difference of this size in four of five tries; least: the least that these show.
     """
 
     mean: float
@@ -48,10 +50,23 @@ class Difference:
     up: int
     down: int
     change: str | None
+    together: float | None = None
+    needed: int | None = None
+    least: float | None = None
 
     @property
     def clear(self) -> bool:
         return _clear(self.mean, self.margin)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is clear although so many measures were looked at."""
+        return _clear(self.mean, self.together)
+
+    @property
+    def sensitivity(self) -> float:
+        """The difference over its margin: how well the measure shows it."""
+        return abs(self.mean) / self.margin if self.margin else math.inf
 
 
 def values_of(measure: Measure, rows: Sequence[Row]) -> list[float] | None:
@@ -76,7 +91,16 @@ def difference(measure: Measure, before: Sequence[Row], after: Sequence[Row]) ->
         gained, lost = fmean(gains), margin(gains)
         better = "noise" if not _clear(gained, lost) else "better" if gained > 0 else "worse"
     up, down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    return Difference(fmean(changes), margin(changes), up, down, better)
+    return Difference(
+        fmean(changes),
+        margin(changes),
+        up,
+        down,
+        better,
+        margin(changes, len(HEADLINES)),
+        rows_needed(changes),
+        least_seen(changes),
+    )
 
 
 def _gains(measure: Measure, first: Sequence[float], second: Sequence[float]) -> list[float] | None:
@@ -103,7 +127,9 @@ def _scores(row: Row) -> tuple[float, float] | None:
 
 def pretty(name: str) -> str:
     """The name of an evaluation or stage as people write it."""
-    return " ".join({"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT"}.get(word, word) for word in name.split("_"))
+    return " ".join(
+        {"gad": "GAD", "seqkd": "SeqKD", "sft": "SFT", "soda": "SODA"}.get(word, word) for word in name.split("_")
+    )
 
 
 def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -120,7 +146,7 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
         ]
     first, last = evaluations[names[0]], evaluations[names[-1]]
     count = last.get("rows", len(rows.get(names[-1], ())))
-    sentences = [_main(names, evaluations, rows, count)]
+    sentences = [_main(names, evaluations, rows, count), *_power(names, rows)]
     if len(names) > 2:
         steps = [_step(a, b, evaluations, rows) for a, b in pairwise(names)]
         sentences.append("Stage by stage: " + "; ".join(steps) + ".")
@@ -148,7 +174,7 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
         return f"The evaluation of {count} held-out prompts has no ROUGE-L."
     if len(names) == 1:
         return f"Only one evaluation exists ({pretty(names[0])}): held-out ROUGE-L is {a:.3f} on {count} prompts."
-    others = _others(names, rows)
+    led = _led(names, rows)
     found = between(names[0], names[-1], rows)
     if found is None:
         word = "rose" if b > a else "fell" if b < a else "stayed"
@@ -159,20 +185,46 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
     interval = f"{_signed(found.mean)} ± {found.margin:.3f}, {counts}"
     if not found.clear:
         rouge_l = f"ROUGE-L did not change measurably: {a:.3f} before, {b:.3f} now ({interval})"
-        return f"Held-out {'; '.join([*others, rouge_l])}." if others else f"Held-out {rouge_l}."
+        return f"Held-out {'; '.join([*_others(led, names, rows), rouge_l])}."
     stage = _by_stage(names, ROUGE_L, found, rows)
     rouge_l = f"ROUGE-L {'rose' if found.mean > 0 else 'fell'} from {a:.3f} to {b:.3f} ({interval}{stage})"
-    return f"Held-out {'; '.join([rouge_l, *others])}."
+    # Where it is clear by itself alone it still stands here, behind what is clear beside all others.
+    before = [each for each in led if not found.leads or each[1].sensitivity > found.sensitivity]
+    behind = [each for each in led if each not in before]
+    return f"Held-out {'; '.join([*_others(before, names, rows), rouge_l, *_others(behind, names, rows)])}."
 
 
-def _others(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Of the other headlines those that changed beyond the noise: from, to, by how much, by which stage."""
+def _led(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[tuple[Measure, Difference]]:
+    """Of the headlines beside ROUGE-L those that changed beyond the noise of all of them, the most sensitive first."""
+    looked = [measure for measure in MEASURES if measure.path in HEADLINES and measure is not ROUGE_L]
+    found = [(measure, change) for measure in looked if (change := between(names[0], names[-1], rows, measure))]
+    return sorted((each for each in found if each[1].leads), key=lambda each: -each[1].sensitivity)
+
+
+def _power(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Where ROUGE-L shows nothing: what these prompts could have shown, and how many a change of this size needs."""
+    found = between(names[0], names[-1], rows) if len(names) > 1 else None
+    if found is None or found.clear or not found.least:
+        return []
+    told = f"These prompts show a difference in ROUGE-L of {found.least:.3f} or more in four of five tries"
+    if found.needed is not None:
+        told += f"; one of the size found would take about {found.needed:,} prompts"
+    looked = [measure for measure in MEASURES if measure.path in HEADLINES and measure is not ROUGE_L]
+    others = {measure.phrase: between(names[0], names[-1], rows, measure) for measure in looked}
+    needed = {phrase: other.needed for phrase, other in others.items() if other and other.needed and not other.clear}
+    best = min(needed, key=lambda phrase: needed[phrase], default=None)
+    if best is not None and (found.needed is None or needed[best] < found.needed):
+        told += f"; the change that takes the fewest is that of {best}, about {needed[best]:,}"
+    return [f"{told}."]
+
+
+def _others(
+    led: Sequence[tuple[Measure, Difference]], names: Sequence[str], rows: Mapping[str, Sequence[Row]]
+) -> list[str]:
+    """Of measures that changed: from, to, by how much, by which stage."""
     told = []
-    for measure in MEASURES:
-        if measure.path not in HEADLINES or measure is ROUGE_L:
-            continue
-        found = between(names[0], names[-1], rows, measure)
-        if found is None or not found.clear or found.margin is None:
+    for measure, found in led:
+        if found.margin is None:
             continue
         one, two = (measure.show(fmean(values_of(measure, rows[name]) or [math.nan])) for name in (names[0], names[-1]))
         change = f"{measure.show(found.mean, signed=True)} ± {measure.show(found.margin)}".translate(MINUS)

@@ -39,6 +39,7 @@ def overlay_of(one: RunFiles, two: RunFiles) -> dict[str, Any]:
         "facts": _facts(runs),
         "evaluation": parts.table_of(figures, rows, str, _caption(last)),
         "eval_tables": None,
+        "doctor_d": None,
         "groups": [
             parts.group_of(group, bands) for group in _merged(labels, [groups_of(r.metrics) for r in runs.values()])
         ],

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from gadcore.config.settings import GateSettings
+from gadcore.evaluate.doctor_d_page import doctor_d_section
 from gadcore.evaluate.table import evaluation_section
 from gadcore.measure.figures import MEASURES, Measure, clock, number
 from gadcore.record.tracking import Row
@@ -57,6 +58,7 @@ def parts_of(run: RunFiles) -> dict[str, Any]:
         "facts": facts_of(run),
         "evaluation": table_of(figures, run.evaluations, pretty, _unfinished(run)),
         "eval_tables": evaluation_section(run.folder / "eval"),
+        "doctor_d": doctor_d_section(run.folder, run.evaluations, run.metrics),
         "groups": [group_of(group, bands) for group in groups_of(run.metrics)],
         "memory": memory_of(run),
         "machine": _machine(run),

@@ -21,7 +21,15 @@ from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.rollout.weights import WeightSource
 
 # rollout.engine -> its class. By name: an engine's packages are loaded only where it is used.
-ENGINES = {"vllm": "gadcore.rollout.vllm:VLLMEngine", "hf": "gadcore.rollout.hf:HFEngine"}
+ENGINES = {
+    "vllm": "gadcore.rollout.vllm:VLLMEngine",
+    "vllm-server": "gadcore.rollout.server:ServerEngine",
+    "hf": "gadcore.rollout.hf:HFEngine",
+}
+
+
+class WeightsLost(RuntimeError):
+    """An engine lost its weights while it sampled, and is there again: after an update it can draw the same samples."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
-from gadcore.distributed.fsdp import local, reshard_all
+from gadcore.distributed.fsdp import is_sharded, local, reshard_all
 from gadcore.rollout.engine import Done, Engine, SampleRequest
 from gadcore.rollout.weights import WeightSource
 
@@ -29,6 +29,8 @@ class HFEngine(Engine):
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
         self.model = model
         self.template = template
+        asked = config.student.autocast
+        self._autocast = None if asked == "none" else getattr(torch, asked)
 
     @torch.no_grad()
     def generate(
@@ -61,10 +63,13 @@ class HFEngine(Engine):
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), _nothing_of_its_own(self.model):
             torch.manual_seed(request.seed)
-            # Of a sharded model every process does the same, and gathers together with the others.
-            out = self.model.generate(  # type: ignore[operator]
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
-            )
+            # Of a sharded model every process does the same, and gathers together with the others, as narrow as
+            # autocast reads it.
+            narrow = self._autocast if is_sharded(self.model) else None
+            with torch.autocast(self.model.device.type, narrow, enabled=narrow is not None, cache_enabled=False):
+                out = self.model.generate(  # type: ignore[operator]
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+                )
             reshard_all(self.model)
         scale = 1.0 if greedy else temperature
         logits = torch.stack(out.logits, 1).float() / scale

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from gadcore.data.groups import Group, Response
-from gadcore.rollout.engine import Done, Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest, WeightsLost
 from gadcore.rollout.probe import Probe
 from gadcore.rollout.weights import WeightSource
 
@@ -57,7 +57,23 @@ class Sampler:
             group.samples = samples
 
     def generate(self, requests: Sequence[SampleRequest], done: Done | None = None) -> list[list[Response]]:
-        """Per request its n responses. done: told of each as soon as it has them, see Engine.generate()."""
+        """Per request its n responses. done: told of each as soon as it has them, see Engine.generate(); twice where an
+        engine lost its weights on the way.
+        """
+        try:
+            responses = self._drawn(requests, done)
+        except WeightsLost:
+            # Seeds decide the samples: what was drawn already comes out the same.
+            responses = self._drawn(requests, done)
+        if self._alone:
+            self.engine.sleep()
+        if self._probe is not None and self._probe.due():
+            with self._states("student"):
+                self._probe.check(requests, responses)
+        return responses
+
+    def _drawn(self, requests: Sequence[SampleRequest], done: Done | None) -> list[list[Response]]:
+        """The engine's responses under the weights as they are now."""
         with self._states("synchronise"):
             self.engine.wake("weights")
             self.engine.update_weights(self.weights)
@@ -65,13 +81,7 @@ class Sampler:
             self.engine.wake("kv_cache")
             # An engine that is trained with only need not know of it.
             told = {} if done is None else {"done": done}
-            responses = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
-        if self._alone:
-            self.engine.sleep()
-        if self._probe is not None and self._probe.due():
-            with self._states("student"):
-                self._probe.check(requests, responses)
-        return responses
+            return self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
 
 
 @contextmanager

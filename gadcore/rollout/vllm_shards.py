@@ -44,20 +44,23 @@ class ShardedWeights:
 
     def match(self, model: PreTrainedModel) -> None:
         """Raises RuntimeError where vLLM did not load what the trainer has."""
-        expected = trainer_sums(self._layout, self._world, _detached(model))
-        if wrong := differing(self._layout, expected, self._loaded):
+        if wrong := self._differing(_detached(model), self._loaded):
             raise RuntimeError(f"vLLM did not load the trainer's {wrong[0]}, or not to where it was looked for")
 
     def update(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """vLLM has the trainer's weights from here on; RuntimeError where its fingerprint is another."""
         pairs = list(weights)
         self.moved = self._exchange.push(pairs)
-        expected = trainer_sums(self._layout, self._world, pairs)
-        if wrong := differing(self._layout, expected, engine_sums(self._layout, self._world, self._parameters)):
+        if wrong := self._differing(pairs, engine_sums(self._layout, self._world, self._parameters)):
             raise RuntimeError(
                 f"vLLM's weights differ from the trainer's after an update, in {len(wrong)} parameters, of which "
                 f"{wrong[0]} is the first"
             )
+
+    def _differing(self, weights: Iterable[tuple[str, Tensor]], found: Tensor) -> list[str]:
+        layout = self._layout
+        expected = trainer_sums(layout.shapes, layout.stored, layout.mesh, self._world, weights)
+        return differing(list(layout.shapes), expected, found)
 
     def own(self) -> list[Tensor]:
         """vLLM's parameters on this rank."""

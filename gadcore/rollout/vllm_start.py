@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from gadcore.config.rollout import VLLMRollout
+from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
 from gadcore.distributed.world import World
 from gadcore.errors import UserError
@@ -18,7 +18,7 @@ from gadcore.errors import UserError
 Linear = Callable[..., Any]
 
 
-def import_vllm(settings: VLLMRollout, linear: Linear | None):  # type: ignore[no-untyped-def]
+def import_vllm(settings: VLLMSettings, linear: Linear | None):  # type: ignore[no-untyped-def]
     """vLLM, told by the environment what it reads there. linear: of its layers, on a CPU; None: on a GPU."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -52,7 +52,7 @@ def keep_plain_weights(linear: Linear) -> None:
     layer_utils.dispatch_cpu_unquantized_gemm = plain
 
 
-def check_gpu(settings: VLLMRollout) -> None:
+def check_gpu(settings: VLLMSettings) -> None:
     """Raises UserError where vLLM cannot be started on the GPU with these settings."""
     if settings.batch_invariant and torch.cuda.get_device_capability() < (9, 0):
         # enable_batch_invariant_mode() in vllm/model_executor/determinism/batch_invariant.py: aten::matmul and
@@ -73,7 +73,7 @@ def check_gpu(settings: VLLMRollout) -> None:
         )
 
 
-def check_ranks(settings: VLLMRollout, world: World) -> None:
+def check_ranks(settings: VLLMSettings, world: World) -> None:
     """Raises UserError where the ranks of a node are no whole number of samplers."""
     degree, per_node = settings.tensor_parallel, world.size // world.nodes
     if per_node % degree:
@@ -83,8 +83,17 @@ def check_ranks(settings: VLLMRollout, world: World) -> None:
         )
 
 
-def start(vllm: Any, config: Config, model_path: str, world: World, *, on_cpu: bool, eager: bool) -> Any:
-    """vLLM's LLM with the model of a directory; asleep in nothing."""
+def start(
+    vllm: Any,
+    config: Config,
+    model_path: str,
+    world: World,
+    *,
+    on_cpu: bool,
+    eager: bool,
+    lora: Mapping[str, Any] | None = None,
+) -> Any:
+    """vLLM's LLM with the model of a directory; asleep in nothing. lora: arguments of a slot for adapters."""
     rollout = config.vllm
     # The trainer's logits are float32, made of bfloat16 products; so are these, then (LogitsProcessor in
     # vllm/model_executor/layers/logits_processor.py). The head's weights stay what they are, tied or not.
@@ -109,6 +118,7 @@ def start(vllm: Any, config: Config, model_path: str, world: World, *, on_cpu: b
         enable_sleep_mode=not on_cpu,
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **(lora or {}),
         **(
             # Where only a part of a seeded prompt fits into a batch, vLLM turns back its generator, which a CPU's
             # cannot: whole prompts then.
@@ -118,7 +128,7 @@ def start(vllm: Any, config: Config, model_path: str, world: World, *, on_cpu: b
     )
 
 
-def _over_ranks(rollout: VLLMRollout, world: World, on_cpu: bool) -> dict[str, Any]:
+def _over_ranks(rollout: VLLMSettings, world: World, on_cpu: bool) -> dict[str, Any]:
     """Arguments for a vLLM whose workers are the trainer's own processes.
 
     `tensor_parallel` ranks that follow each other are one sampler, which all of them drive with the same requests; the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -78,6 +79,11 @@ def notes_of(config: Config, world: World) -> list[str]:
     if world.size == 1:
         return []
     notes, size = [], config.schedule.batch_size
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.run.dir is None:
+        notes.append(
+            "torchrun may start this job anew (--max-restarts), which goes on with a run that --run.dir names, and "
+            "begins another one without"
+        )
     if size < world.size:
         notes.append(
             f"schedule.batch_size = {size} prompts are fewer than the {world.size} processes: some have no work in a "

@@ -12,6 +12,7 @@ from gadcore.config.data import SPLIT
 from gadcore.config.device import device_of, quiet
 from gadcore.config.effects import without_effect
 from gadcore.config.settings import Config
+from gadcore.data import reasoning
 from gadcore.data.batches import DataReport, Loader
 from gadcore.data.encoded import Rows, Subset, split_off, token_lengths
 from gadcore.data.groups import Group
@@ -20,7 +21,7 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.models.loading import cache_dir
 from gadcore.models.spec import ModelSpec
-from gadcore.train.progress import stage_steps
+from gadcore.train.progress import has_discriminator, stage_steps
 
 # Rows whose lengths in a discriminator's own tokens are counted at the start, which takes some seconds.
 _LOOKED_AT = 10_000
@@ -92,6 +93,7 @@ def _read_inputs(config: Config, stages: Sequence[str], tell: Callable[[str], No
             f"has {limit}: lower data.max_prompt_tokens or data.max_response_tokens"
         )
     train, report, told = rows.groups(student.template, cache_dir(), tell)
+    told += reasoning.check(data.reasoning, student.template, report.reasoned, report.rows)
     warnings = [f"training: {sentence}" for sentence in report.warnings()]
     told += [f"training: {sentence}" for sentence in report.sentences()]
     held_out: Sequence[Group] = []
@@ -136,11 +138,6 @@ def _split_note(config: Config, train: int, held_out: int) -> str:
         f"{held_out} of the {train + held_out} rows of {data.train} are held out and not trained on "
         f"(data.eval_share = {data.eval_share:g}{most}); data.eval names other held-out rows, or none"
     )
-
-
-def has_discriminator(stages: Sequence[str]) -> bool:
-    """Whether a run of these stages trains a discriminator: all but the baseline do."""
-    return tuple(stages) != ("seqkd",)
 
 
 def _discriminator_spec(config: Config, student: ModelSpec) -> ModelSpec:

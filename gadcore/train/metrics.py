@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from gadcore.measure.diversity import repetition
+from gadcore.models.preference import PreferenceStats
 from gadcore.models.student import PolicyStats, SeqKDStats
 from gadcore.train.step import StepResult
 
@@ -36,6 +37,9 @@ def step_metrics(result: StepResult) -> dict[str, float]:
         capped = getattr(stats, "capped_share", None)
         if capped is not None:
             values["sampler/capped_share"] = capped
+    elif isinstance(stats, PreferenceStats):
+        figures = ("loss", "accuracy", "margin", "teacher", "student")
+        values |= {f"preference/{name}": getattr(stats, name) for name in figures} | lengths(result)
     elif isinstance(stats, SeqKDStats):
         values["student/ce"] = stats.ce
     if stats is not None and result.student_norm is not None:
@@ -61,18 +65,27 @@ def step_metrics(result: StepResult) -> dict[str, float]:
 
 def _sample_metrics(result: StepResult) -> dict[str, float]:
     groups, by_group = result.groups, result.rewards_by_group()
-    lengths = [len(s.token_ids) for g in groups for s in g.samples]
+    tokens = [len(s.token_ids) for g in groups for s in g.samples]
     rewards = [r for group in by_group for r in group]
-    student, teacher = fmean(lengths), fmean(len(g.teacher.token_ids) for g in groups)
     return {
         "reward/mean": fmean(rewards),
         "reward/std": fmean(stdev(group) for group in by_group),
-        "reward/length_corr": correlation(rewards, lengths),
+        "reward/length_corr": correlation(rewards, tokens),
+        **lengths(result),
+        "tokens/sampled": sum(tokens),
+    }
+
+
+def lengths(result: StepResult) -> dict[str, float]:
+    """Of the batch's samples beside the teacher's responses."""
+    samples = [sample for group in result.groups for sample in group.samples]
+    student = fmean(len(sample.token_ids) for sample in samples)
+    teacher = fmean(len(group.teacher.token_ids) for group in result.groups)
+    return {
         "length/student": student,
         "length/teacher": teacher,
         "length/ratio": student / teacher,
-        "length/cut_share": fmean(not s.finished for g in groups for s in g.samples),
-        "tokens/sampled": sum(lengths),
+        "length/cut_share": fmean(not sample.finished for sample in samples),
     }
 
 

@@ -37,12 +37,13 @@ class Phases:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self._step = dict.fromkeys(PHASES, 0.0)
         self._current: str | None = None
+        self._failed: str | None = None
         self._on_span = on_span
 
     @property
     def current(self) -> str | None:
-        """The phase that is at work."""
-        return self._current
+        """The phase that is at work, or has failed."""
+        return self._current or self._failed
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -61,6 +62,9 @@ class Phases:
         try:
             with self._state(name):
                 yield
+        except BaseException:
+            self._failed = name
+            raise
         finally:
             end = time.perf_counter()
             self.seconds[name] += end - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
 
 TIME_FORMAT = "%Y-%m-%d %H:%M"
+# Commands whose last stage has their name, and that train the student alone.
+BASELINES = ("seqkd", "soda")
 
 
 @dataclass
@@ -47,10 +49,21 @@ class Progress:
 
 
 def stages_of(config: Config, command: str) -> tuple[str, ...]:
-    """The stages of a run by the command `train` or `seqkd`, in order."""
+    """The stages of a run by the command `train`, `seqkd` or `soda`, in order."""
     if command == "seqkd":
         return ("seqkd",)
-    return ("sft", "warmup", "gad") if config.schedule.has_sft else ("warmup", "gad")
+    stages = ("soda",) if command == "soda" else ("warmup", "gad")
+    return ("sft", *stages) if config.schedule.has_sft else stages
+
+
+def command_of(stages: Collection[str]) -> str:
+    """The command whose run has these stages."""
+    return next((command for command in BASELINES if command in stages), "train")
+
+
+def has_discriminator(stages: Collection[str]) -> bool:
+    """Whether a run of these stages trains a discriminator: all but the baselines do."""
+    return command_of(stages) not in BASELINES
 
 
 def stage_steps(config: Config, stages: Sequence[str], steps_per_epoch: int) -> dict[str, int]:

@@ -25,7 +25,8 @@ class RewardInputs:
     """Of one group.
 
     messages: the conversation, ({"role": .., "content": ..}, ..). teacher: its response. samples, finished: the
-    student's, and whether each ended by itself. scores, teacher_score: D(x, y).
+    student's, and whether each ended by itself. scores: D(x, y_s), as algorithm.score_clip and .length_debias leave
+    them. teacher_score: D(x, y_t).
     """
 
     messages: tuple[dict[str, str], ...]
@@ -39,13 +40,15 @@ class RewardInputs:
 Reward = Callable[[RewardInputs], Sequence[float]]
 
 
-def rewards_by(reward: Reward, name: str, groups: Sequence[Group], scores: Scores) -> list[list[float]]:
-    """The function's rewards, per group one a sample. name: as algorithm.reward has it.
+def rewards_by(
+    reward: Reward, name: str, groups: Sequence[Group], scores: Scores, shaped: list[list[float]] | None = None
+) -> list[list[float]]:
+    """The function's rewards, per group one a sample. name: as algorithm.reward has it. shaped: in place of D's scores.
 
     Raises UserError where it returns another number of them, or one that is not finite.
     """
     rows = []
-    for group, own, teacher in zip(groups, scores.rewards, scores.teacher_scores, strict=True):
+    for group, own, teacher in zip(groups, shaped or scores.rewards, scores.teacher_scores, strict=True):
         samples = group.samples
         found = reward(
             RewardInputs(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gadcore.data.groups import Group
 from gadcore.models.discriminator import Scores
+from gadcore.models.preference import PreferenceStats
 from gadcore.models.student import PolicyStats, Rewards, SeqKDStats
 
 
@@ -22,7 +23,7 @@ class StepResult:
     stage: str
     step: int
     groups: Sequence[Group]
-    stats: PolicyStats | SeqKDStats | None = None
+    stats: PolicyStats | SeqKDStats | PreferenceStats | None = None
     student_norm: float | None = None
     scores: Scores | None = None
     discriminator_norm: float | None = None

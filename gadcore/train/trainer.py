@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
-from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
@@ -25,6 +23,7 @@ from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.learner import Learner
+from gadcore.models.score_shaping import shaped
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
@@ -33,9 +32,10 @@ from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
 from gadcore.train.phases import Phases
-from gadcore.train.progress import TIME_FORMAT, Progress, stage_steps
+from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
 from gadcore.train.reward import Reward, rewards_by
+from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
 
 
@@ -90,6 +90,8 @@ class Trainer:
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
+        place = None if folder is None else folder.snapshot
+        self._snapshot = Snapshot(place, loader.groups, sampler, student, self.phases, config.algorithm.soda_samples)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -102,6 +104,7 @@ class Trainer:
                 data,
                 world,
                 asynchronous=config.checkpoint.asynchronous,
+                timeout_s=config.distributed.timeout_s,
             )
             self.phases.before_update = self._checkpoints.finish
 
@@ -158,7 +161,8 @@ class Trainer:
                 self.save()
                 self.checkpoints.finish()
                 saved = f"after step {self.progress.step}, saved"
-        command = "seqkd " if "seqkd" in self.stage_steps else ""
+        command = command_of(self.stage_steps)
+        command = "" if command == "train" else f"{command} "
         start = f"{shlex.quote(sys.executable)} -m gadcore.run"
         if self.world.size > 1:
             start = "the torchrun command that started it, and -m gadcore.run"
@@ -175,14 +179,26 @@ class Trainer:
         self.sampler.draw(groups, n, f"{stage}/{step}")
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
-        """What algorithm.reward makes of D's scores; None: they are the rewards."""
-        name = self.config.algorithm.reward
+        """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
+        name, found = self.config.algorithm.reward, shaped(groups, scores, self.config.algorithm)
         if self._reward is None or name is None:
-            return None
+            return found
         reward = self._reward
         with self.phases("rewards"):
             # A function of one's own need not give the same twice.
-            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores))
+            return of_first(self.world, lambda: rewards_by(reward, name, groups, scores, found))
+
+    def take_snapshot(self) -> None:
+        """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
+        begun = self.progress.stage_step > 0
+        if self._length("soda"):
+            self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
+        if not begun:
+            self.progress.tokens["sampled"] += self._snapshot.tokens
+
+    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Gives every group its samples of the snapshot; returns the reference log-probs."""
+        return self._snapshot.of(groups)
 
     # What a step leaves
 
@@ -346,7 +362,7 @@ class Trainer:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            self.memory.add("reference.parameters", partial(fsdp.memory, self.student.reference), frozen=True)
+            self.memory.add("reference.parameters", self.student.reference_tensors, frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""

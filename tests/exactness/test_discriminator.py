@@ -14,7 +14,8 @@ from gadcore.data.groups import Group, Response
 from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.kernels.layout import GroupLayout
-from gadcore.models.discriminator import Discriminator, softened_bt_loss
+from gadcore.models.bt_loss import softened_bt_loss
+from gadcore.models.discriminator import Discriminator
 from gadcore.models.loading import load_discriminator, save_model
 from gadcore.models.spec import same_tokenizer
 from tests.support.builders import TEMPLATE, assert_same_gradients, discriminator, gradients, groups, response

@@ -1,8 +1,8 @@
 """Every implementation of every op against float64: results and every gradient, over the grids of grid_checks.py.
 
 Under TRITON_INTERPRET=1 these are the Triton kernels, run by Triton's interpreter; otherwise the references and the
-native CPU ops. All memory is filled with NaN before a kernel gets it. The interpreter takes minutes for its grid: a third
-of the cases runs always, all of them by `make test-triton GRID=`.
+native CPU ops. All memory is filled with NaN before a kernel gets it. The interpreter takes minutes for its grid: a
+third of the cases runs always, all of them by `make test-triton GRID=`.
 """
 
 from __future__ import annotations

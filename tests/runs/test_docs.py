@@ -29,6 +29,7 @@ from gadcore.integrations.service.settings import ServiceConfig
 from gadcore.plan.settings import PlanConfig
 from gadcore.run import COMMANDS
 from gadcore.teacher.settings import CollectConfig
+from gadcore.train.progress import BASELINES
 from tests.support.openai_server import Handler, completion, serve
 from tests.support.runs import ANSWERS, PROMPTS, ROOT, run, tiny_arguments, write_rows
 from tests.support.service import running, settings
@@ -55,7 +56,7 @@ RUN_BY = {"add-an-op.md": "tests/kernels/test_add_an_op.py"}
 
 # What makes a command small, beside what it says itself.
 TRAINING = {
-    "schedule.warmup_steps": 2, "schedule.gad_steps": 2, "schedule.seqkd_steps": 2,
+    "schedule.warmup_steps": 2, "schedule.gad_steps": 2, "schedule.seqkd_steps": 2, "schedule.soda_steps": 2,
     "gate.rows": 4, "gate.extra_steps": 1, "gate.every": 1, "gate.when_closed": "go_on",
     "convergence.rows": 4, "convergence.steps": 1, "convergence.step_rows": 2, "convergence.every": 2,
     "tracking.monitor_interval": 0,
@@ -222,7 +223,7 @@ def small_training(argv: list[str], folder: Path) -> list[str]:
     """A training run's settings with the tiny model in place of its preset's; its own are checked as they stand."""
     if "--resume" in argv or "--help" in argv:
         return argv
-    loading.load([word for word in argv if word not in ("--dry-run", "seqkd")])
+    loading.load([word for word in argv if word not in ("--dry-run", *BASELINES)])
     tiny = tiny_arguments(folder)[2:]
     settings = dict(zip([key[2:] for key in tiny[::2]], tiny[1::2], strict=True)) | TRAINING
     if "--data.train" in argv:
@@ -232,7 +233,7 @@ def small_training(argv: list[str], folder: Path) -> list[str]:
         argv = [*argv[:at], *argv[at + 2 :]]
     if "--run.dir" in argv:
         shutil.rmtree(folder / argv[argv.index("--run.dir") + 1], ignore_errors=True)
-    command = argv[:1] if argv[:1] == ["seqkd"] else []
+    command = [word for word in argv[:1] if word in BASELINES]
     return command + with_small(argv[len(command) :], settings)
 
 
@@ -241,7 +242,7 @@ def small_command(code: Code, folder: Path, server: str) -> list[str]:
     argv = [word.replace(MODEL, str(folder / "model")) for word in code.words[3:]]
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     asking = {"endpoint.base_url": server, "endpoint.concurrency": 2}
-    if command in ("train", "seqkd"):
+    if command in ("train", *BASELINES):
         return small_training(argv, folder)
     if command == "eval":
         return [command, *with_small(argv[1:], EVALUATION)]
@@ -255,7 +256,7 @@ def small_command(code: Code, folder: Path, server: str) -> list[str]:
     if command == "tally":
         rate(folder / "sheet")
         return [command, *(path for word in argv[1:] for path in sorted(glob.glob(word, root_dir=folder)))]
-    assert command in ("doctor", "export", "report", "sheet"), (
+    assert command in ("doctor", "doctor-d", "export", "report", "sheet"), (
         f"{code.where}: give the command {command} a rule in this test"
     )
     return argv
@@ -312,7 +313,9 @@ def test_commands_and_programs(
             look_up(code)
             continue
         exit_code, said = worker(tmp_path, argv)
-        assert exit_code == 0, f"{code.where}: {code.text}\nas {shlex.join(argv)}\n{exit_code}\n{said}"
+        # doctor-d says by 1 that it found something, as it does of random models.
+        fine = (0, 1) if argv[:1] == ["doctor-d"] else (0,)
+        assert exit_code in fine, f"{code.where}: {code.text}\nas {shlex.join(argv)}\n{exit_code}\n{said}"
 
 
 def test_the_documents_have_what_is_tested() -> None:

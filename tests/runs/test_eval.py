@@ -13,6 +13,7 @@ from gadcore.evaluate.child import in_process
 from gadcore.evaluate.command import main
 from gadcore.evaluate.responses import read_responses
 from gadcore.files import LOCK, held, temporary
+from gadcore.measure import likeness
 from gadcore.rollout.hf import HFEngine
 from tests.support.builders import TEMPLATE
 from tests.support.runs import ANSWERS, PROMPTS, write_rows
@@ -92,6 +93,30 @@ def test_what_is_there_is_not_made_again(here: Path, monkeypatch) -> None:
     monkeypatch.setattr(sampling, "make_engine", lambda *_: pytest.fail("sampled again"))
     monkeypatch.setattr("gadcore.evaluate.fresh_text.fresh_discriminator", lambda *_: pytest.fail("trained again"))
     assert evaluate("before=a") == first
+
+
+def test_several_responses_to_a_prompt_are_averaged_and_drawn_once(here: Path) -> None:
+    """Stopped between the responses of a prompt: all of that prompt's are drawn again, and of no other."""
+    found = evaluate("a=a,b=b", out="whole", eval__samples=3)
+    rows = read_responses(Path("whole/rows/b.jsonl"))
+    assert [(row.index, row.sample) for row in rows] == [(i, k) for i in range(10) for k in range(3)]
+    assert len({row.response for row in rows}) > 10
+    results, differences = found["sets"]["rows"]["results"], found["sets"]["rows"]["differences"]
+    words = [len(likeness.words(row.response)) for row in rows]
+    assert results["b"]["words"]["mean"] == pytest.approx(sum(words) / 30) and results["b"]["words"]["n"] == 10
+    assert differences["b"]["style"]["n"] == results["b"]["fresh_accuracy"]["n"] == 10
+    assert results["teacher"]["style"]["n"] == results["teacher"]["distinct_2"]["n"] == 10
+    Path("out/rows").mkdir(parents=True)
+    lines = [json.dumps({"made_from": json.loads(Path("whole/rows/sampled-b.json").read_text())["made_from"]})]
+    for row in rows[:5]:
+        made = {"place": row.index, "text": "kept", "finished": row.finished, "tokens": 1, "seconds": 0.5}
+        lines.append(json.dumps(made))
+    Path("out/rows/drawn-b.part").write_text("\n".join(lines) + "\n")
+    evaluate("a=a,b=b", eval__samples=3, fresh__enabled="false")
+    again = read_responses(Path("out/rows/b.jsonl"))
+    assert [row.response for row in again[:3]] == ["kept"] * 3 and again[3:] == rows[3:]
+    with pytest.raises(UserError, match="was made with other samples"):
+        evaluate("a=a", out="whole")
 
 
 def test_what_was_drawn_when_it_was_stopped_is_not_drawn_again(here: Path, monkeypatch) -> None:

@@ -60,3 +60,18 @@ def bt_loss(model, groups: list[tuple[tuple, tuple, list[tuple]]]) -> Tensor:
             margin = score(model, prompt, teacher) - score(model, prompt, sample)
             losses.append(torch.log1p(torch.exp(-margin)))
     return torch.stack(losses).mean()
+
+
+def dpo_loss(model, reference, groups: list[tuple[tuple, tuple, list[tuple]]], beta: float) -> Tensor:
+    """groups: (prompt ids, teacher ids, sample ids). The teacher is read again for every one of its N pairs."""
+    losses = []
+    for prompt, teacher, samples in groups:
+        for sample in samples:
+            chosen = token_logprobs(model, prompt, teacher, 1.0).sum()
+            rejected = token_logprobs(model, prompt, sample, 1.0).sum()
+            with torch.no_grad():
+                ref_chosen = token_logprobs(reference, prompt, teacher, 1.0).sum()
+                ref_rejected = token_logprobs(reference, prompt, sample, 1.0).sum()
+            logits = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+            losses.append(-torch.log(torch.sigmoid(logits)))
+    return torch.stack(losses).mean()

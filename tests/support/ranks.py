@@ -30,11 +30,13 @@ def run_ranks(
     replicas: int = 1,
     per_node: int | None = None,
     environment: dict[str, str] | None = None,
+    device: str = "cpu",
 ) -> list[Any]:
     """What `function` ("module:name") returns in each of `size` processes, by rank.
 
     AssertionError with the ends of the failed processes' output where one fails; those that are left after `deadline`
-    seconds, or after one has failed, are killed. per_node: processes of a node, default all.
+    seconds, or after one has failed, are killed. per_node: processes of a node, default all. device: "cpu", or "cuda",
+    a GPU each.
     """
     from torch.distributed import TCPStore
 
@@ -43,7 +45,7 @@ def run_ranks(
     per_node = per_node or size
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "args").write_bytes(pickle.dumps((function, args, replicas)))
+        (folder / "args").write_bytes(pickle.dumps((function, args, replicas, device)))
         running = []
         for rank in range(size):
             ranked = {
@@ -90,9 +92,9 @@ def main(folder: Path) -> None:
     from gadcore.distributed.world import join_world
 
     torch.set_num_threads(1)
-    function, args, replicas = pickle.loads((folder / "args").read_bytes())
+    function, args, replicas, device = pickle.loads((folder / "args").read_bytes())
     module, name = function.split(":")
-    with join_world(torch.device("cpu"), timeout_s=60, replicas=replicas) as world:
+    with join_world(torch.device(device), timeout_s=60, replicas=replicas) as world:
         result = getattr(importlib.import_module(module), name)(world, *args)
         (folder / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
         # Who leaves early takes the connections with him.

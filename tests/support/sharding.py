@@ -38,7 +38,8 @@ def save_uneven(folder: Path, kind: str, *, tied: bool) -> Path:
     """A model directory of such a model."""
     model, config, special = FAMILIES[kind]
     torch.manual_seed(3)
-    made = model(config(**SHAPE, tie_word_embeddings=tied, **special)).eval()
+    layers = {"num_hidden_layers": len(special["layer_types"])} if "layer_types" in special else {}
+    made = model(config(**(SHAPE | layers), tie_word_embeddings=tied, **special)).eval()
     with torch.no_grad():
         for name, p in made.named_parameters():
             if p.dim() == 1:

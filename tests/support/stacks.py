@@ -1,7 +1,7 @@
-"""The classes of other stacks that gadcore's clients derive from, as their sources have them, where they are not installed.
+"""The classes of other stacks that gadcore's clients derive from, as their sources have them, where there are none.
 
 OpenRLHF 0.11.2, ms-swift 4.6.0, verifiers 0.4.0 as they are on PyPI; slime 0.3.1 and NeMo-RL 0.6.0 from their
-repositories. Nothing of what they do, only names and signatures: in an environment that has a stack, its own classes are
+repositories. Names and signatures, nothing of what they do: in an environment that has a stack, its own classes are
 taken, and test_stacks.py holds these signatures to them.
 """
 

@@ -6,7 +6,7 @@ try:
     import trl as _trl
 except ImportError as error:
     raise UserError(
-        "gadcore.integrations.trl needs TRL, which is not installed: pip install 'gadcore[trl]'"
+        f"gadcore.integrations.trl needs TRL, which does not load ({error}): pip install 'gadcore[trl]'"
     ) from error
 
 from gadcore.integrations.trl.remote import GADServiceReward

@@ -15,7 +15,7 @@ STATE = "discriminator-state.safetensors"
 
 
 class Checkpointed(TrainerCallback):
-    """Saves weights and moments with every checkpoint, and goes on with those of the checkpoint at a resume, to the bit.
+    """Saves weights and moments with every checkpoint; a resume goes on with them, to the bit.
 
     resume_from: where they lie at a resume, default the trainer's own folder of that step.
     """

@@ -34,7 +34,7 @@ _ANY_CUT = ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
 class GADGRPOTrainer(GRPOTrainer):
     """Takes what GRPOTrainer takes, and
 
-    fuse: norms, MLPs, linear layers and the rotation of the model by gadcore's functions, which compute the same faster.
+    fuse: norms, MLPs, linear layers and the rotation of the model by gadcore's functions, which compute them faster.
     whole_groups: rows of one prompt pass through the model together where the gradient does not depend on it; TRL
     shuffles them over the micro-batches of a generation, which leaves little of a prompt to be shared.
 
@@ -60,7 +60,7 @@ class GADGRPOTrainer(GRPOTrainer):
             "adapters (PEFT)": is_peft_model(self.model),
             "images": self._is_vlm,
             "router_aux_loss_coef": self.aux_loss_enabled,
-            "entropy_coef and use_adaptive_entropy (gadcore's entropy carries no gradient)": self._entropy_bonus_enabled,
+            "entropy_coef or use_adaptive_entropy (its entropy has no gradient)": self._entropy_bonus_enabled,
             "cast_lm_head_to_fp32 (gadcore accumulates in float32 as it is)": args.cast_lm_head_to_fp32,
             "use_liger_kernel": args.use_liger_kernel,
             "torch_compile": args.torch_compile,

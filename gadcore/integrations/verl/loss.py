@@ -41,8 +41,8 @@ def pairs_of(scores: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) -> Pai
 
 
 def bt_loss(model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
-    """A loss function for verl's value model: its gradient is that of the BT loss over the whole batch, and the sum over
-    micro-batches and ranks, whatever rows they have.
+    """A loss function for verl's value model, whose gradients add up to that of the BT loss over the whole batch,
+    whatever rows the micro-batches and ranks have.
 
     model_output: {"values": nested [rows, tokens]}. data: nested fields of the rows, `bt_weight` [rows, response] from
     pairs_of() among them; dp_size. That holds for one optimizer step, from the weights that gave the scores.
@@ -55,6 +55,7 @@ def bt_loss(model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor,
     return loss, {}
 
 
-def last_values(values: Tensor) -> Tensor:
+def last_values(values: Any) -> Tensor:
     """[rows], of every row of a nested [rows, tokens] the value at its last token."""
-    return values.values()[values.offsets()[1:] - 1].float()
+    last: Tensor = values.values()[values.offsets()[1:] - 1]
+    return last.float()

@@ -5,10 +5,10 @@
         reward.custom_reward_function.path=pkg://gadcore.integrations.verl.reward \\
         reward.custom_reward_function.name=no_reward ..
 
-The teacher's text is the row's reward_model.ground_truth. The value model scores samples and teacher's responses at their
-last token, in the pass that verl makes for values anyway; a sample's score is its reward, and what the BT loss of all
-pairs says of each score is the coefficient of that row in the critic's loss. So no two rows of a pair have to meet in a
-micro-batch or on a rank. trainer.critic_warmup is GAD's warmup of the discriminator; verl's checkpoints hold it.
+The teacher's text is the row's reward_model.ground_truth. The value model scores samples and teacher's responses at
+their last token, in the pass that verl makes for values anyway; a sample's score is its reward, and what the BT loss of
+all pairs says of each score is the coefficient of that row in the critic's loss. So no two rows of a pair have to meet
+in a micro-batch or on a rank. trainer.critic_warmup is GAD's warmup of the discriminator; verl's checkpoints hold it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ class GADTrainer(PPOTrainerSync):  # type: ignore[misc]
         super().__init__(config)
         if not self.use_critic:
             raise UserError("the discriminator is verl's critic: set critic.enable=true")
-        if config.algorithm.adv_estimator != "grpo":
-            raise UserError(f"GAD takes advantages over groups: set algorithm.adv_estimator=grpo, not {config.algorithm.adv_estimator}")
+        estimator = config.algorithm.adv_estimator
+        if estimator != "grpo":
+            raise UserError(f"GAD's advantages are over groups: set algorithm.adv_estimator=grpo, not {estimator}")
         if config.critic.ppo_epochs != 1:
-            raise UserError(f"the discriminator takes one step a batch: set critic.ppo_epochs=1, not {config.critic.ppo_epochs}")
+            raise UserError(
+                f"the discriminator takes one step a batch: set critic.ppo_epochs=1, not {config.critic.ppo_epochs}"
+            )
         self._scored: Any = None
 
     def _setup(self) -> None:
@@ -56,10 +59,12 @@ class GADTrainer(PPOTrainerSync):  # type: ignore[misc]
         self.critic_wg.set_loss_fn(bt_loss)
 
     def _compute_values(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Scores of samples and teacher's responses under the weights from before the step; the rewards of the former."""
+        """Scores of samples and teacher's responses, under the weights from before the step; rewards of the samples."""
         groups = self._groups(batch)
         whole = self._with_teachers(batch, groups)
-        whole.extra_info.update({"compute_loss": False, "temperature": self.config.actor_rollout_ref.rollout.temperature})
+        whole.extra_info.update(
+            {"compute_loss": False, "temperature": self.config.actor_rollout_ref.rollout.temperature}
+        )
         ray.get(self.critic_wg.infer_batch(whole).futures)
         data = tq.kv_batch_get(
             keys=whole.keys, partition_id=whole.partition_id, select_fields=["values", "response_mask"]
@@ -82,7 +87,9 @@ class GADTrainer(PPOTrainerSync):  # type: ignore[misc]
         rewards = torch.zeros(len(batch))
         for rows in groups:
             rewards[rows] = scores[rows]
-        self._put(batch, {"values": _nested(list(values.unbind())[: len(batch)]), "rm_scores": _at_the_end(rewards, own)})
+        self._put(
+            batch, {"values": _nested(list(values.unbind())[: len(batch)]), "rm_scores": _at_the_end(rewards, own)}
+        )
         self._scored = whole
         return batch
 

@@ -9,7 +9,7 @@ import pytest
 from gadcore.config.effects import without_effect
 from gadcore.config.loading import load, presets
 
-STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",)}
+STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",), "soda": ("soda",)}
 PER_EPOCH = 10
 
 
@@ -18,7 +18,7 @@ def told(*settings: str, device: str = "cpu", command: str = "train") -> list[st
 
 
 @pytest.mark.parametrize("name", presets())
-@pytest.mark.parametrize("command", ["train", "seqkd"])
+@pytest.mark.parametrize("command", ["train", "seqkd", "soda"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> None:
     assert without_effect(load(["--preset", name]), device, STAGES[command], PER_EPOCH) == []
@@ -84,9 +84,20 @@ def test_the_dtype_of_logits_is_a_setting_of_engines_in_bfloat16() -> None:
     (sentence,) = told("rollout.head_dtype=bfloat16")
     assert sentence == 'rollout.head_dtype has no effect: rollout.dtype = "float32" has its logits in float32'
     assert told("rollout.head_dtype=bfloat16", "rollout.dtype=bfloat16") == []
-    for device, engine, count in (("cuda", "vllm", 1), ("cpu", "hf", 1), ("cpu", "vllm", 0)):
+    for device, engine, count in (("cuda", "vllm", 1), ("cpu", "hf", 1), ("cpu", "vllm", 0), ("cpu", "vllm-server", 1)):
         assert len(told("memory.shared_weights=false", f"rollout.engine={engine}", device=device)) == count
     assert told("memory.prefetch=false", device="cuda") == []
+
+
+def test_a_server_that_runs_has_settings_of_its_own() -> None:
+    chosen = ("rollout.engine=vllm-server", "rollout.max_num_seqs=7", "rollout.tensor_parallel=2")
+    assert told(*chosen) == []
+    (sentence,) = told(*chosen, "rollout.url=http://127.0.0.1:8000")
+    assert sentence == (
+        "rollout.max_num_seqs, rollout.tensor_parallel have no effect: rollout.url = http://127.0.0.1:8000 names a "
+        "server that runs already"
+    )
+    assert len(told("rollout.engine=hf", "rollout.probe_every=3")) == 1
 
 
 def test_settings_of_the_other_command_are_told_in_one_sentence() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gadcore.data.groups import Cost, GroupedBatch, GroupPart, GroupTokens, micro_batches, select
+from gadcore.data.groups import Cost, GroupedBatch, GroupPart, GroupTokens, micro_batches, packed, select
 
 token_ids = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(tuple)
 batches = st.lists(
@@ -96,6 +96,34 @@ def test_a_group_that_is_too_large_is_split_with_its_prompt_and_teacher() -> Non
         [GroupPart(0, (1,))],
         [GroupPart(0, (0, 2))],
     ]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_processes_share_a_batch_and_take_equally_many_cuts(teacher) -> None:
+    groups = [GroupTokens((1,) * (3 + i), tuple((i, j) * (1 + j) for j in range(2 + i))) for i in range(3)]
+    said = [[float(i)] * len(r) for i, r in enumerate(r for group in groups for r in group.responses)]
+    alone = list(packed(groups, 25, COST, teacher=teacher, logprobs=said))
+    shares = [list(packed(groups, 25, COST, teacher=teacher, logprobs=said, rank=r, size=4)) for r in range(4)]
+    assert len({len(share) for share in shares}) == 1
+    micros = [micro for share in shares for micro in share if not micro.idle]
+    responses = Counter(i for micro in micros for i in micro.index.tolist())
+    if not teacher:
+        assert sorted(responses) == list(range(9)) and set(responses.values()) == {1}
+        assert sum(len(micro.tokens.targets) for micro in micros) == sum(len(m.tokens.targets) for m in alone)
+        for micro in micros:
+            said_here = [value for i in micro.index.tolist() for value in said[i]]
+            assert micro.logprobs.tolist() == said_here
+    assert sorted(responses) == list(range(9))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_process_without_a_cut_gets_a_group_of_no_result(teacher) -> None:
+    groups = [GroupTokens((5, 6), ((7, 8), (9,)))]
+    (first,), (second,) = (list(packed(groups, 99, COST, teacher=teacher, rank=r, size=2)) for r in range(2))
+    assert not first.idle and first.index.tolist() == [0, 1]
+    assert second.idle and not len(second.index)
+    assert second.tokens.input_ids.numel() == 1 + teacher and second.sequences.sequences == 1
+    assert not teacher or not second.sequences.paired.any()
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -39,6 +39,12 @@ def parameters(model: nn.Module) -> list:
     return [(name, p.detach()) for name, p in model.named_parameters()]
 
 
+def wrong(layout: Layout, world: World, model: nn.Module, engine: Engine) -> list[str]:
+    """What the fingerprint finds."""
+    expected = trainer_sums(layout.shapes, layout.stored, layout.mesh, world, parameters(model))
+    return differing(list(layout.shapes), expected, engine_sums(layout, world, engine.parameters))
+
+
 def of_both_meshes(world: World) -> list[list[dict]]:
     """pushes() of four shards, and of two copies of two shards."""
     one = init_device_mesh("cpu", (world.size,), mesh_dim_names=(SHARD,))
@@ -69,11 +75,9 @@ def pushes(world: World) -> list[dict]:
                     for name, p in model.named_parameters():
                         local, chunk = p.to_local(), mesh.chunk(p.shape[0])
                         local.copy_(whole[name][world.shard * chunk : world.shard * chunk + len(local)])
-                stale = differing(layout, trainer_sums(layout, world, parameters(model)),
-                                  engine_sums(layout, world, engine.parameters))  # fmt: skip
+                stale = wrong(layout, world, model, engine)
                 moved = exchange.push(parameters(model))
-                after = differing(layout, trainer_sums(layout, world, parameters(model)),
-                                  engine_sums(layout, world, engine.parameters))  # fmt: skip
+                after = wrong(layout, world, model, engine)
                 expected = Engine(engine.rank, PARALLEL, dtype=dtype)
                 expected.load(whole.items())
                 real = VOCABULARY_ROWS[engine.rank]
@@ -100,7 +104,6 @@ VOCABULARY_ROWS = (12, 9)
 
 def damages(layout: Layout, world: World, model: nn.Module, engine: Engine) -> list[list[str]]:
     """What the fingerprint says of a damage on the last rank alone."""
-    expected = trainer_sums(layout, world, parameters(model))
     down = engine.parameters["down.weight"].data
     kept, said = down.clone(), []
 
@@ -116,7 +119,7 @@ def damages(layout: Layout, world: World, model: nn.Module, engine: Engine) -> l
     for damage in (one, rows, columns):
         if world.rank == world.size - 1:
             damage()
-        said.append(differing(layout, expected, engine_sums(layout, world, engine.parameters)))
+        said.append(wrong(layout, world, model, engine))
         down.copy_(kept)
     return said
 

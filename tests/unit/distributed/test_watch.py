@@ -21,6 +21,7 @@ def ended(module_folder: Path) -> dict[str, tuple[Job, list[int | None], str]]:
     jobs = {
         how: start_job(2, ["-m", "tests.support.failing_job", how, str(TIMEOUT)], module_folder / how) for how in HOW
     }
+    jobs["eval"] = start_job(2, ["-m", "gadcore.run", "eval"], module_folder / "eval")
     found = {}
     for how, job in jobs.items():
         codes = job.wait(90)
@@ -74,6 +75,11 @@ def test_a_sentence_for_the_user_is_told_once(ended) -> None:
     _, codes, text = ended["all"]
     assert codes == [2, 2] and told(text) == ["gadcore: nobody can read it: give another one"], text
     assert "Traceback" not in text
+
+
+def test_other_commands_are_of_one_process(ended) -> None:
+    _, codes, text = ended["eval"]
+    assert codes == [2, 2] and told(text) == ["gadcore: eval is a command of one process: start it without torchrun"]
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(ended) -> None:

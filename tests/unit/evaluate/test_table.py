@@ -113,7 +113,7 @@ def test_a_judge_without_a_usable_verdict_is_shown_as_such(folder: Path) -> None
 def test_markdown_is_a_table_whose_rows_have_equal_widths(folder: Path) -> None:
     text = markdown(evaluation(folder, "test"))
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 11 and {line.count("|") for line in table} == {7}
+    assert len(table) == 2 + 13 and {line.count("|") for line in table} == {7}
     assert "- gad: `runs/x`" in text and "- 1 of 4 &lt;cut&gt;" in text
 
 
@@ -122,7 +122,7 @@ def test_the_reports_section_escapes_what_it_shows(folder: Path) -> None:
     write_json(folder / "evaluation.json", evaluation(folder))
     page = evaluation_section(folder)
     assert page is not None and "test|&lt;b&gt;" in page and "1 of 4 &lt;cut&gt;" in page and "<b>" not in page
-    assert page.count("<tr>") == 1 + 11
+    assert page.count("<tr>") == 1 + 13
 
 
 def test_the_json_is_plain(folder: Path) -> None:

@@ -38,7 +38,7 @@ def test_repetition_beside_the_teachers() -> None:
     repeats, plain = "we go on and we go on", "we go on and then we stop"
     figures, rows = evaluate([group(plain, repeats, plain), group(repeats, plain, plain)], None)
     assert [row["repeated"] for row in rows] == [0.5, 0.0] and figures["repeated"] == 0.25
-    assert figures["teacher"] == {"repeated": 0.5, "words": 7.0}
+    assert figures["teacher"] == {"repeated": 0.5, "words": 7.0, "style": pytest.approx(5 / 6)}
 
 
 def test_distinct_2_counts_over_all_samples() -> None:

@@ -101,6 +101,17 @@ def test_tensors_keep_values_identity_and_common_memory_through_a_move() -> None
     assert tier[0].calls == ["load", "load", "store", "load"], "what did not change is not stored again"
 
 
+def test_a_view_of_no_rows_takes_no_place() -> None:
+    """A shard of a head of one row, where another process has that row: padded memory, and nothing to see of it."""
+    padded = torch.arange(8.0)
+    nothing = padded.view(1, 8)[:0]
+    arena = Arena("x", [padded, nothing], MemoryTier)
+    assert arena.bytes == 64
+    arena.come()
+    assert nothing.shape == (0, 8) and padded.tolist() == list(range(8))
+    assert nothing.untyped_storage().data_ptr() == padded.untyped_storage().data_ptr()
+
+
 def test_what_did_not_change_is_stored_once() -> None:
     weight = torch.ones(9)
     tier = MemoryTier(64)

@@ -108,7 +108,6 @@ def test_a_bad_machine_file_is_an_error(tmp_path, content, message) -> None:
         (["--plan.rows", "0"], "plan.rows = 0"),
         (["--student.model", "nobody/nothing"], "no config.json for the model 'nobody/nothing'"),
         (["--plan.against", "nowhere"], "plan.against = nowhere is not a run folder"),
-        (["--plan.machine", "h100-80gb-x8", "--rollout.engine", "hf"], 'rollout.engine = "hf"'),
         (["--plan.machine"], "--plan.machine needs a value"),
         (["--memory.offload", "pinned"], "memory.offload = pinned"),
     ],

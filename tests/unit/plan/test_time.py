@@ -49,8 +49,9 @@ def test_a_pass_by_hand() -> None:
 def test_communication_counts_where_computing_does_not_hide_it() -> None:
     case = round_case(kind="cuda", ranks=2, node_link=1e6, overlap_share=1e-9)
     work = Pass(tokens=100, pairs=0, responses=0, head=0, backward=True)
-    # Two gathers and one reduction of 3200 float32 at 1e6 bytes/s, of which a ring of 2 moves half.
-    expected = 3 * 0.4 * 2 / 2 + 3200 * 12 / 1e6 / 2
+    # Two gathers and one reduction of 2200 float32 in layers, one gather and one reduction of 1000 others, at 1e6
+    # bytes/s, of which a ring of 2 moves half.
+    expected = 3 * 0.4 * 2 / 2 + (2200 * 12 + 1000 * 8) / 1e6 / 2
     assert pass_seconds(case, CHOICE, case.student, "student", work) == pytest.approx(expected)
     cut = replace(CHOICE, micro_batch_tokens=25)
     assert pass_seconds(case, cut, case.student, "student", work) == pytest.approx(1.2 + 2 * 3200 * 12 / 1e6 / 2)

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from gadcore.config.settings import Config
+from gadcore.distributed.world import World
+from gadcore.errors import UserError
 from gadcore.rollout import vllm
 from gadcore.rollout.engine import ENGINES, Engine, make_engine
 from tests.support.builders import TEMPLATE
@@ -76,3 +78,20 @@ def test_vllm_starts_before_the_weights_come(monkeypatch, log, there) -> None:
     assert log == [
         "started", "cache found", "sampled", "weights come", "compared", "checked", "weights leave", "asleep",
     ]  # fmt: skip
+
+
+def test_an_engine_of_one_process_is_refused_to_several(monkeypatch) -> None:
+    class Alone(Engine):
+        def generate(self, requests, *, temperature, max_tokens, done=None):
+            return []
+
+        def update_weights(self, source) -> None: ...
+
+        def weights(self):
+            return {}
+
+    monkeypatch.setitem(ENGINES, "hf", f"{__name__}:Alone")
+    monkeypatch.setitem(globals(), "Alone", Alone)
+    config = Config.model_validate({"rollout": {"engine": "hf"}})
+    with pytest.raises(UserError, match='rollout.engine = "hf" samples in one process, and 4 train together'):
+        make_engine(config, "", tiny_model(), TEMPLATE, world=World(0, 4))

@@ -10,7 +10,7 @@ import torch
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.memory.colocation import Colocation
-from gadcore.rollout.engine import ENGINES, Engine, engine_class, make_engine
+from gadcore.rollout.engine import ENGINES, Engine, WeightsLost, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights, checksums, fingerprint
 from tests.support.builders import TEMPLATE, groups
@@ -82,6 +82,55 @@ def test_beside_others_the_device_is_entered_before_each_part(echo) -> None:
     assert [entry.split()[0] for entry in echo.log] == [
         "enter", "wake", "update", "leave", "enter", "wake", "generate", "leave",
     ]  # fmt: skip
+
+
+class Loses(Echo):
+    """Loses its weights while it samples, some times."""
+
+    times = 1
+
+    def generate(self, requests, *, temperature, max_tokens):
+        drawn = super().generate(requests, temperature=temperature, max_tokens=max_tokens)
+        if self.times:
+            self.times -= 1
+            raise WeightsLost("it was restarted")
+        return drawn
+
+
+def test_an_engine_that_lost_its_weights_gets_them_again_once() -> None:
+    engine = Loses(Config(), "", tiny_model(), TEMPLATE)
+    batch = groups(3, 0)
+    sampler(engine).draw(batch, 4, "gad/1")
+    assert [entry.split()[0] for entry in engine.log] == [*("wake", "update", "wake", "generate") * 2, "sleep"]
+    engine.times = 2
+    with pytest.raises(WeightsLost):
+        sampler(engine).draw(batch, 4, "gad/1")
+
+
+class Looks:
+    """A probe that keeps a log."""
+
+    def __init__(self, log: list[str], *due: bool) -> None:
+        self.log, self._due = log, list(due)
+
+    def due(self) -> bool:
+        return self._due.pop(0)
+
+    def check(self, requests, responses) -> None:
+        self.log.append(f"probe of {len(requests)}, {len(responses)}")
+
+
+def test_the_probe_looks_where_it_is_due_in_the_trainers_state(echo) -> None:
+    @contextmanager
+    def states(name):
+        echo.log.append(f"enter {name}")
+        yield
+
+    made = sampler(echo, states=states, probe=Looks(echo.log, True, False))
+    made.draw(groups(3, 0), 4, "gad/1")
+    assert echo.log[-3:] == ["generate", "enter student", "probe of 3, 3"]
+    made.draw(groups(3, 0), 4, "gad/2")
+    assert echo.log[-1] == "generate"
 
 
 def test_a_device_that_others_share_wakes_a_part_once(echo, tmp_path) -> None:

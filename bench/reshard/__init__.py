@@ -1,0 +1,1 @@
+"""Plans of how shards become the sampler's, without processes and without weights."""

@@ -1,0 +1,1 @@
+"""gadcore's trainer inside TRL beside TRL's own."""
