@@ -130,7 +130,7 @@ class Learner:
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
         if self.world.size > 1:
-            save_sharded(self.model, self._tokenizer, folder, self.world)
+            save_sharded(self.model, self._tokenizer, Path(folder), self.world)
             return
         weights = self.optimizer.weights(dict(self.model.named_parameters()))
         save_model(self.model, self._tokenizer, Path(folder), weights)
