@@ -32,6 +32,7 @@ def config(offload="auto", **sections) -> Config:
 def test_holdings_are_what_the_settings_say() -> None:
     case = round_case(kind="cuda", ranks=4, config=config(rollout=VLLMRollout(dtype="bfloat16")))
     assert holdings(case, CHOICE) == {
+        "base.parameters": 0.0,
         "student.parameters": 3200.0,
         "student.gradients": 3200.0,
         "student.optimizer": 6400.0,
