@@ -13,7 +13,7 @@ ABOUT = (
     "SmolLM2-135M, fp32, one prompt with 8 samples of full length; log-probabilities of a reference policy, GRPO loss\n"
     "(dapo, beta 0.001) and backward pass. Seconds are of CPU time at one thread, medians of interleaved rounds; the\n"
     "ratio is the median over rounds, above 1 where GADGRPOTrainer is faster. Peak: resident memory above what is\n"
-    "there between steps, gradients included. The gate holds the loss and gradients of one to those of the other (1e-4)."
+    "there between steps, gradients included. The gate holds loss and gradients of one to those of the other (1e-4)."
 )
 
 
