@@ -233,7 +233,7 @@ def over_ranks(world: World, path: str) -> dict:
 
 
 def test_two_ranks_feed_a_server_with_their_shards(tmp_path: Path) -> None:
-    one, other = run_ranks(2, f"{HERE}:over_ranks", str(save_tiny(tmp_path, "qwen2")), deadline=1200)
+    one, other = run_ranks(2, f"{HERE}:over_ranks", str(save_tiny(tmp_path, "qwen2")), deadline=1200, timeout_s=900)
     assert one["greedy"] == one["expected"] == other["greedy"]
     assert one["sampled"] == other["sampled"]
     for found in (one, other):

@@ -31,12 +31,13 @@ def run_ranks(
     per_node: int | None = None,
     environment: dict[str, str] | None = None,
     device: str = "cpu",
+    timeout_s: float = 60.0,
 ) -> list[Any]:
     """What `function` ("module:name") returns in each of `size` processes, by rank.
 
     AssertionError with the ends of the failed processes' output where one fails; those that are left after `deadline`
     seconds, or after one has failed, are killed. per_node: processes of a node, default all. device: "cpu", or "cuda",
-    a GPU each.
+    a GPU each. timeout_s: of a collective.
     """
     from torch.distributed import TCPStore
 
@@ -45,7 +46,7 @@ def run_ranks(
     per_node = per_node or size
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "args").write_bytes(pickle.dumps((function, args, replicas, device)))
+        (folder / "args").write_bytes(pickle.dumps((function, args, replicas, device, timeout_s)))
         running = []
         for rank in range(size):
             ranked = {
@@ -92,9 +93,9 @@ def main(folder: Path) -> None:
     from gadcore.distributed.world import join_world
 
     torch.set_num_threads(1)
-    function, args, replicas, device = pickle.loads((folder / "args").read_bytes())
+    function, args, replicas, device, timeout_s = pickle.loads((folder / "args").read_bytes())
     module, name = function.split(":")
-    with join_world(torch.device(device), timeout_s=60, replicas=replicas) as world:
+    with join_world(torch.device(device), timeout_s=timeout_s, replicas=replicas) as world:
         result = getattr(importlib.import_module(module), name)(world, *args)
         (folder / f"result-{os.environ['RANK']}").write_bytes(pickle.dumps(result))
         # Who leaves early takes the connections with him.
