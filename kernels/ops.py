@@ -90,6 +90,8 @@ OPS = {
     "linear_few_rows": Op("a linear layer of at most 64 rows, as in decoding", passes=("forward",), cpu=SINGLE),
     "gated_mlp": Op("a gated MLP with its three products and their gradients", cpu=SINGLE),
     "swiglu": Op("the gated activation of an MLP", passes=BOTH, cpu=SINGLE),
+    "lora_linear": Op("a linear layer of a frozen weight with a low-rank adapter"),
+    "lora_gated_mlp": Op("a gated MLP of frozen weights with three such adapters, on a CPU"),
 }
 
 

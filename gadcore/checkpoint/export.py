@@ -15,15 +15,20 @@ from pathlib import Path
 
 import torch
 
-from gadcore.checkpoint import store
+from gadcore.checkpoint import bases, store
 from gadcore.checkpoint.card import model_card
 from gadcore.checkpoint.shards import ShardedTensors
 from gadcore.config import loading
+from gadcore.config.adapter import lora_of
 from gadcore.config.device import quiet
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.files import LOCK, held, parse_json, whole_folder, write_whole
-from gadcore.models.loading import PreTrainedModel, load_causal_lm, load_discriminator, save_model, without_weights
+from gadcore.models.adapter import is_adapted, merge_adapter, own_parameters
+from gadcore.models.learner import ADAPTER
+from gadcore.models.loading import PreTrainedModel, load_causal_lm, save_model, without_weights
+from gadcore.models.peft_format import write_adapter
+from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.state import check_parameters, copy_into
 from gadcore.models.streaming import save_streamed
@@ -38,7 +43,7 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
     """Writes a model of the checkpoint in `saved`, <run folder>/checkpoints/<name>, and its card to the folder `out`.
 
     out is whole or not there; it may exist if it is empty. dtype: of the weights, "float32", "bfloat16" or "float16";
-    default the run's.
+    default the run's. Where a model has adapters, they are part of the weights, and lie beside them in ADAPTER.
     Raises UserError where out holds something, where the checkpoint is damaged or lies in no run folder, where it has
     no such model, or where it does not fit the model that the run's settings name.
     """
@@ -56,15 +61,20 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
     saved_as = tensors[which]
     sharded = isinstance(saved_as, ShardedTensors)
     model = _shell(config, which, spec) if sharded else _untrained(config, which, spec)
-    check_parameters(dict(model.named_parameters()), saved_as, which)
+    bases.check(checkpoint.state.get("bases"), bases.describe({which: model}), {which: spec.path})
+    check_parameters(own_parameters(model), saved_as, which)
     if not sharded:
-        copy_into(dict(model.named_parameters()), saved_as)
-    if dtype is not None:
-        model.to(getattr(torch, dtype))
+        copy_into(own_parameters(model), saved_as)
     place = Path(os.path.abspath(out))
     with held(place.with_name(f"{LOCK}-{place.name[:40]}"), f"the folder {out}"):
         try:
             with whole_folder(place) as folder:
+                if is_adapted(model):
+                    (folder / ADAPTER).mkdir()
+                    write_adapter(model, folder / ADAPTER)
+                    merge_adapter(model, None if dtype is None else getattr(torch, dtype))
+                if dtype is not None:
+                    model.to(getattr(torch, dtype))
                 if sharded:
                     # One tensor after the other: nobody may have room for all.
                     kinds = {name: tensor.dtype for name, tensor in model.named_parameters()}
@@ -128,15 +138,11 @@ def _untrained(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:
     """The model as the run loaded it, so that what is no parameter comes with it."""
     cpu = torch.device("cpu")
     if which == "student":
-        return load_causal_lm(spec.path, config.student.dtype, cpu)
-    return load_discriminator(
-        spec.path,
-        config.discriminator.dtype,
-        device=cpu,
-        seed=config.run.seed,
-        end_id=spec.template.end_id,
-        tokenizer=spec.tokenizer,
-    )
+        settings = config.student
+        if lora_of(settings) is None:
+            return load_causal_lm(spec.path, settings.dtype, cpu)
+        return SharedBase.load(spec, settings, cpu).policy(settings, seed=config.run.seed)
+    return load_scorer(spec, config.discriminator, device=cpu, seed=config.run.seed, tokenizer=spec.tokenizer)
 
 
 def _shell(config: Config, which: str, spec: ModelSpec) -> PreTrainedModel:

@@ -73,11 +73,14 @@ class Trained(Section):
         dtype: Dtype
         autocast: Literal["none", "bfloat16"]
         master: Master
+        adapter: Literal["none", "lora"]
 
     @property
     def weights_dtype(self) -> Dtype:
         """Of the weights that the device computes with."""
-        return "bfloat16" if self.master == "host" else self.dtype
+        # A frozen base is kept as the products read it: nothing is added to it that bfloat16 would lose.
+        narrow = self.master == "host" or (self.adapter == "lora" and self.autocast == "bfloat16")
+        return "bfloat16" if narrow else self.dtype
 
 
 def anywhere(name: str | None, *words: str) -> str | None:

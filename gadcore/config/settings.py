@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
+from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
 from gadcore.config.data import SPLIT, DataSettings
+from gadcore.config.distributed import DistributedSettings
 from gadcore.config.kinds import (
     BUNDLED_MODEL,
     Above,
@@ -23,7 +25,6 @@ from gadcore.config.kinds import (
     Rate,
     Section,
     Share,
-    Trained,
     anywhere,
 )
 from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
@@ -61,7 +62,7 @@ class RunSettings(Section):
         return resume
 
 
-class StudentSettings(Trained):
+class StudentSettings(Adaptable):
     """The model that learns."""
 
     model: Location = BUNDLED_MODEL
@@ -77,7 +78,7 @@ class StudentSettings(Trained):
     grad_clip: Annotated[float, Field(gt=0)] = 0.2
 
 
-class DiscriminatorSettings(Trained):
+class DiscriminatorSettings(Adaptable):
     """The model that scores; "student" means initialised from the student's own weights."""
 
     model: Location = Field(
@@ -257,21 +258,6 @@ class CheckpointSettings(Section):
     )
 
 
-class DistributedSettings(Section):
-    """The processes that torchrun starts (docs/guide/distributed.md)."""
-
-    shard: NonNegative = Field(
-        0,
-        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
-    )
-    replicate: Positive = Field(
-        1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."
-    )
-    timeout_s: Above = Field(
-        1800.0, description="Seconds that a process waits for the others before the job ends as failed."
-    )
-
-
 class TrackingSettings(Section):
     """metrics.jsonl is always written; a tracker comes on top."""
 
@@ -331,11 +317,14 @@ class Config(Section):
         data = {"train": anywhere(self.data.train, "builtin"), "eval": anywhere(self.data.eval, "builtin", SPLIT)}
         discriminator = {"model": anywhere(self.discriminator.model, BUNDLED_MODEL, "student")}
         memory = {"dir": self.memory.dir and os.path.abspath(self.memory.dir)}
+        student = {"model": anywhere(self.student.model, BUNDLED_MODEL)}
+        for update, settings in ((student, self.student), (discriminator, self.discriminator)):
+            update["adapter_from"] = anywhere(settings.adapter_from)
         return self.model_copy(
             update={
                 "run": self.run.model_copy(update=run),
                 "data": self.data.model_copy(update=data),
-                "student": self.student.model_copy(update={"model": anywhere(self.student.model, BUNDLED_MODEL)}),
+                "student": self.student.model_copy(update=student),
                 "discriminator": self.discriminator.model_copy(update=discriminator),
                 "memory": self.memory.model_copy(update=memory),
             }
@@ -356,6 +345,8 @@ class Config(Section):
                     f"{name}.master = host keeps float32 weights and moments, {name}.dtype = {trained.dtype} asks for "
                     "others: leave one of them out"
                 )
+            check_adapter(name, trained)
+        check_sampler(self.student, self.rollout.engine, getattr(self.rollout, "dtype", "float32"))
         for section in (self.gate, self.convergence):
             if section.enabled and self.data.eval is None:
                 name = "gate" if section is self.gate else "convergence"

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.cpu.recompute import recomputable
-from gadcore.kernels import rotary
+from gadcore.kernels import lora_gated_mlp, rotary
 from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
 from gadcore.kernels.cpu.swiglu import swiglu
+from gadcore.kernels.lora_linear import LoRALinear
 from gadcore.kernels.rms_norm import rms_norm
 
 
@@ -45,6 +46,8 @@ def _rms_norm(self: nn.Module, hidden_states: Tensor, *, eps: float, shift: floa
 def mlp(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
     """The forward pass of a gated MLP of three linear layers."""
     parts = [module.gate_proj, module.up_proj, module.down_proj]
+    if all(type(part) is LoRALinear and part.bias is None for part in parts) and lora_gated_mlp.available():
+        return _adapted_mlp
     plain = all(type(part) is nn.Linear and part.bias is None and part.weight.dtype == torch.float32 for part in parts)
     return partial(_whole_mlp, in_place=alone()) if plain and gated_mlp.available() else _gated_mlp
 
@@ -54,6 +57,15 @@ def _whole_mlp(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
         return _gated_mlp(self, x)
     weights: list[Tensor] = [part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)]  # type: ignore[union-attr, misc]
     return gated_mlp.gated_mlp(x, *weights, in_place=in_place)
+
+
+def _adapted_mlp(self: nn.Module, x: Tensor) -> Tensor:
+    parts: list[LoRALinear] = [self.gate_proj, self.up_proj, self.down_proj]  # type: ignore[list-item]
+    tensors = [x, *(part.lora_A for part in parts), *(part.weight for part in parts)]
+    if torch.is_autocast_enabled("cpu") or any(tensor.dtype != torch.float32 for tensor in tensors):
+        return _gated_mlp(self, x)
+    adapted = (lora_gated_mlp.Adapted(part.weight, part.lora_A, part.lora_B, part.scale) for part in parts)
+    return lora_gated_mlp.lora_gated_mlp(x, *adapted)
 
 
 def _gated_mlp(self: nn.Module, x: Tensor) -> Tensor:

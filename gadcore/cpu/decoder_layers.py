@@ -65,6 +65,9 @@ def _plain(part: Any) -> bool:
     """Whether a linear layer is nothing but a product with its weight, in float32, plus its bias."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+    # vLLM's LoRA layers hand on what they are asked for to the layer that they wrap: it would compute alone.
+    if hasattr(part, "lora_a_stacked"):
+        return False
     whole = type(part.quant_method) is UnquantizedLinearMethod and part.tp_size == 1 and not part.skip_bias_add
     return whole and part.weight.dtype == torch.float32
 
@@ -105,7 +108,9 @@ def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tenso
     products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
     qkv_proj, o_proj, gate_up_proj, down_proj = products
     attend, rotary = attention.attn, attention.rotary_emb
-    if not (native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
+    # It reads the weights itself: what a layer's product does beside that (an adapter) would be left out.
+    plain = not any(hasattr(part.cpu_linear, "base") for part in products)
+    if not (plain and native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
         return lambda *_: None
     decode, name = torch.ops.gadcore.cpu_decode_layer.default, attend.layer_name
 

@@ -21,9 +21,7 @@ from gadcore.integrations.text_rewards import Collector, Sample, scores, without
 try:
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 except ImportError as error:
-    raise UserError(
-        "gadcore.integrations.openrlhf needs OpenRLHF, which is not installed: pip install openrlhf"
-    ) from error
+    raise UserError(f"gadcore.integrations.openrlhf needs openrlhf 0.11, which does not load: {error}") from error
 
 
 class AgentExecutor(SingleTurnAgentExecutor):  # type: ignore[misc]

@@ -20,9 +20,7 @@ try:
     import verifiers.v1 as vf
     from verifiers.v1.envs.best_of_n import BestOfNEnv, BestOfNEnvConfig
 except ImportError as error:
-    raise UserError(
-        "gadcore.integrations.verifiers needs verifiers 0.4, which is not installed: pip install verifiers"
-    ) from error
+    raise UserError(f"gadcore.integrations.verifiers needs verifiers 0.4, which does not load: {error}") from error
 
 __all__ = ["GADEnv", "GADEnvConfig"]
 

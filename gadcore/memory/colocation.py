@@ -31,6 +31,7 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.arena import Arena
 from gadcore.memory.holdings import (
+    ALWAYS,
     CHANGES,
     FOLLOWS,
     HOLDINGS,
@@ -129,7 +130,7 @@ class Colocation:
         """
         if holding not in HOLDINGS:
             raise ValueError(f"unknown holding {holding}: use one of {', '.join(HOLDINGS)}")
-        if self.tier == "none":
+        if self.tier == "none" or holding in ALWAYS:
             self._staying[holding] = tensors
         elif held := [*tensors(), *aliases]:
             # Else it lies elsewhere, as an optimizer whose masters are the host's.

@@ -9,6 +9,7 @@
     student_update          its optimizer step
     rest                    nothing is computed on the device: checkpoints, a fresh discriminator, the end of a run
 
+Where weights are frozen under adapters, they are the holding of every state, and those of a model its adapters alone.
 Moments are there for the step alone, not beside activations; the reference policy not beside G. Gradients live only
 inside their model's two states: the optimizer step clears them. Imports no torch: the planner reads it too.
 """
@@ -26,6 +27,7 @@ Holding = str
 # What an engine wakes by itself.
 EnginePart = Literal["weights", "kv_cache"]
 HOLDINGS: tuple[Holding, ...] = (
+    "base.parameters",
     "student.parameters",
     "student.gradients",
     "student.optimizer",
@@ -37,7 +39,7 @@ HOLDINGS: tuple[Holding, ...] = (
     "engine.kv_cache",
 )
 
-NEEDS: Mapping[State, frozenset[Holding]] = {
+_NEEDS: Mapping[State, frozenset[Holding]] = {
     "synchronise": frozenset({"student.parameters", "engine.weights"}),
     "rollout": frozenset({"engine.weights", "engine.kv_cache"}),
     "discriminator": frozenset({"discriminator.parameters", "discriminator.gradients"}),
@@ -49,6 +51,10 @@ NEEDS: Mapping[State, frozenset[Holding]] = {
     "student_update": frozenset({"student.parameters", "student.gradients", "student.optimizer"}),
     "rest": frozenset(),
 }
+# Of every state: the frozen weights under adapters, which all roles compute with and nobody moves. Without adapters
+# there are none.
+ALWAYS: frozenset[Holding] = frozenset({"base.parameters"})
+NEEDS: Mapping[State, frozenset[Holding]] = {state: needed | ALWAYS for state, needed in _NEEDS.items()}
 
 # What a state writes to, and has to be kept anew when it leaves the device.
 CHANGES: Mapping[State, frozenset[Holding]] = {

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
+from gadcore.kernels import lora_linear  # noqa: F401 - registers its op
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
 from gadcore.models.precision import autocast as products_in
@@ -161,4 +162,5 @@ def _products() -> set[Any]:
         # What kernels/cpu/linear.py multiplies by.
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.gadcore.prefix_attention.default,
+        torch.ops.gadcore.lora_product.default,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -26,9 +26,9 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
 from gadcore.models.bt_loss import score_penalty, softened_bt_loss
 from gadcore.models.learner import Learner
-from gadcore.models.loading import load_discriminator
 from gadcore.models.precision import autocast
 from gadcore.models.readout import Readout, together
+from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
 
@@ -135,6 +135,7 @@ class Discriminator(Learner):
         student: ModelSpec | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        base: SharedBase | None = None,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
         world: World = ALONE,
@@ -142,22 +143,23 @@ class Discriminator(Learner):
         """A discriminator from a model directory, a hub id or a bundled name, with the scalar head that is stored
         there, or a fresh one from `seed`.
 
-        settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default another one than
-        D's. device: default the GPU where there is one. world: of several processes, each of which reads its shards
-        alone.
+        base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
+        is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
+        another one than D's. device: default the GPU where there is one. world: of several processes, each of which
+        reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or DiscriminatorSettings()
         # A copy: it gets a padding token of D's own, and the student may have the same spec.
         tokenizer = copy.deepcopy(spec.tokenizer)
-        loaded = load_discriminator(
-            spec.path,
-            settings.dtype,
+        loaded = load_scorer(
+            spec,
+            settings,
             device=best_device() if device is None else torch.device(device),
             seed=seed,
-            end_id=spec.template.end_id,
             tokenizer=tokenizer,
+            base=base,
             world=world,
         )
         return cls(
@@ -350,20 +352,28 @@ class Discriminator(Learner):
         return scores
 
     def warmup(
-        self, groups: Sequence[Group], *, steps: int, batch_size: int = 16, lr: float | None = None, seed: int = 0
-    ) -> Iterator[Scores]:
+        self,
+        groups: Sequence[Group],
+        *,
+        steps: int,
+        batch_size: int = 16,
+        lr: float | None = None,
+        seed: int = 0,
+        on_step: Callable[[Scores], object] = lambda scores: None,
+    ) -> list[Scores]:
         """`steps` updates on batches of groups in an order that `seed` shuffles, anew for every pass over them.
 
-        Yields what each found before its update; whoever stops asking stops the warmup. UserError without groups.
+        Returns what each found before its update; on_step is told of it at once. UserError without groups.
         """
         if not groups:
             raise UserError("the warmup has no groups: give some with samples")
-        order, left = random.Random(seed), list[int]()
+        order, left, found = random.Random(seed), list[int](), []
         for _ in range(steps):
-            if not left:
-                left = order.sample(range(len(groups)), len(groups))
+            left = left or order.sample(range(len(groups)), len(groups))
             batch, left = left[:batch_size], left[batch_size:]
-            yield self.update([groups[i] for i in batch], lr)
+            found.append(self.update([groups[i] for i in batch], lr))
+            on_step(found[-1])
+        return found
 
 
 def _too_long(group: Group, needed: int, context: int) -> str:

@@ -19,11 +19,13 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import sync, temporary
 from gadcore.models.activations import Mode, set_mode
+from gadcore.models.adapter import is_adapted, own_parameters
 from gadcore.models.backbone import cost_of, prune_last_layer, use_packed_attention
 from gadcore.models.fused import embed_in_place, fuse_backbone
 from gadcore.models.host_master import HostMaster
 from gadcore.models.loading import save_model
 from gadcore.models.optim import Optimizer
+from gadcore.models.peft_format import write_adapter
 from gadcore.models.precision import of_products_alone
 from gadcore.models.readout import Readout
 from gadcore.models.shallow import decoder_layers
@@ -31,6 +33,8 @@ from gadcore.models.state import optimizer_tensors, restore_optimizer, restore_p
 from gadcore.models.streaming import save_sharded
 
 R = TypeVar("R", bound=Readout)
+# The folder of an exported model that holds its adapters alone.
+ADAPTER = "adapter"
 
 
 class Learner:
@@ -62,6 +66,8 @@ class Learner:
         """
         if world.size > 1:
             _refuse(settings, owner)
+            if settings.adapter != "none":
+                check_alone(world, owner)
             if not fsdp.is_sharded(model):
                 fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
@@ -108,13 +114,17 @@ class Learner:
             size=self.world.size,
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is updated, and all that a run has to keep of the model's weights, by the names of the parameters."""
+        return self.optimizer.weights(own_parameters(self.model))
+
     def parameter_tensors(self) -> list[Tensor]:
-        """All tensors that look at the memory of its parameters: who moves that memory moves these."""
-        return fsdp.memory(self.model)
+        """All tensors that look at the memory of its own parameters: who moves that memory moves these."""
+        return memory_of(self.model)
 
     def local_parameters(self) -> dict[str, Tensor]:
-        """Its parameters by their names, of sharded ones the rows that are here: plain tensors, no copies."""
-        return {name: fsdp.local(p) for name, p in self.model.named_parameters()}
+        """Its own parameters by their names, of sharded ones the rows that are here: plain tensors, no copies."""
+        return {name: fsdp.local(p) for name, p in own_parameters(self.model).items()}
 
     def later(self, readout: R) -> R:
         """Lets step() read what a pass has found, beside the gradient's norm."""
@@ -134,17 +144,22 @@ class Learner:
     def save(self, folder: Path | str) -> None:
         """Writes an ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
 
-        The weights are those that the optimizer updates, in their dtype.
+        The weights are those that the optimizer updates, in their dtype. Of a model with adapters they are its base's
+        with the adapters added, see save_model(), and the adapters lie beside them as peft's, in the folder ADAPTER.
         Of several processes the first one writes; none has more than one tensor whole at a time.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
+        place = Path(folder)
         if self.world.size > 1:
-            save_sharded(self.model, self._tokenizer, Path(folder), self.world)
+            save_sharded(self.model, self._tokenizer, place, self.world)
             return
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
-        save_model(self.model, self._tokenizer, Path(folder), weights)
+        weights = self.weights()
+        save_model(self.model, self._tokenizer, place, weights)
+        if is_adapted(self.model):
+            (place / ADAPTER).mkdir()
+            write_adapter(self.model, place / ADAPTER, weights)
 
     def discard(self) -> None:
         """Drops the gradient that is there, and what was found with it: the next pass begins anew."""
@@ -160,7 +175,7 @@ class Learner:
         UserError for a sharded model: a run's checkpoints are of shards.
         """
         self._is_whole()
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        weights = self.weights()
         moments = optimizer_tensors(self.optimizer.adamw, weights)
         return {f"parameters.{name}": weight.detach() for name, weight in weights.items()} | {
             f"optimizer.{name}": tensor for name, tensor in moments.items()
@@ -178,7 +193,7 @@ class Learner:
             if part not in parts:
                 raise UserError(f"the state has {full!r}, which no {self.owner} has: give what state_dict() gave")
             parts[part][name] = tensor
-        weights = self.optimizer.weights(dict(self.model.named_parameters()))
+        weights = self.weights()
         restore_parameters(weights, parts["parameters"], self.owner)
         restore_optimizer(self.optimizer.adamw, parts["optimizer"], weights)
         self.optimizer.weights_changed()
@@ -217,6 +232,20 @@ class Learner:
         with foreign(f"cannot read {path}", "give a folder that save_state() has written to"):
             tensors = load_file(path)
         self.load_state_dict(tensors)
+
+
+def memory_of(model: PreTrainedModel) -> list[Tensor]:
+    """All tensors that look at the memory of a model's own parameters."""
+    return list(own_parameters(model).values()) if is_adapted(model) else fsdp.memory(model)
+
+
+def check_alone(world: World, owner: str) -> None:
+    """Raises UserError where a model with an adapter would be of several processes."""
+    if world.size > 1:
+        raise UserError(
+            f"{owner}.adapter = lora trains on one device, and this job has several processes: start one, or set "
+            f"{owner}.adapter = none"
+        )
 
 
 def _refuse(settings: StudentSettings | DiscriminatorSettings, owner: str) -> None:

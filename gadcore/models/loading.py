@@ -29,6 +29,8 @@ from gadcore.distributed.fsdp import first_row, inside, local
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import cache_dir, checksum, whole_folder
+from gadcore.kernels.lora_linear import is_adapters
+from gadcore.models.adapter import adapted_layers
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
@@ -232,16 +234,21 @@ def load_discriminator(
     if unexpected := {k for k in info["missing_keys"] if not k.startswith("score.")}:
         raise UserError(f"the model {path} lacks the weights {sorted(unexpected)[:3]}")
     if info["missing_keys"]:
-        generator = torch.Generator().manual_seed(seed)
-        std = getattr(model.config, "initializer_range", 0.02)
-        head: nn.Linear = model.score  # type: ignore[assignment]
-        with torch.no_grad():
-            fresh = torch.randn(head.weight.shape, generator=generator) * std
-            here = local(head.weight)
-            here.copy_(fresh[first_row(head.weight) :][: len(here)])
+        fresh_head(model, seed)
     inside(model, lambda: check_packing(model, path))
-    _set_padding(model, tokenizer, end_id)
+    set_padding(model, tokenizer, end_id)
     return model
+
+
+@torch.no_grad()
+def fresh_head(model: PreTrainedModel, seed: int) -> None:
+    """Draws the weights of a scalar head from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", 0.02)
+    head: nn.Linear = model.score  # type: ignore[assignment]
+    fresh = torch.randn(head.weight.shape, generator=generator) * std
+    here = local(head.weight)
+    here.copy_(fresh[first_row(head.weight) :][: len(here)])
 
 
 def without_weights(
@@ -260,13 +267,13 @@ def without_weights(
         model.generation_config, _ = read_generation_config(path)
     if tokenizer is not None:
         assert end_id is not None
-        _set_padding(model, tokenizer, end_id)
+        set_padding(model, tokenizer, end_id)
     return model.eval()
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
-    vocabulary = model.config.get_text_config().vocab_size
-    pad_id = padding_id(tokenizer, end_id, vocabulary)
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_id: int) -> None:
+    """Sets the padding token of load_discriminator() on model and tokenizer."""
+    pad_id = padding_id(tokenizer, end_id, model.config.get_text_config().vocab_size)
     tokenizer.pad_token = None if pad_id is None else tokenizer.convert_ids_to_tokens(pad_id)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
 
@@ -283,13 +290,19 @@ def save_model(
     path: Path,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer.
+    """An ordinary Hugging Face directory: safetensors, config, generation config, tokenizer; of a model with adapters
+    W + s B A, added up in float32 and cast to the base's dtype once.
 
     weights: to save in place of the parameters of these names, and of those that are tied to them.
     """
     parameters = dict(model.named_parameters())
     others = {id(parameters[name]): tensor for name, tensor in (weights or {}).items()}
     state = {name: others.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    if layers := adapted_layers(model):
+        # The adapters become part of the weights that they stand beside: a plain model.
+        state = {name: tensor for name, tensor in state.items() if not is_adapters(name)}
+        for name, layer in layers.items():
+            state[f"{name}.weight"] = layer.merged().to(layer.weight.dtype)
     # On the CPU and contiguous, whatever the parameters are views into.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:

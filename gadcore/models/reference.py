@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gadcore.distributed.fsdp import local
 from gadcore.distributed.world import World
+from gadcore.models.adapter import own_parameters
 from gadcore.models.backbone import prune_as
 from gadcore.models.fused import fuse_backbone
 from gadcore.models.precision import of_products_alone
@@ -23,10 +24,11 @@ def frozen_copy(
     """A model that computes as `model` does, without gradients; over several processes sharded as that one is.
 
     What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
-    values: of the parameters by their names, of a sharded model this process's rows; default those that are there.
+    The base under adapters is the model's own: it never changes.
+    values: of its own parameters by their names, of a sharded model this process's rows; default those that are there.
     """
     rounded = set() if autocast == "none" else of_products_alone(model)
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     dtypes = {
         name: getattr(torch, autocast) if p in rounded and p.dtype == torch.float32 else p.dtype
         for name, p in parameters.items()
@@ -38,7 +40,7 @@ def frozen_copy(
         fuse_backbone(frozen)
         prune_as(frozen, model)
         return frozen
-    copies: dict[int, object] = {}
+    copies: dict[int, object] = {id(p): p for p in model.parameters()}
     for name, p in parameters.items():
         copies[id(p)] = nn.Parameter(values[name].to(p.device, dtypes[name], copy=True), requires_grad=False)
     return copy.deepcopy(model, copies)

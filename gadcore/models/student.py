@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gadcore.config.adapter import lora_of
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
@@ -26,47 +27,19 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import predicting_states
 from gadcore.models.checks import check_head
 from gadcore.models.fused import gradient_in_place
-from gadcore.models.learner import Learner
+from gadcore.models.learner import Learner, check_alone, memory_of
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
+from gadcore.models.policy_stats import FAR, SUMS, PolicyStats, SeqKDStats
 from gadcore.models.precision import autocast
-from gadcore.models.readout import Readout, together
+from gadcore.models.readout import together
 from gadcore.models.reference import frozen_copy
+from gadcore.models.shared_base import SharedBase
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import Messages, ready, text_group
 
-# A difference of log-probs that no rounding explains: a factor of 1.1 between sampler and trainer.
-FAR = 0.1
-# Of PolicyStats, what is added up over micro-batches.
-_SUMS = ("loss", "kl", "entropy", "clip_fraction", "logprob_diff_mean", "logprob_far_share", "sampler_kl")
 # Of every sample its reward: [S] over all samples, group after group, or a list a group.
 Rewards = Tensor | Sequence[Sequence[float]]
-
-
-class PolicyStats(Readout):
-    """What a GRPO pass found: per-token means over the batch, except *_max; tokens processed.
-
-    Of the sampler's log-probs as they came, whatever algorithm.importance_cap makes of them, with
-    d = logprob - sampled logprob: logprob_diff_mean, logprob_diff_max of |d|; logprob_far_share of |d| > FAR;
-    sampler_kl of k3 = exp(d) - d - 1, which estimates KL(sampler | trainer) since the sampler drew the tokens.
-    capped_share: tokens whose importance weight met the cap, only where there is one.
-    """
-
-    loss: float
-    kl: float
-    entropy: float
-    clip_fraction: float
-    ratio_max: float
-    logprob_diff_mean: float
-    logprob_diff_max: float
-    logprob_far_share: float
-    sampler_kl: float
-
-
-class SeqKDStats(Readout):
-    """What a SeqKD pass found: cross-entropy per token, tokens processed."""
-
-    ce: float
 
 
 class Student(Learner):
@@ -101,6 +74,8 @@ class Student(Learner):
         )
         self.template = template
         self.reference: PreTrainedModel | None = None
+        # What load() has put the adapter on, for a discriminator to share.
+        self.base: SharedBase | None = None
         self.settings = settings
         self.algorithm = algorithm
         self.temperature = temperature
@@ -116,6 +91,7 @@ class Student(Learner):
         algorithm: AlgorithmSettings | None = None,
         *,
         device: torch.device | str | None = None,
+        seed: int = 0,
         temperature: float = 0.8,
         micro_batch_tokens: int = 16384,
         activation_checkpointing: Mode | Literal["auto"] = "auto",
@@ -123,15 +99,19 @@ class Student(Learner):
     ) -> Student:
         """The student from a model directory, a hub id or a bundled name.
 
-        settings, algorithm: default the paper's. device: default the GPU where there is one. world: of several
-        processes, each of which reads its shards alone.
+        settings, algorithm: default the paper's. device: default the GPU where there is one. seed: of a new adapter.
+        world: of several processes, each of which reads its shards alone.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
         settings = settings or StudentSettings()
         device = best_device() if device is None else torch.device(device)
-        return cls(
-            load_causal_lm(spec.path, settings.dtype, device, world),
+        base = None
+        if lora_of(settings) is not None:
+            check_alone(world, "student")
+            base = SharedBase.load(spec, settings, device)
+        made = cls(
+            base.policy(settings, seed=seed) if base else load_causal_lm(spec.path, settings.dtype, device, world),
             settings,
             algorithm or AlgorithmSettings(),
             temperature=temperature,
@@ -141,17 +121,25 @@ class Student(Learner):
             template=spec.template,
             world=world,
         )
+        made.base = base
+        return made
 
     def freeze_reference(self, values: Mapping[str, Tensor] | None = None) -> None:
         """Makes the student as it is now the reference policy; none is kept where no KL is asked for.
 
-        What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
+        The frozen base under an adapter is the student's own, and the reference a copy of the adapter. What autocast
+        rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
         values: of the student's parameters by their names, where they wait elsewhere; default those of the model. Of
         a sharded one they are this process's rows (local_parameters()), and so is what the reference holds.
         """
         if self.algorithm.kl_coef <= 0:
             return
         self.reference = frozen_copy(self.model, self.settings.autocast, values, self.world)
+
+    def reference_tensors(self) -> list[Tensor]:
+        """As parameter_tensors(), of the reference policy, which there must be."""
+        assert self.reference is not None
+        return memory_of(self.reference)
 
     def predicting_states(self, model: PreTrainedModel, batch: GroupedBatch) -> Tensor:
         """Last hidden states [R, H] of the tokens that predict the response tokens of the batch.
@@ -227,7 +215,7 @@ class Student(Learner):
         done = 0
         zero = torch.zeros((), dtype=torch.float64, device=device)
         capped = () if self.algorithm.importance_cap is None else ("capped_share",)
-        sums = dict.fromkeys((*_SUMS, *capped), zero)
+        sums = dict.fromkeys((*SUMS, *capped), zero)
         most = dict.fromkeys(("ratio_max", "logprob_diff_max"), zero)
         for micro in self.packed(tokens, teacher=False, logprobs=[sample.logprobs for sample in samples]):
             if micro.idle:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,7 +35,8 @@ class Dimensions:
     parameters: as a language model, tied ones once; scalar_parameters: as a discriminator, its head a scalar one.
     matrices: entries of a layer's matrices; layer: all its parameters. head: entries of the output head.
     root: parameters outside the layers. kept_scale: what the real code keeps over what the formula of
-    gadcore.plan.activations says, by mode, where that is known.
+    gadcore.plan.activations says, by mode, where that is known. linears: rows and columns of a layer's linear layers,
+    by their last names.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Dimensions:
     matrices: int
     layer: int
     kept_scale: Mapping[str, float] = field(default_factory=dict)
+    linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def head(self) -> int:
@@ -141,4 +144,9 @@ def read_dimensions(name: str) -> Dimensions:
             scalar_parameters=sum(p.numel() for p in discriminator.parameters()),
             matrices=max(sum(p.numel() for p in layer.parameters() if p.dim() == 2) for layer in layers),
             layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+            linears={
+                name.rpartition(".")[2]: (module.out_features, module.in_features)
+                for name, module in layers[0].named_modules()
+                if isinstance(module, nn.Linear)
+            },
         )

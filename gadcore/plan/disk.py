@@ -11,6 +11,7 @@ from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.dimensions import Dimensions, read_dimensions
 from gadcore.plan.memory import ITEM, Precision, reference_bytes
+from gadcore.plan.roles import role_of
 from gadcore.train.progress import has_discriminator
 
 
@@ -52,18 +53,25 @@ def predict(config: Config, student_path: str, steps: Mapping[str, int]) -> Disk
 
 
 def disk_of(config: Config, student: Dimensions, discriminator: Dimensions | None, steps: Sequence[int]) -> Disk:
-    policy = student.parameters * ITEM[config.student.dtype]
-    models = policy
+    policy = role_of(student, config.student, "student", student.parameters)
+    # Saved at the end: what is trained, or its base with the adapters added, and these beside it.
+    models, trained = policy.frozen + policy.trained * policy.item, policy.trained * ITEM[config.student.dtype]
+    if not policy.adapted:
+        models = trained
     if discriminator is not None:
-        models += discriminator.scalar_parameters * ITEM[config.discriminator.dtype]
-    checkpoint = 3 * models
+        scorer = role_of(discriminator, config.discriminator, "discriminator", discriminator.scalar_parameters)
+        of_scorer = scorer.trained * ITEM[config.discriminator.dtype]
+        models += scorer.frozen + of_scorer
+        trained += of_scorer
+    checkpoint = 3 * trained
     every = config.checkpoint.every
     # A stage that ends is a checkpoint too.
     ends, total = [sum(steps[: i + 1]) for i in range(len(steps))], sum(steps)
     made = len({*range(every, total + 1, every), *ends}) if every else 0
     kept = min(config.checkpoint.keep, made)
     if discriminator is not None and config.algorithm.kl_coef > 0:
-        models += round(reference_bytes(student, Precision.of(config.student)))
+        whole = reference_bytes(student, Precision.of(config.student))
+        models += policy.trained * policy.item if policy.adapted else round(whole)
     # The new checkpoint is whole before the oldest goes.
     return Disk(checkpoint, kept, models, checkpoint * min(kept + 1, made) + models)
 

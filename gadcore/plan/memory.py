@@ -10,45 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import get_args
 
-from gadcore.config.kinds import Trained
 from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
-from gadcore.memory.holdings import Holding, State, needs
+from gadcore.memory.holdings import ALWAYS, Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
 from gadcore.models.host_master import SLICES_BYTES
+from gadcore.models.shared_base import shares_base
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
+from gadcore.plan.gathered import gathered_bytes, outside_bytes
 from gadcore.plan.machine import Machine
 from gadcore.plan.moments import Pass
+from gadcore.plan.roles import ITEM, Precision, Role, role_of
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
 from gadcore.train.progress import has_discriminator
 
 STATES: tuple[State, ...] = get_args(State)
-ITEM = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of a number: of the weights that the device computes with, of their gradients, of what products read.
-
-    autocast: products read casts of wider weights. host: float32 masters and their moments lie in host memory.
-    """
-
-    weights: int
-    gradients: int
-    products: int
-    autocast: bool
-    host: bool
-
-    @classmethod
-    def of(cls, settings: Trained) -> Precision:
-        weights = ITEM[settings.weights_dtype]
-        narrower = settings.autocast != "none" and weights > 2
-        return cls(weights, ITEM[settings.dtype], 2 if narrower else weights, narrower, settings.master == "host")
 
 
 @dataclass(frozen=True)
@@ -114,6 +96,28 @@ class Case:
     def discriminator_precision(self) -> Precision:
         return Precision.of(self.config.discriminator)
 
+    @cached_property
+    def policy(self) -> Role:
+        """What is trained of the student."""
+        return role_of(self.student, self.config.student, "student", self.student.parameters)
+
+    @cached_property
+    def scorer(self) -> Role:
+        """What is trained of the discriminator; nothing of none."""
+        d = self.discriminator
+        if not self.has_discriminator:
+            return Role(0, 4)
+        return role_of(d, self.config.discriminator, "discriminator", d.scalar_parameters)
+
+    @property
+    def base_bytes(self) -> int:
+        """Of what lies frozen under adapters, once where both models share it."""
+        student, discriminator = self.config.student, self.config.discriminator
+        same = self.student.source == self.discriminator.source
+        if self.policy.adapted and self.scorer.adapted and shares_base(student, discriminator, same_model=same):
+            return self.policy.frozen
+        return self.policy.frozen + self.scorer.frozen
+
     @property
     def has_discriminator(self) -> bool:
         """Whether the run trains one: all but the baselines do."""
@@ -161,18 +165,18 @@ class StateMemory:
 def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
     shards, student, discriminator = case.shards, case.student_precision, case.discriminator_precision
-    policy, scorer = case.student.parameters / shards, case.discriminator.scalar_parameters / shards
-    if not case.has_discriminator:
-        scorer = 0.0
+    policy, scorer = case.policy.trained / shards, case.scorer.trained / shards
+    reference = policy * case.policy.item if case.policy.adapted else reference_bytes(case.student, student) / shards
     engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
     return {
-        "student.parameters": policy * student.weights,
+        "base.parameters": float(case.base_bytes),
+        "student.parameters": policy * case.policy.item,
         "student.gradients": policy * student.gradients,
-        "student.optimizer": 0.0 if student.host else 2 * policy * student.weights,
-        "reference.parameters": reference_bytes(case.student, student) / shards if case.has_reference else 0.0,
-        "discriminator.parameters": scorer * discriminator.weights,
+        "student.optimizer": 0.0 if student.host else 2 * policy * case.policy.item,
+        "reference.parameters": reference if case.has_reference else 0.0,
+        "discriminator.parameters": scorer * case.scorer.item,
         "discriminator.gradients": scorer * discriminator.gradients,
-        "discriminator.optimizer": 0.0 if discriminator.host else 2 * scorer * discriminator.weights,
+        "discriminator.optimizer": 0.0 if discriminator.host else 2 * scorer * case.scorer.item,
         "engine.weights": engine if case.engine.holds_memory and not case.shared else 0.0,
         "engine.kv_cache": choice.kv_bytes if case.engine.holds_memory else 0.0,
     }
@@ -216,7 +220,10 @@ def host_bytes(case: Case, choice: Choice) -> float:
     moved = [
         size
         for name, size in holdings(case, choice).items()
-        if case.offload == "pinned" and not name.startswith("engine.") and not name.endswith(".gradients")
+        if case.offload == "pinned"
+        and not name.startswith("engine.")
+        and not name.endswith(".gradients")
+        and name not in ALWAYS
     ]
     return (sum(moved) + master_bytes(case)) * case.machine.per_node
 
@@ -262,10 +269,9 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
-        outside = _outside(d, d.root, precision, head=True)
-        working["gathered layers"] = gathered_bytes(
-            d.layer, d.root, precision.products, sum(working.values()), outside=outside
-        )
+        # Of two layers, and nobody's gradient.
+        outside = outside_bytes(d, d.root, precision.weights, narrow_head=precision.autocast)
+        working["gathered layers"] = outside + 2.0 * precision.products * d.layer
     return working
 
 
@@ -284,12 +290,23 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     rank_tokens = (work.student_tokens if is_student else work.discriminator_tokens) / ranks
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
+    frozen = (case.policy if is_student else case.scorer).adapted
 
     if ranks == 1 and not on_cpu:
         responses = _responses(work, tokens) if is_student else 0.0
         logits_bytes = case.machine.figures["logits_bytes"]
         moment = Pass(
-            d, choice.mode, tokens, responses, single, item, precision.gradients, compute, autocast, logits_bytes
+            d,
+            choice.mode,
+            tokens,
+            responses,
+            single,
+            item,
+            precision.gradients,
+            compute,
+            autocast,
+            logits_bytes,
+            frozen,
         )
         return moment.fullest(gradients)
     kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
@@ -300,13 +317,15 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
         # Its states and their gradient, the gradient of the matrix, which several chunks of logits sum in float32 under
         # autocast, and on CUDA logits of a chunk; the CPU's hold blocks in the cache.
         chunk = case.machine.figures.get("logits_bytes", math.inf)
-        head = 2 * responses * d.hidden * compute + d.head * (4 if autocast and logits > chunk else compute)
+        matrix = 0 if frozen else d.head * (4 if autocast and logits > chunk else compute)
+        head = 2 * responses * d.hidden * compute + matrix
         head += min(logits, chunk) if case.machine.kind == "cuda" else 0.0
     # Gradients of the widest tensors of a layer, while its backward pass is at work.
     passing = tokens * (3 * d.mlp + 2 * d.hidden) * compute
     # A gradient of [vocabulary, hidden] is made whole before it is added to what is there: of the embedding, but not on
     # a CPU, and of an output head, from the second micro-batch on. One that is summed in a wider dtype is cast first.
     whole = is_student and not single if on_cpu else is_student and d.tied or not single
+    whole = whole and not frozen
     embedding = d.head * (item + (precision.gradients if precision.gradients > item else 0)) if whole else 0.0
     working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
     # Gradients appear while activations go, but malloc keeps what those leave, and shards are small.
@@ -320,7 +339,7 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
             root,
             compute,
             sum(working.values()),
-            outside=_outside(d, root, precision, head=is_student),
+            outside=outside_bytes(d, root, precision.weights, narrow_head=is_student and autocast),
             gradients=precision.gradients,
         )
     elif autocast:
@@ -339,27 +358,6 @@ def part_tokens(case: Case, budget: int, is_student: bool) -> int:
     """Packed tokens of the largest micro-batch: a response of full length stays whole, whatever the budget."""
     longest = case.work.longest_prompt + case.work.limit * (1 if is_student else 2)
     return max(budget, longest)
-
-
-def gathered_bytes(
-    layer: int, root: int, compute: int, beside: float, *, outside: float | None = None, gradients: int | None = None
-) -> float:
-    """Whole weights of FSDP2 beside the shards: of the root throughout, of two layers, and a layer's whole gradient.
-
-    compute: bytes of a number of a layer as it is gathered, in the dtype of products; outside: of all of embedding,
-    norm and head, gradients: of a number; default as layers. They are reduced in float32. At the end of the backward
-    pass, when what was kept (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
-    """
-    around = float(compute * root) if outside is None else outside
-    made = compute if gradients is None else gradients
-    during = around + (2 * compute + made) * layer + (4 * layer if made < 4 else 0)
-    return max(during, around + root * (made + 4) - beside)
-
-
-def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
-    """Bytes of what is outside of layers as it is gathered: an untied head, where there is one, as products read it."""
-    narrow = d.head if head and precision.autocast and not d.tied else 0
-    return float(precision.weights * (root - narrow) + precision.products * narrow)
 
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:

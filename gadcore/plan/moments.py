@@ -23,7 +23,8 @@ class Pass:
     discriminator, which reads a few last tokens. single: there is one micro-batch.
 
     weights, gradients, products: bytes of a number, see gadcore.plan.memory.Precision; autocast: products read casts of
-    wider weights. logits_bytes: of the logits that the head holds at a time.
+    wider weights. logits_bytes: of the logits that the head holds at a time. frozen: adapters
+    are trained alone, so that no weight has a gradient.
     """
 
     d: Dimensions
@@ -36,6 +37,7 @@ class Pass:
     products: int
     autocast: bool
     logits_bytes: float
+    frozen: bool = False
 
     def _layer(self, mode: Mode) -> float:
         """Bytes that a layer keeps of all tokens."""
@@ -74,7 +76,7 @@ class Pass:
         # Several chunks of logits sum the gradient of the matrix in float32.
         summed = 4 if self.autocast and logits > self.logits_bytes else self.products
         states = rows * d.hidden * (2 * self.weights + 2 * self.products)
-        matrix = d.head * (summed + (self.products if self.autocast else 0))
+        matrix = 0 if self.frozen else d.head * (summed + (self.products if self.autocast else 0))
         all_layers = self.d.layers if self.mode == "off" else 0
         return {
             "activations": self._kept,
@@ -83,7 +85,7 @@ class Pass:
         }
 
     def _at_layer(self) -> dict[str, float]:
-        head = self.d.head * self.products if self.responses else 0
+        head = self.d.head * self.products if self.responses and not self.frozen else 0
         return {
             "activations": self._kept + self._again,
             "casts of the weights": self._casts(self.d.layers if self.mode == "off" else 1),
@@ -93,7 +95,7 @@ class Pass:
     def _at_end(self) -> dict[str, float]:
         # Made whole before it is added to what is there: to that of a tied head, or of an earlier micro-batch. One that
         # is summed in a wider dtype is cast first.
-        whole = self.responses and self.d.tied or not self.single
+        whole = not self.frozen and (self.responses and self.d.tied or not self.single)
         wider = self.gradients if self.gradients > self.weights else 0
         return {
             "activations": self._layer("off"),

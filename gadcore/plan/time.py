@@ -64,13 +64,17 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     # Forward passes that backward makes again: "selective" leaves products and attention out.
     again = {"off": 0.0, "selective": figures["elementwise_share"], "full": 1.0}[choice.mode]
     times, attention_times = (3 + again, 3.5 + (choice.mode == "full")) if work.backward else (1.0, 1.0)
+    role = case.policy if settings_name == "student" else case.scorer
+    if role.adapted and work.backward:
+        # No gradient of a frozen weight; three products with A and B.
+        times += 3 * role.trained / (d.layers * d.matrices) - 1
     layers = times * d.token_flops * work.tokens / (rate * figures["product_share"])
     layers /= 1 - figures["elementwise_share"]
     attention = attention_times * d.pair_flops * work.pairs / (rate * figures["attention_share"])
-    head = work.head * d.head_flops * work.responses / (rate * figures["head_share"])
+    of_head = work.head - (role.adapted and work.backward and work.head > 0)
+    head = of_head * d.head_flops * work.responses / (rate * figures["head_share"])
     computing = (layers + attention + head) / machine.ranks
-    is_student = settings_name == "student"
-    parameters = d.parameters if is_student else d.scalar_parameters
+    parameters = role.trained
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
@@ -247,13 +251,13 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     work, config, discriminator = case.work, case.config, case.discriminator
     algorithm = config.algorithm
     responses, teacher = work.sampled, work.prompts * work.teacher
-    update = optimizer_seconds(case, discriminator.scalar_parameters, case.discriminator_precision)
+    update = optimizer_seconds(case, case.scorer.trained, case.discriminator_precision)
     scored = Pass(work.discriminator_tokens, work.discriminator_pairs, 0, 0, True)
     d_seconds = pass_seconds(case, choice, discriminator, "discriminator", scored) + update
     looked = pass_seconds(case, choice, discriminator, "discriminator", replace(scored, backward=False))
     updates = algorithm.discriminator_steps / algorithm.discriminator_every
     d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
-    g_update = optimizer_seconds(case, case.student.parameters, case.student_precision)
+    g_update = optimizer_seconds(case, case.policy.trained, case.student_precision)
     policy = Pass(work.student_tokens, work.student_pairs, responses, 3, True)
     g_seconds = pass_seconds(case, choice, case.student, "student", policy) + g_update
     if algorithm.kl_coef > 0:
@@ -299,10 +303,10 @@ def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     samples = case.config.data.eval_samples
     evaluation = rollout_seconds(case, choice, work.eval_rows, samples)
     # Parameters, or their masters, and both moments.
-    saved = 3.0 * case.student.parameters * ITEM[case.config.student.dtype]
+    saved = 3.0 * case.policy.trained * ITEM[case.config.student.dtype]
     if case.has_discriminator:
         evaluation += looked * share * samples
-        saved += 3.0 * case.discriminator.scalar_parameters * ITEM[case.config.discriminator.dtype]
+        saved += 3.0 * case.scorer.trained * ITEM[case.config.discriminator.dtype]
     count = (steps // every + len(work.steps) if every else 0) + 1
     return {
         "evaluation": evaluation * (1 + len(work.steps)),

@@ -27,6 +27,14 @@ from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout.engine import Done, Engine, SampleRequest, There
 from gadcore.rollout.probe import check_distribution, sample_for_check
 from gadcore.rollout.replicas import Replicas
+from gadcore.rollout.vllm_adapter import (
+    AdaptedWeights,
+    Adapter,
+    has_adapter,
+    in_slots,
+    install_adapter,
+    lora_arguments,
+)
 from gadcore.rollout.vllm_classes import TrainersClasses
 from gadcore.rollout.vllm_shards import ShardedWeights
 from gadcore.rollout.vllm_start import check_gpu, check_ranks, import_vllm, start
@@ -90,16 +98,23 @@ class VLLMEngine(Engine):
         if not self.on_cpu:
             check_gpu(settings)
         self.vllm = import_vllm(settings, cpu.decoding_linear() if self.on_cpu else None)
+        slots = has_adapter(model) and in_slots(self.on_cpu)
+        lora = lora_arguments(model) if slots else None
         classes = TrainersClasses(model)
         engine_models: list[nn.Module] = []
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
             try:
-                self.llm = start(self.vllm, config, model_path, world, on_cpu=self.on_cpu, eager=self.eager)
+                self.llm = start(self.vllm, config, model_path, world, on_cpu=self.on_cpu, eager=self.eager, lora=lora)
                 engine_models = self.llm.apply_model(lambda m: m)
             finally:
                 classes.restore(engine_models)
         (self.engine_model,) = engine_models
-        if self.on_cpu and self.eager:
+        self.adapter: Adapter | None = None
+        if has_adapter(model):
+            # Before anything looks at the layers. An adapter may wait elsewhere, its base never does.
+            with there(), foreign(f"vLLM cannot run the model {model_path} with an adapter"):
+                self.adapter = install_adapter(self.llm, model, self.engine_model, slots=slots)
+        if self.on_cpu and self.eager and not slots:
             cpu.adapt_vllm(self.llm)
         self.notes = [] if self.on_cpu else [self._resolved()]
         self._kv_cache = self._find_kv_cache()
@@ -113,6 +128,8 @@ class VLLMEngine(Engine):
             self.sync: WholeWeights | ShardedWeights
             if world.size > 1:
                 self.sync = ShardedWeights(self.engine_model, model, world)
+            elif self.adapter is not None:
+                self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=self.shared)
             else:
                 self.sync = WholeWeights(self.engine_model, shared=self.shared)
         if not self.on_cpu:
@@ -134,10 +151,12 @@ class VLLMEngine(Engine):
 
     def _share(self, model: PreTrainedModel) -> None:
         views = self.weights()
+        assert isinstance(self.sync, WholeWeights)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                views[name].copy_(p)
-                p.data = views[name]
+                if self.sync.is_view(name):
+                    views[name].copy_(p)
+                    p.data = views[name]
 
     def weights(self) -> dict[str, Tensor]:
         return self.sync.named()
@@ -180,8 +199,10 @@ class VLLMEngine(Engine):
             )
             for r in requests
         ]
+        request = None if self.adapter is None else self.adapter.request
+        lora = {} if request is None else {"lora_request": request}
         with self._telling(requests, done) if done else nullcontext():
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, params, use_tqdm=False, **lora)
         return [self._responses(request, output) for request, output in zip(requests, outputs, strict=True)]
 
     @contextmanager
@@ -255,7 +276,7 @@ class VLLMEngine(Engine):
         return {"engine.weights": weights, "engine.kv_cache": cache}
 
     def aliases(self) -> list[Tensor]:
-        return self.sync.own() if self.shared else []
+        return self.sync.aliases() if self.shared and isinstance(self.sync, WholeWeights) else []
 
     def close(self) -> None:
         if not self.on_cpu and len(self._awake) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,8 +83,17 @@ def check_ranks(settings: VLLMSettings, world: World) -> None:
         )
 
 
-def start(vllm: Any, config: Config, model_path: str, world: World, *, on_cpu: bool, eager: bool) -> Any:
-    """vLLM's LLM with the model of a directory; asleep in nothing."""
+def start(
+    vllm: Any,
+    config: Config,
+    model_path: str,
+    world: World,
+    *,
+    on_cpu: bool,
+    eager: bool,
+    lora: Mapping[str, Any] | None = None,
+) -> Any:
+    """vLLM's LLM with the model of a directory; asleep in nothing. lora: arguments of a slot for adapters."""
     rollout = config.vllm
     # The trainer's logits are float32, made of bfloat16 products; so are these, then (LogitsProcessor in
     # vllm/model_executor/layers/logits_processor.py). The head's weights stay what they are, tied or not.
@@ -109,6 +118,7 @@ def start(vllm: Any, config: Config, model_path: str, world: World, *, on_cpu: b
         enable_sleep_mode=not on_cpu,
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **(lora or {}),
         **(
             # Where only a part of a seeded prompt fits into a batch, vLLM turns back its generator, which a CPU's
             # cannot: whole prompts then.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.kernels.cast_copy import cast_copy
+from gadcore.kernels.lora_linear import is_adapters
 from gadcore.rollout.weights import checksums, row_sums
 
 
@@ -29,7 +30,7 @@ class WholeWeights:
     def __init__(self, engine_model: nn.Module, *, shared: bool) -> None:
         """shared: the trainer's parameters will be views into vLLM's."""
         self._engine_model, self._shared = engine_model, shared
-        self._loaded = {name: row_sums(p) for name, p in engine_model.named_parameters()}
+        self._loaded = {name: row_sums(p) for name, p in engine_parameters(engine_model).items()}
         self._slices: list[Slice] = []
 
     def match(self, model: PreTrainedModel) -> None:
@@ -39,25 +40,40 @@ class WholeWeights:
     def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
         """vLLM has the trainer's weights from here on; RuntimeError where it does not."""
         weights = self.named()
-        pairs = [(name, tensor, weights[name]) for name, tensor in source]
-        if self._shared:
-            if moved := [name for name, tensor, own in pairs if tensor.data_ptr() != own.data_ptr()]:
-                raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
-            return
-        cast_copy([(tensor, own) for _, tensor, own in pairs])
-        expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in pairs)
-        if not torch.equal(checksums((name, own) for name, _, own in pairs), expected):
-            raise RuntimeError("vLLM's weights differ from the trainer's after an update")
+        bring([(name, tensor, weights[name]) for name, tensor in source], shared=self._shared)
+
+    def is_view(self, name: str) -> bool:
+        """Whether the trainer's parameter of that name is a view into vLLM's."""
+        return self._shared
+
+    def aliases(self) -> list[Tensor]:
+        """vLLM's tensors that look at memory of the trainer's that may move."""
+        return self.own() if self._shared else []
 
     def named(self) -> dict[str, Tensor]:
         """Under the trainer's names, no copies."""
-        engine = dict(self._engine_model.named_parameters())
+        engine = engine_parameters(self._engine_model)
         return {s.name: engine[s.vllm_name].data[s.start : s.end] for s in self._slices}
 
     def own(self) -> list[Tensor]:
         """vLLM's parameters that the trainer's lie in."""
-        engine = dict(self._engine_model.named_parameters())
+        engine = engine_parameters(self._engine_model)
         return [engine[name] for name in dict.fromkeys(s.vllm_name for s in self._slices)]
+
+
+def bring(triples: Sequence[tuple[str, Tensor, Tensor]], *, shared: bool) -> None:
+    """Brings the trainer's tensors into vLLM's, (name, trainer's, vLLM's); RuntimeError where they are not there then.
+
+    shared: they are views into these.
+    """
+    if shared:
+        if moved := [name for name, tensor, own in triples if tensor.data_ptr() != own.data_ptr()]:
+            raise RuntimeError(f"trainer and vLLM no longer share the weights {moved[:3]}")
+        return
+    cast_copy([(tensor, own) for _, tensor, own in triples])
+    expected = checksums((name, tensor.to(own.dtype)) for name, tensor, own in triples)
+    if not torch.equal(checksums((name, own) for name, _, own in triples), expected):
+        raise RuntimeError("vLLM's weights differ from the trainer's after an update")
 
 
 def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping[str, Tensor]) -> list[Slice]:
@@ -67,13 +83,29 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping
     directory): every row is compared, to the precision of the engine's dtype. vLLM's own values are not looked at, they
     may be gone. Raises RuntimeError where they do not match.
     """
+    slices, engine = lay_out(model, engine_model), engine_parameters(engine_model)
+    for s in slices:
+        ours = model.get_parameter(s.name).detach()
+        if not torch.equal(loaded[s.vllm_name][s.start : s.end], row_sums(ours.to(engine[s.vllm_name].dtype))):
+            raise RuntimeError(f"the trainer's {s.name} is not where it was looked for in vLLM's {s.vllm_name}")
+    return slices
+
+
+def engine_parameters(engine_model: nn.Module) -> dict[str, nn.Parameter]:
+    """vLLM's parameters, under the names that they have without its LoRA layers around them."""
+    return {name.replace(".base_layer.", "."): p for name, p in engine_model.named_parameters()}
+
+
+def lay_out(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
+    """map_weights() by names and shapes alone. Adapters have no place there: they are no part of vLLM's parameters."""
     parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
     members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
-    engine = dict(engine_model.named_parameters())
-    called = {name: name if name in engine else _in_vllms_words(name, model) for name, _ in model.named_parameters()}
-    rows = {called[name]: len(p) for name, p in model.named_parameters()}
+    engine = engine_parameters(engine_model)
+    ours = {name: p for name, p in model.named_parameters() if not is_adapters(name)}
+    called = {name: name if name in engine else _in_vllms_words(name, model) for name in ours}
+    rows = {called[name]: len(p) for name, p in ours.items()}
     slices = []
-    for name, p in model.named_parameters():
+    for name, p in ours.items():
         vllm_name, start = called[name], 0
         if vllm_name not in engine:
             prefix, module, kind = _split(vllm_name)
@@ -83,8 +115,6 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping
             before = members[parts[module]][: members[parts[module]].index(module)]
             vllm_name, start = fused, sum(rows[".".join(filter(None, (prefix, m, kind)))] for m in before)
         slices.append(Slice(name, vllm_name, start, start + len(p)))
-        if not torch.equal(loaded[vllm_name][start : start + len(p)], row_sums(p.detach().to(engine[vllm_name].dtype))):
-            raise RuntimeError(f"the trainer's {name} is not where it was looked for in vLLM's {vllm_name}")
     # Weights that no update would reach, for example a head of its own where the trainer's is the embedding.
     if left := sorted(engine.keys() - {s.vllm_name for s in slices}):
         raise RuntimeError(f"vLLM's {left[0]} is no parameter of the trainer's")

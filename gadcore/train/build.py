@@ -23,8 +23,10 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.kernels.tiles import chosen_tiles, use_tiles
 from gadcore.memory.colocation import Colocation
+from gadcore.models.adapter import base_parameters, is_adapted
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
+from gadcore.models.shared_base import shares_base
 from gadcore.models.student import Student
 from gadcore.record.monitor import MachineMonitor
 from gadcore.record.run_folder import TILES, RunFolder
@@ -105,7 +107,7 @@ def build(
                 discriminator = None
                 if inputs.discriminator is not None:
                     view.status("loading the discriminator")
-                    discriminator = _discriminator(config, inputs, device, world)
+                    discriminator = _discriminator(config, inputs, device, student, world)
                     _hand_over(memory, discriminator)
                 view.status(f"starting the sampler ({config.rollout.engine})")
                 there = partial(memory.there, "student.parameters")
@@ -116,6 +118,7 @@ def build(
                 memory.engine = engine
                 if not waits:
                     _hand_over(memory, student, engine.aliases())
+                _hand_over_bases(memory, student, discriminator)
                 memory.begin()
             phases.memory = memory
             records = None
@@ -134,7 +137,7 @@ def build(
                 phases=phases,
                 memory=memory,
                 stop_requested=stop_requested,
-                make_discriminator=partial(_fresh_discriminator, config, inputs, device, world),
+                make_discriminator=partial(_fresh_discriminator, config, inputs, device, student, world),
                 facts=_facts(config, inputs, student, discriminator, device, parameters, world),
                 data=data,
                 world=world,
@@ -198,6 +201,13 @@ def _hand_over(memory: Colocation, model: Learner, aliases: Iterable[Tensor] = (
     memory.add_gradients(f"{model.owner}.gradients", model.optimizer.parameters)
 
 
+def _hand_over_bases(memory: Colocation, *models: Learner | None) -> None:
+    """What lies frozen under adapters, once where several share it."""
+    roles = [model.model for model in models if model is not None and is_adapted(model.model)]
+    if roles:
+        memory.add("base.parameters", lambda: [p for role in roles for p in base_parameters(role).values()])
+
+
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:
     return AnswerSampler(
         engine,
@@ -250,6 +260,7 @@ def _student(config: Config, inputs: Inputs, device: torch.device, world: World)
         config.student,
         config.algorithm,
         device=device,
+        seed=config.run.seed,
         temperature=config.rollout.temperature,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
@@ -257,24 +268,31 @@ def _student(config: Config, inputs: Inputs, device: torch.device, world: World)
     )
 
 
-def _discriminator(config: Config, inputs: Inputs, device: torch.device, world: World) -> Discriminator:
+def _discriminator(
+    config: Config, inputs: Inputs, device: torch.device, student: Student, world: World
+) -> Discriminator:
     assert inputs.discriminator is not None
+    same = inputs.discriminator.path == inputs.student.path
+    shared = shares_base(config.student, config.discriminator, same_model=same)
     return Discriminator.load(
         inputs.discriminator,
         config.discriminator,
         student=inputs.student,
         device=device,
         seed=config.run.seed,
+        base=student.base if shared else None,
         micro_batch_tokens=config.schedule.micro_batch_tokens,
         activation_checkpointing=config.schedule.activation_checkpointing,
         world=world,
     )
 
 
-def _fresh_discriminator(config: Config, inputs: Inputs, device: torch.device, world: World) -> Discriminator:
+def _fresh_discriminator(
+    config: Config, inputs: Inputs, device: torch.device, student: Student, world: World
+) -> Discriminator:
     """An untrained discriminator for the convergence rule, beside the one that is being trained."""
     settings = config.discriminator.model_copy(update={"lr": config.convergence.lr})
-    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device, world)
+    return _discriminator(config.model_copy(update={"discriminator": settings}), inputs, device, student, world)
 
 
 def _facts(

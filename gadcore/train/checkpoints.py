@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from gadcore.checkpoint import store
+from gadcore.checkpoint import bases, store
 from gadcore.checkpoint.state import RngState, restore_rng, rng_state
 from gadcore.checkpoint.store import Checkpoint
 from gadcore.checkpoint.together import Together
@@ -20,7 +21,9 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import State
+from gadcore.models.adapter import own_parameters
 from gadcore.models.discriminator import Discriminator
+from gadcore.models.learner import Learner
 from gadcore.models.state import copy_into, optimizer_tensors, restore_optimizer, restore_parameters
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
@@ -76,7 +79,7 @@ class Checkpoints:
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
-            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            weights = model.weights()
             tensors[name] = readable(self._memory, weights)
             moments = optimizer_tensors(model.optimizer.adamw, weights)
             tensors[f"{name}-optimizer"] = readable(self._memory, moments)
@@ -90,6 +93,7 @@ class Checkpoints:
             "data": dict(self._data()) if self._world.is_first else {},
             "records": records,
             "rng": rng.state if self._world.size == 1 else states,
+            "bases": self._bases,
         }
         best = progress.convergence.best
         return self._save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
@@ -124,10 +128,16 @@ class Checkpoints:
         """
         if saved.state["stages"] != self._stages:
             raise UserError(other_stages(self.folder.path, saved.state["stages"], self._stages))
+        bases.check(saved.state.get("bases"), self._bases, {n: _called(m) for n, m in self._models.items()})
         self._loader.restore(saved.state["loader"])
         self.restore_models(saved)
         restore_rng(self._rng(saved))
         return Progress.of(saved.state["progress"])
+
+    @cached_property
+    def _bases(self) -> dict[str, Any]:
+        """They do not change: read once."""
+        return bases.describe({name: model.model for name, model in self._models.items()})
 
     def _rng(self, saved: Checkpoint) -> RngState:
         """This process's random states; of as many processes as there were others the first one's."""
@@ -143,7 +153,7 @@ class Checkpoints:
         self.finish()
         for name, model in self._models.items():
             self._memory.enter(_UPDATE[name])
-            weights = model.optimizer.weights(dict(model.model.named_parameters()))
+            weights = model.weights()
             restore_parameters(weights, saved.tensors[name], name)
             model.optimizer.weights_changed()
             moments = saved.tensors[f"{name}-optimizer"]
@@ -158,14 +168,14 @@ class Checkpoints:
                 "of the warmup, or start a new run"
             )
         saved = store.load(path, self._world).tensors["reference"]
-        copy_into(dict(reference.named_parameters()), saved)
+        copy_into(dict(own_parameters(reference)), saved)
         self._reference_saved = True
 
     def _save_reference(self, step: int) -> None:
         """Once: it never changes."""
         reference = self._student.reference
         if reference is not None and not self._reference_saved:
-            tensors = readable(self._memory, dict(reference.named_parameters()))
+            tensors = readable(self._memory, dict(own_parameters(reference)))
             self._save(self.folder.reference, step, {"reference": tensors}, {}, keep=1)
             self._reference_saved = True
 
@@ -182,3 +192,7 @@ def readable(memory: Colocation, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _of_rank(world: World) -> str:
     return f"rank-{world.rank}." if world.size > 1 else ""
+
+
+def _called(model: Learner) -> str:
+    return str(model.model.config.name_or_path)

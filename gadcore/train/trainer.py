@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from gadcore.config.functions import load_function
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
-from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
@@ -78,17 +76,11 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
+        each = config.data.eval_samples
         self.heldout = Heldout(
-            held_out,
-            sampler,
-            discriminator,
-            self.phases,
-            self.memory,
-            make_discriminator,
-            samples=config.data.eval_samples,
+            held_out, sampler, discriminator, self.phases, self.memory, make_discriminator, samples=each
         )
-        self.stop_requested = stop_requested
-        self.facts = facts or {}
+        self.stop_requested, self.facts = stop_requested, facts or {}
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
@@ -202,9 +194,8 @@ class Trainer:
         progress, stage, step = self.progress, result.stage, result.step
         progress.step += 1
         progress.stage_step = step
-        every = self.config.checkpoint.every
         # The end of a stage has a checkpoint of its own.
-        last = step == self._length(stage)
+        every, last = self.config.checkpoint.every, step == self._length(stage)
         due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(result) | sample_traits(result)
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
@@ -357,7 +348,7 @@ class Trainer:
             if self.progress.stage == "gad" and self.progress.stage_step > 0:
                 # The stage began in an earlier process.
                 self.checkpoints.restore_reference(self.student.reference)
-            self.memory.add("reference.parameters", partial(fsdp.memory, self.student.reference), frozen=True)
+            self.memory.add("reference.parameters", self.student.reference_tensors, frozen=True)
 
     def finish(self) -> dict[str, Any]:
         """Exports both models as ordinary Hugging Face directories; writes and returns the summary."""

@@ -19,9 +19,7 @@ from gadcore.integrations.text_rewards import Sample, by_prompt, scores
 try:
     from swift.rewards import ORM, orms
 except ImportError as error:
-    raise UserError(
-        "gadcore.integrations.swift needs ms-swift, which is not installed: pip install ms-swift"
-    ) from error
+    raise UserError(f"gadcore.integrations.swift needs ms-swift 4.6, which does not load: {error}") from error
 
 
 class GADReward(ORM):  # type: ignore[misc]

@@ -54,15 +54,25 @@ LATER = {
     "distributed.shard": 0,
     "distributed.replicate": 1,
     "distributed.timeout_s": 1800.0,
+    **{f"{name}.adapter": "none" for name in ("student", "discriminator")},
+    **{
+        f"{name}.adapter_{key}": "none"
+        for name in ("student", "discriminator")
+        for key in ("rank", "alpha", "targets", "rslora", "from")
+    },
 }
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
 RESOLVED = {
     "llama-3.1-8b": "a97b408b0458dbae43900a8616df2f6163456754e30ebf4241a303bbe7de32e8",
+    "llama-3.1-8b-lora": "84f581469605a7cf2f0a09cb573c732e431f25bc676439fb87ed3aa68a2df082",
     "llama-3.2-3b": "6638b814ba82adba8b79eb4cca116da336cee7f77f8c2057b153145db0b313ab",
     "qwen2.5-14b": "461e94cd430f89d0962e537f2d40464612902aad4f7735f850f6fb6caaba226b",
+    "qwen2.5-14b-lora": "376d8416846baf1bd584aa311d750137c1c9be7d822533373dd67a85676df94a",
     "qwen2.5-3b": "168c1f4521ad04acabd6e867d75a64ad313abc2b162db9f3c6f09fa56855bb35",
+    "qwen2.5-3b-lora": "27edfcb520232983e44d36bc82f03df5bf3cb769686397181c4eba89b6a8eca0",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
+    "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
     "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
     "smollm2-gpu": "7dda9ba6cf2bf6d2bbf7beb68515fb1ed5d5d1d03ebb0a89027a35133146ca2d",
 }
@@ -314,7 +324,9 @@ def test_a_dump_names_every_setting() -> None:
 @pytest.mark.parametrize(("name", "digest"), RESOLVED.items())
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
-    for key, value in LATER.items():
+    of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith("-lora") else {}
+    chosen = {f"{section}.{key}": v for section in ("student", "discriminator") for key, v in of_adapters.items()}
+    for key, value in (LATER | chosen).items():
         section, _, setting = key.partition(".")
         assert settings[section].pop(setting) == value
     for key, value in LEFT_OPEN.items():

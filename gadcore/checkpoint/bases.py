@@ -1,0 +1,80 @@
+"""The frozen bases under a run's adapters: a checkpoint holds none of them, and says which they are.
+
+Of every model with adapters: the base by its name and by a checksum of its bits, and what stands on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gadcore.errors import UserError
+from gadcore.models.adapter import adapted_layers, base_parameters
+from gadcore.rollout.weights import fingerprint
+
+Described = dict[str, Any]
+
+
+def describe(models: Mapping[str, PreTrainedModel]) -> dict[str, Described]:
+    """For JSON, by the names of the models; those without adapters are left out. Reads every base once."""
+    return {name: _described(model) for name, model in models.items() if adapted_layers(model)}
+
+
+def _described(model: PreTrainedModel) -> Described:
+    layers = adapted_layers(model)
+    first = next(iter(layers.values()))
+    return {
+        "base": model.config.name_or_path,
+        "checksum": f"{fingerprint(_bits(model)):032x}",
+        "rank": first.rank,
+        "scale": first.scale,
+        "layers": sorted(layers),
+    }
+
+
+def _bits(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, p.detach()) for name, p in base_parameters(model).items()]
+
+
+def check(saved: Mapping[str, Described] | None, here: Mapping[str, Described], names: Mapping[str, str]) -> None:
+    """Raises UserError where adapters of a checkpoint do not belong on the bases that are here.
+
+    saved: what describe() gave as it was written; None or without a model where all of it was trained. here: what it
+    gives now. names: the models by what they were asked for.
+    """
+    for owner in names:
+        theirs, ours = (saved or {}).get(owner), here.get(owner)
+        if theirs is None and ours is None:
+            continue
+        if ours is None or theirs is None:
+            had, has = ("lora", "none") if ours is None else ("none", "lora")
+            raise UserError(
+                f"the checkpoint is of a run with {owner}.adapter = {had}, this one has {owner}.adapter = {has}: keep "
+                "that of the run"
+            )
+        if theirs["rank"] != ours["rank"]:
+            raise UserError(
+                f"the checkpoint's {owner} has adapters of rank {theirs['rank']}, this run's {owner}.adapter_rank is "
+                f"{ours['rank']}: keep that of the run"
+            )
+        if theirs["scale"] != ours["scale"]:
+            raise UserError(
+                f"the checkpoint's {owner} has adapters with a scale of {theirs['scale']:g}, {owner}.adapter_alpha and "
+                f"{owner}.adapter_rslora of this run make {ours['scale']:g}: keep those of the run"
+            )
+        if theirs["layers"] != ours["layers"]:
+            name = min(set(theirs["layers"]) ^ set(ours["layers"]))
+            where = "has one in the checkpoint alone" if name in theirs["layers"] else "has none in the checkpoint"
+            raise UserError(
+                f"the {owner}'s adapters stand beside other layers than the checkpoint's ({name} {where}): keep "
+                f"{owner}.adapter_targets of the run"
+            )
+        if theirs["checksum"] != ours["checksum"]:
+            raise UserError(
+                f"the checkpoint's adapters of the {owner} were trained on the base {theirs['base']} with the checksum "
+                f"{theirs['checksum']}, the weights of {names[owner]} have {ours['checksum']}: give the base of the "
+                "run, in its dtype"
+            )

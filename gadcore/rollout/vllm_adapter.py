@@ -1,0 +1,240 @@
+"""The student's adapter inside vLLM: A and B lie where vLLM computes with them, and an update writes there.
+
+On a CPU they are part of the product that gadcore gives vLLM's linear layers (`cpu_linear`), so that all that computes
+with these layers computes with the adapter; the trainer's own A and B are views into them where weights are shared. On
+CUDA they are vLLM's own (`enable_lora`), in the one slot that it has: its graphs and kernels know where that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gadcore.errors import UserError
+from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
+from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, lay_out
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# max_lora_rank of vLLM (config/lora.py).
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Adapter(Protocol):
+    """The adapter as the engine has it.
+
+    request: what a prompt has to come with. shared: where the engine's weights are the trainer's own, A and B are, too.
+    """
+
+    request: Any
+    shared: bool
+
+    def weights(self) -> dict[str, Tensor]:
+        """A and B that the engine computes with, under the trainer's names (no copies)."""
+
+    def as_held(self, name: str, tensor: Tensor) -> Tensor:
+        """What weights() has for the trainer's tensor of that name."""
+
+    def aliases(self) -> list[Tensor]:
+        """The engine's own tensors that look at the trainer's."""
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+class _Part(NamedTuple):
+    """An adapted layer of the trainer's that is rows start .. end - 1 of one of vLLM's, its `place`th member."""
+
+    name: str
+    layer: LoRALinear
+    start: int
+    end: int
+    place: int
+
+
+def _parts(model: PreTrainedModel, slices: Sequence[Slice]) -> dict[str, list[_Part]]:
+    """vLLM's layer -> those of the trainer's in it that have an adapter, in order."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    found: dict[str, list[_Part]] = {}
+    members: dict[str, int] = {}
+    for piece in sorted(slices, key=lambda s: (s.vllm_name, s.start)):
+        name, _, kind = piece.name.rpartition(".")
+        if kind != "weight":
+            continue
+        place = members.get(piece.vllm_name, 0)
+        members[piece.vllm_name] = place + 1
+        if name in adapted:
+            layer = piece.vllm_name.removesuffix(".weight")
+            found.setdefault(layer, []).append(_Part(name, adapted[name], piece.start, piece.end, place))
+    if len(adapted) != sum(map(len, found.values())):
+        raise RuntimeError("an adapter of the trainer's stands beside no layer of vLLM's")
+    return found
+
+
+class AdaptedProduct:
+    """The product of a layer of vLLM's with its weight, and with the adapters of the trainer's layers in it."""
+
+    def __init__(self, base: Product, parts: Sequence[_Part], weight: Tensor) -> None:
+        """base: the product without. weight: vLLM's, in whose dtype A and B are here."""
+        self.base, dtype = base, weight.dtype
+        self._alone = len(parts) == 1 and parts[0].end - parts[0].start == len(weight)
+        first = parts[0].layer
+        self.scale = first.scale
+        # One product for all members: A of q, k and v is one matrix.
+        self.a = torch.cat([part.layer.lora_A.detach().to(dtype) for part in parts])
+        self.bs = [part.layer.lora_B.detach().to(dtype, copy=True) for part in parts]
+        rank = first.rank
+        self._pieces = [
+            (part.start, part.end, slice(i * rank, (i + 1) * rank), b.t())
+            for i, (part, b) in enumerate(zip(parts, self.bs, strict=True))
+        ]
+        self._names = [part.name for part in parts]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y, t = self.base(x, weight, bias), self.base(x, self.a, None)
+        rows, low = y.view(-1, y.shape[-1]), t.view(-1, t.shape[-1])
+        if self._alone:
+            rows.addmm_(low, self._pieces[0][3], alpha=self.scale)
+            return y
+        for start, end, its, b in self._pieces:
+            rows[:, start:end].addmm_(low[:, its], b, alpha=self.scale)
+        return y
+
+    def aliases(self) -> list[Tensor]:
+        """All that __call__() reads of them."""
+        return [self.a, *self.bs, *(b for *_, b in self._pieces)]
+
+    def weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, (_, _, its, _), b in zip(self._names, self._pieces, self.bs, strict=True):
+            found |= {f"{name}.{DOWN}": self.a[its], f"{name}.{UP}": b}
+        return found
+
+
+class AdapterInProducts:
+    """On a CPU. Made before anything looks at the products of vLLM's layers (gadcore.cpu.adapt_vllm)."""
+
+    request = None
+    shared = True
+
+    def __init__(self, model: PreTrainedModel, engine_model: nn.Module, slices: Sequence[Slice]) -> None:
+        self._products: list[AdaptedProduct] = []
+        for name, parts in _parts(model, slices).items():
+            layer: Any = engine_model.get_submodule(name)
+            if not callable(getattr(layer, "cpu_linear", None)):
+                raise RuntimeError(f"vLLM's {name} ({type(layer).__name__}) has no product that an adapter could join")
+            layer.cpu_linear = AdaptedProduct(layer.cpu_linear, parts, layer.weight)
+            self._products.append(layer.cpu_linear)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor for product in self._products for name, tensor in product.weights().items()}
+
+    def as_held(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def aliases(self) -> list[Tensor]:
+        return [tensor for product in self._products for tensor in product.aliases()]
+
+
+class AdapterInSlot:
+    """On CUDA: vLLM's own LoRA layers, whose one slot is written in place. No adapter is ever in a file."""
+
+    shared = False
+
+    def __init__(self, llm: Any, model: PreTrainedModel, slices: Sequence[Slice]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self.request = LoRARequest("student", 1, "of-this-process")
+        self._parts = _parts(model, slices)
+        first = next(iter(self._parts.values()))[0].layer
+        self._scale, rank = first.scale, first.rank
+        (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+        manager = runner.lora_manager
+        # Of zeros, without a file; from then on it is there, and vLLM never looks for it.
+        manager.add_dummy_lora(self.request, rank=rank)
+        manager._adapter_manager.activate_adapter(self.request.lora_int_id)
+        self._layers: Mapping[str, Any] = manager._adapter_manager.modules
+        if missing := sorted(self._parts.keys() - self._layers.keys()):
+            raise RuntimeError(f"vLLM has no adapter for {missing[0]}, whose trainer's layers have some")
+        if self.request.lora_int_id not in manager.list_adapters():
+            raise RuntimeError("vLLM did not take the adapter")
+        with torch.no_grad():
+            for layer in self._layers.values():
+                for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                    stacked.zero_()
+            for name, held in self.weights().items():
+                held.copy_(self.as_held(name, model.get_parameter(name)))
+
+    def weights(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parts in self._parts.items():
+            layer = self._layers[name]
+            for part in parts:
+                a, b = layer.lora_a_stacked[part.place][0, 0], layer.lora_b_stacked[part.place][0, 0]
+                found[f"{part.name}.{DOWN}"] = a[: part.layer.rank, : part.layer.in_features]
+                found[f"{part.name}.{UP}"] = b[: part.layer.out_features, : part.layer.rank]
+        return found
+
+    def aliases(self) -> list[Tensor]:
+        return []
+
+    def as_held(self, name: str, tensor: Tensor) -> Tensor:
+        # vLLM's kernels know no scale: it is part of B, exactly where it is a power of two.
+        return tensor * self._scale if is_adapters(name) and name.endswith(UP) else tensor
+
+
+def in_slots(on_cpu: bool) -> bool:
+    """Whether an adapter is in vLLM's own LoRA layers: elsewhere than on a CPU, where these are many times slower."""
+    return not on_cpu
+
+
+def install_adapter(llm: Any, model: PreTrainedModel, engine_model: nn.Module, *, slots: bool) -> Adapter:
+    """Gives vLLM the model's adapters as they are now. slots: it was started with lora_arguments()."""
+    slices = lay_out(model, engine_model)
+    return AdapterInSlot(llm, model, slices) if slots else AdapterInProducts(model, engine_model, slices)
+
+
+class AdaptedWeights(WholeWeights):
+    """vLLM's parameters, and the adapters beside them."""
+
+    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool) -> None:
+        super().__init__(engine_model, shared=shared)
+        self._adapter = adapter
+
+    def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
+        given = dict(source)
+        adapters = {name: given.pop(name) for name in list(given) if is_adapters(name)}
+        held = self._adapter.weights()
+        if missing := sorted(held.keys() ^ adapters.keys()):
+            raise RuntimeError(f"the source has not the adapters that vLLM computes with: {missing[0]}")
+        super().update(given.items())
+        triples = [(name, self._adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
+        bring(triples, shared=self._shared and self._adapter.shared)
+
+    def is_view(self, name: str) -> bool:
+        return self._shared and (self._adapter.shared or not is_adapters(name))
+
+    def aliases(self) -> list[Tensor]:
+        # What lies under an adapter stays where it is.
+        return self._adapter.aliases() if self._shared else []
+
+    def named(self) -> dict[str, Tensor]:
+        return super().named() | self._adapter.weights()
+
+
+def lora_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """What vLLM is started with, so that it has a slot for the model's adapters. UserError for too large a rank."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    rank = max(layer.rank for layer in adapted.values())
+    if rank > _RANKS[-1]:
+        raise UserError(f"vLLM takes adapters of rank {_RANKS[-1]} at most: lower student.adapter_rank = {rank}")
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(size for size in _RANKS if size >= rank),
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+    }
