@@ -24,7 +24,8 @@ TAIL = 20
 SURE, SATURATED_WEIGHT = 0.95, 0.05
 LEANING, LEANING_SAMPLES = 0.6, 24
 ASYMMETRY = 0.1
-MEMORISED = 0.1
+# A training accuracy so far above the held-out one, of a discriminator that has learned its texts at all.
+MEMORISED, LEARNED = 0.1, 0.8
 NOISE = 0.5
 HOT = 3.0
 # Of a standard deviation: what rounding leaves between two passes.
@@ -101,6 +102,12 @@ class Evidence:
     def accuracy(self) -> Estimate:
         """D's, over prompts."""
         return accuracy_of(self.margins)
+
+    @property
+    def memorised(self) -> bool:
+        """Whether D tells what it was trained on better than what it was not, beyond the noise of the latter."""
+        own = self.accuracy
+        return self.trained is not None and self.trained > max(own.mean + MEMORISED, own.high, LEARNED)
 
     @property
     def calibration(self) -> Calibration:
@@ -215,7 +222,9 @@ def _surfaces(e: Evidence) -> Finding:
     found = e.surfaces[best]
     alike = _agreement(e, found)
     if found.accuracy.low > 0.6 and found.accuracy.mean > own.mean - 0.05 and alike > LEANING:
-        told = f"{said} D does no better than {best} alone, and its margins go with it (correlation {alike:.2f})."
+        equal = [name for name in _MEND if e.surfaces[name].accuracy.mean >= found.accuracy.mean]
+        told = f"{said} D does no better than {' or '.join(equal)} alone, and its margins go with it "
+        told += f"(correlation {alike:.2f})."
         return Finding("surface", "wrong", told, _MEND[best])
     if e.surfaces["bag of words"].accuracy.mean > own.high:
         mend = "train D further (algorithm.discriminator_steps, discriminator.lr), or take a larger discriminator.model"
@@ -255,6 +264,8 @@ def _held_out(e: Evidence) -> Finding:
         "more warmup of D (schedule.warmup_epochs, algorithm.discriminator_steps), a higher discriminator.lr, more "
         "held-out rows to see it (data.eval_rows, data.eval_samples); where the student is as good as the teacher, stop"
     )
+    if e.memorised:
+        mend = "it has learned its texts by heart, see below"
     return Finding("accuracy", "wrong", f"{said} That is no more than guessing: rewards are noise.", mend)
 
 
@@ -266,7 +277,7 @@ def _memorised(e: Evidence) -> Finding | None:
     if e.model is not None and e.model.trained is not None and e.model.held_out is not None:
         gap = e.model.trained - e.model.held_out
         said += f" Teacher's texts that it was trained on score {gap:+.1f} standard deviations above others."
-    if e.trained - own.mean <= MEMORISED or e.trained <= own.high:
+    if not e.memorised:
         return Finding("memorised", "ok", said)
     mend = (
         "it knows its teacher's texts by heart: more rows, discriminator.label_smoothing = 0.1, fewer updates "
@@ -277,11 +288,11 @@ def _memorised(e: Evidence) -> Finding | None:
 
 def _calibrated(e: Evidence) -> Finding:
     found = e.calibration
-    hot = (
-        "is never wrong"
-        if found.temperature == 0
-        else f"would be calibrated at margins divided by {found.temperature:.1f}"
-    )
+    hot = f"would be calibrated at margins divided by {found.temperature:.1f}"
+    if found.temperature == 0:
+        hot = "is never wrong"
+    elif found.temperature > 100:
+        hot = "would do as well with margins of 0"
     said = (
         f"D is on average {100 * found.error:.0f} points surer or less sure than it is right, and {hot} "
         f"(BT loss {found.nll:.3f}, guessing .693)."

@@ -114,6 +114,8 @@ def test_one_that_is_broken_on_purpose(case: Case, check: str, said: str, mend: 
     assert check in wrong(found)
     assert said in found[check].found and mend in found[check].mend
     assert check in verdict(list(found.values()))
+    # One that has learned nothing yet has learned nothing by heart.
+    assert ("memorised" in wrong(found)) == (check == "memorised")
 
 
 def test_what_the_model_says(tmp_path) -> None:
