@@ -32,6 +32,7 @@ from gadcore.data.groups import Group
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.preference import preference_backward
 from gadcore.models.student import Student
+from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
 from gadcore.train.trainer import Trainer
 
@@ -72,11 +73,8 @@ class Run(Protocol):
     def measure_before_gad(self) -> None:
         """The convergence rule's first measurement, where it is in use."""
 
-    def take_snapshot(self) -> None:
+    def take_snapshot(self) -> Snapshot:
         """Samples of every row by the student as it is when the stage soda begins, and its log-probs of them."""
-
-    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Gives every group its samples of the snapshot; returns log-probs as models.preference has them."""
 
     def restore_best(self) -> None:
         """Gives both models the weights that they had at the convergence rule's minimum, where it is in use."""
@@ -191,10 +189,10 @@ def soda(run: Run) -> None:
     student as it is when this stage begins, which is the reference policy too. Nothing is sampled after that."""
     student, phase = run.student, run.phases
     run.begin("soda")
-    run.take_snapshot()
+    snapshot = run.take_snapshot()
     for step, groups in run.steps("soda"):
         result = StepResult("soda", step, groups)
-        reference = run.from_snapshot(groups)
+        reference = snapshot.of(groups)
         with phase("student"):
             result.stats = preference_backward(student, groups, reference, run.config.algorithm.soda_beta)
         with phase("student_update"):

@@ -36,7 +36,8 @@ def _about(rows: list[Row]) -> str:
     return f"""\
 Made by `python -m bench tables` from bench/results/reshard.json, which `python -m bench reshard` makes: plans of a sync
 from fp32 weights under FSDP2 to bf16 weights of vLLM with tensor parallelism, for models of the published sizes on the
-meta device. The layouts are vLLM's own: its models are made for every rank and their loaders watched.
+meta device. The layouts are vLLM's own: its models are made for every rank and their loaders watched. 2 x 8 is a copy
+of the shards on each of two nodes (HSDP): nothing crosses between them then.
 
 In {right} of {len(planned)} plans every element of every engine is written exactly once, from the rank that has it, and
 what a rank receives is the least that is possible: its engine's part without the rows that it has itself. Bytes are of
@@ -54,7 +55,7 @@ def _of_model(model: str, rows: list[Row]) -> list[str]:
     size = "" if first is None else f", {first['parameters'] / 1e9:.2f}e9 parameters"
     size += ", tied" if first is not None and first["tied"] else ""
     cells = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["replicas"], row["ranks"], row["tensor_parallel"])):
         trainer = (
             f"{row['ranks']}" if row["replicas"] == 1 else f"{row['replicas']} x {row['ranks'] // row['replicas']}"
         )

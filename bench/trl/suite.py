@@ -1,9 +1,9 @@
 """A policy step of one group: GADGRPOTrainer beside TRL's GRPOTrainer, on the CPU.
 
-What is measured is what TRL does with samples that are there: log-probabilities of a reference policy (the policy itself,
-without gradients: the same pass), loss and backward pass. Both trainers compute on models of equal weights, in one
-process, in turn; their losses and gradients are held to each other first. Seconds are of CPU time at one thread, so
-that others on the machine delay a measurement more than they change it.
+What is measured is what TRL does with samples that are there: log-probabilities of a reference policy (the policy
+itself, without gradients: the same pass), loss and backward pass. Both trainers compute on models of equal weights,
+in one process, in turn; their losses and gradients are held to each other first. Seconds are of CPU time at one thread,
+so that others on the machine delay a measurement more than they change it.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from bench.tables import Read, mib, missing, provenance, rows_of, table
 
 DOCUMENT = record.DOCUMENTS / "trl.md"
 ABOUT = (
-    "Made by `python -m bench tables` from bench/results/trl.json, which `python -m bench trl` measures: SmolLM2-135M,\n"
-    "fp32, one prompt with 8 samples of full length; log-probabilities of a reference policy, GRPO loss (dapo, beta\n"
-    "0.001) and backward pass. Seconds are of CPU time at one thread, medians of interleaved rounds; the ratio is the\n"
-    "median over rounds, above 1 where GADGRPOTrainer is faster. Peak: resident memory above what is there between\n"
-    "steps, gradients included. The gate holds loss and gradients of both to each other (1e-4 of the gradient's norm)."
+    "Made by `python -m bench tables` from bench/results/trl.json, which `python -m bench trl` measures:\n"
+    "SmolLM2-135M, fp32, one prompt with 8 samples of full length; log-probabilities of a reference policy, GRPO loss\n"
+    "(dapo, beta 0.001) and backward pass. Seconds are of CPU time at one thread, medians of interleaved rounds; the\n"
+    "ratio is the median over rounds, above 1 where GADGRPOTrainer is faster. Peak: resident memory above what is\n"
+    "there between steps, gradients included. The gate holds loss and gradients of one to those of the other (1e-4)."
 )
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, Tag, ValidationInfo, field_validator, model_validato
 
 from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
 from gadcore.config.data import SPLIT, DataSettings
+from gadcore.config.distributed import DistributedSettings
 from gadcore.config.kinds import (
     BUNDLED_MODEL,
     Above,
@@ -254,21 +255,6 @@ class CheckpointSettings(Section):
     asynchronous: bool = Field(
         False,
         description="Of several processes: write while the next batch is sampled, done before the next optimizer step.",
-    )
-
-
-class DistributedSettings(Section):
-    """The processes that torchrun starts (docs/guide/distributed.md)."""
-
-    shard: NonNegative = Field(
-        0,
-        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
-    )
-    replicate: Positive = Field(
-        1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."
-    )
-    timeout_s: Above = Field(
-        1800.0, description="Seconds that a process waits for the others before the job ends as failed."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -352,20 +352,28 @@ class Discriminator(Learner):
         return scores
 
     def warmup(
-        self, groups: Sequence[Group], *, steps: int, batch_size: int = 16, lr: float | None = None, seed: int = 0
-    ) -> Iterator[Scores]:
+        self,
+        groups: Sequence[Group],
+        *,
+        steps: int,
+        batch_size: int = 16,
+        lr: float | None = None,
+        seed: int = 0,
+        on_step: Callable[[Scores], object] = lambda scores: None,
+    ) -> list[Scores]:
         """`steps` updates on batches of groups in an order that `seed` shuffles, anew for every pass over them.
 
-        Yields what each found before its update; whoever stops asking stops the warmup. UserError without groups.
+        Returns what each found before its update; on_step is told of it at once. UserError without groups.
         """
         if not groups:
             raise UserError("the warmup has no groups: give some with samples")
-        order, left = random.Random(seed), list[int]()
+        order, left, found = random.Random(seed), list[int](), []
         for _ in range(steps):
-            if not left:
-                left = order.sample(range(len(groups)), len(groups))
+            left = left or order.sample(range(len(groups)), len(groups))
             batch, left = left[:batch_size], left[batch_size:]
-            yield self.update([groups[i] for i in batch], lr)
+            found.append(self.update([groups[i] for i in batch], lr))
+            on_step(found[-1])
+        return found
 
 
 def _too_long(group: Group, needed: int, context: int) -> str:

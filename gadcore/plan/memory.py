@@ -22,6 +22,7 @@ from gadcore.models.host_master import SLICES_BYTES
 from gadcore.models.shared_base import shares_base
 from gadcore.plan.activations import kept_bytes
 from gadcore.plan.dimensions import Dimensions
+from gadcore.plan.gathered import gathered_bytes, outside_bytes
 from gadcore.plan.machine import Machine
 from gadcore.plan.moments import Pass
 from gadcore.plan.roles import ITEM, Precision, Role, role_of
@@ -268,10 +269,9 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
     if case.machine.ranks > 1:
-        outside = _outside(d, d.root, precision, head=True)
-        working["gathered layers"] = gathered_bytes(
-            d.layer, d.root, precision.products, sum(working.values()), outside=outside
-        )
+        # Of two layers, and nobody's gradient.
+        outside = outside_bytes(d, d.root, precision.weights, narrow_head=precision.autocast)
+        working["gathered layers"] = outside + 2.0 * precision.products * d.layer
     return working
 
 
@@ -339,7 +339,7 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
             root,
             compute,
             sum(working.values()),
-            outside=_outside(d, root, precision, head=is_student),
+            outside=outside_bytes(d, root, precision.weights, narrow_head=is_student and autocast),
             gradients=precision.gradients,
         )
     elif autocast:
@@ -358,27 +358,6 @@ def part_tokens(case: Case, budget: int, is_student: bool) -> int:
     """Packed tokens of the largest micro-batch: a response of full length stays whole, whatever the budget."""
     longest = case.work.longest_prompt + case.work.limit * (1 if is_student else 2)
     return max(budget, longest)
-
-
-def gathered_bytes(
-    layer: int, root: int, compute: int, beside: float, *, outside: float | None = None, gradients: int | None = None
-) -> float:
-    """Whole weights of FSDP2 beside the shards: of the root throughout, of two layers, and a layer's whole gradient.
-
-    compute: bytes of a number of a layer as it is gathered, in the dtype of products; outside: of all of embedding,
-    norm and head, gradients: of a number; default as layers. They are reduced in float32. At the end of the backward
-    pass, when what was kept (`beside`) is gone, the root has its weights, its gradient and the copy that is reduced.
-    """
-    around = float(compute * root) if outside is None else outside
-    made = compute if gradients is None else gradients
-    during = around + (2 * compute + made) * layer + (4 * layer if made < 4 else 0)
-    return max(during, around + root * (made + 4) - beside)
-
-
-def _outside(d: Dimensions, root: int, precision: Precision, *, head: bool) -> float:
-    """Bytes of what is outside of layers as it is gathered: an untied head, where there is one, as products read it."""
-    narrow = d.head if head and precision.autocast and not d.tied else 0
-    return float(precision.weights * (root - narrow) + precision.products * narrow)
 
 
 def peak(case: Case, choice: Choice) -> dict[State, StateMemory]:

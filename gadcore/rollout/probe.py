@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadcore.data.groups import Group, Prompt, Response
+from gadcore.distributed.fsdp import reshard_all
 from gadcore.errors import UserError
 from gadcore.rollout.engine import SampleRequest
-from gadcore.rollout.weights import reshard
 
 # How far log-probs of samples may lie from the trainer's, in the mean, by the engine's dtype: rounding, and no more.
 BOUNDS = {"float32": 0.01, "bfloat16": 0.2}
@@ -80,7 +80,7 @@ def check_distribution(
     ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    reshard(model)
+    reshard_all(model)
     found = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
     difference = (found - torch.tensor(sample.logprobs, device=found.device)).abs().mean().item()
     if not difference < BOUNDS[dtype]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from gadcore.config.rollout import VLLMServerRollout
@@ -89,6 +90,8 @@ class ServerProcess:
                 + ["--host", "127.0.0.1", "--port", str(self.port)],
                 env=inherited | variables,
                 preexec_fn=_end_with_parent,
+                # A group of its own: what the server has started can be ended where the server itself was killed.
+                start_new_session=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -104,13 +107,15 @@ class ServerProcess:
             return "".join(deque(lines, _SAID_LINES)).rstrip()
 
     def close(self) -> None:
-        """By SIGTERM it takes its engine's process down with it."""
+        """By SIGTERM it takes its engine's processes down with it; one that was killed has left them."""
         self.process.terminate()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self._folder.cleanup()
 
 

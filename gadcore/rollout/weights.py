@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 import xxhash
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from gadcore.distributed.fsdp import reshard_all
 
 
 class WeightSource(Protocol):
@@ -28,15 +29,9 @@ class PlainWeights:
         self.model = model
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        reshard(self.model)
+        # After a pass without a gradient FSDP2 leaves some parameters whole.
+        reshard_all(self.model)
         return ((name, p.detach()) for name, p in self.model.named_parameters())
-
-
-def reshard(model: nn.Module) -> None:
-    """Gives a sharded model its shards again: after a pass without a gradient FSDP2 leaves some parameters whole."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def row_sums(tensor: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from gadcore.config.distributed import DistributedSettings
 from gadcore.config.process import StopSignals
-from gadcore.config.settings import Config, DistributedSettings
+from gadcore.config.settings import Config
 from gadcore.distributed.world import World
 from gadcore.errors import UserError
 

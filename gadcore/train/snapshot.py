@@ -13,13 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from gadcore.config.settings import AlgorithmSettings
 from gadcore.data.groups import Group, Response
 from gadcore.errors import UserError
 from gadcore.files import remove, write_whole
 from gadcore.models.preference import sequence_logprobs
 from gadcore.models.student import Student
+from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import fingerprint
+from gadcore.train.agreement import of_first
 from gadcore.train.phases import Phases
 
 # Rows of a part.
@@ -37,33 +40,31 @@ _SCHEMA = pa.schema(
 
 
 class Snapshot:
-    """Samples and reference log-probs of every row of a data set, by the row's index.
-
-    tokens: of all samples, once it has been taken.
-    """
+    """Samples and reference log-probs of every row of a data set, by the row's index."""
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: RunFolder | None,
         groups: Sequence[Group],
         sampler: Sampler,
         student: Student,
         phases: Phases,
-        samples: int,
+        algorithm: AlgorithmSettings,
     ) -> None:
-        """folder: where it is kept; None: in memory alone. groups: the rows. samples: of each."""
-        self.folder, self._groups, self._samples = folder, groups, samples
-        self._sampler, self._student, self._phases = sampler, student, phases
-        self.tokens = 0
+        """folder: of the run that keeps it; None: in memory alone. groups: the rows."""
+        self.folder = None if folder is None else folder.snapshot
+        self._groups, self._samples = groups, algorithm.soda_samples
+        self._sampler, self._student, self._phases, self._world = sampler, student, phases, student.world
+        self._tokens = 0
         # index -> (samples, reference), or the part and the row in it.
         self._rows: dict[int, tuple[list[Response], list[float]]] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._parts: list[pa.RecordBatch] = []
 
-    def take(self, *, begun: bool, say: Callable[[str], None], pause: Callable[[], None]) -> None:
-        """Draws what is missing of it.
+    def take(self, *, begun: bool, say: Callable[[str], None], pause: Callable[[], None]) -> int:
+        """Draws what is missing of it; returns the tokens of all samples, 0 where they have been counted before.
 
-        begun: the stage has made steps, so that the student is another one by now, and all of it must be there.
+        begun: the stage has made steps, so that the student is another one by now: all of it must be there.
         say: is told how far it is. pause: called before every part.
         Raises UserError where it must be there and is not, or was made from something else.
         """
@@ -71,7 +72,7 @@ class Snapshot:
             self._begin(begun=begun)
         for number, start in enumerate(range(0, len(self._groups), PART)):
             path = self.folder / f"part-{number:06d}.arrow" if self.folder is not None else None
-            if path is None or not path.is_file():
+            if path is None or not of_first(self._world, path.is_file):
                 if begun and path is not None:
                     raise self._lost(f"{path.name} is missing")
                 pause()
@@ -81,8 +82,11 @@ class Snapshot:
                 if path is None:
                     self._keep(rows, reference)
                     continue
-                write_whole(path, _bytes(rows, reference), synced=True)
+                with self._world.agreeing():
+                    if self._world.is_first:
+                        write_whole(path, _bytes(rows, reference), synced=True)
             self._read(path, number)
+        return 0 if begun else self._tokens
 
     def _drawn(self, groups: Sequence[Group]) -> list[list[float]]:
         """Gives groups their samples; per group the log-probs of its teacher's response and its samples."""
@@ -93,7 +97,7 @@ class Snapshot:
     def _keep(self, groups: Sequence[Group], reference: Sequence[list[float]]) -> None:
         for group, row in zip(groups, reference, strict=True):
             self._rows[group.prompt.index] = group.samples, row
-            self.tokens += sum(len(sample.token_ids) for sample in group.samples)
+            self._tokens += sum(len(sample.token_ids) for sample in group.samples)
 
     def of(self, groups: Sequence[Group]) -> list[list[float]]:
         """Gives every group its samples; per group the reference log-probs of its teacher's response and of them."""
@@ -125,26 +129,25 @@ class Snapshot:
             "seed": self._sampler.seed,
         }
         path = self.folder / MADE_FROM
-        try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except ValueError:
-            before = None
+        before = of_first(self._world, lambda: _json(path))
         if begun:
             # The weights have moved on since.
             if not isinstance(before, dict) or {key: before.get(key) for key in made_from} != made_from:
                 raise self._lost(f"{MADE_FROM} is missing or of other settings")
             return
         with self._phases("student"):
-            made_from["weights"] = f"{fingerprint(self._sampler.weights):032x}"
-        if before != made_from:
-            remove(self.folder)
-            write_whole(path, json.dumps(made_from, indent=1) + "\n", synced=True)
+            own = f"{fingerprint(self._student.local_parameters().items()):032x}"
+        made_from["weights"] = self._world.all_gather_objects(own)
+        with self._world.agreeing():
+            if before != made_from and self._world.is_first:
+                remove(self.folder)
+                write_whole(path, json.dumps(made_from, indent=1) + "\n", synced=True)
 
     def _read(self, path: Path, number: int) -> None:
         try:
             (part,) = pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches()
             indices = part.column("index").to_pylist()
-            self.tokens += len(part.column("tokens").flatten().flatten())
+            self._tokens += len(part.column("tokens").flatten().flatten())
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it, and start the run anew") from None
         self._parts.append(part)
@@ -155,6 +158,14 @@ class Snapshot:
             f"the snapshot of the student that this run learns from is not in {self.folder} ({why}): put it back as it "
             "was, or start a new run"
         )
+
+
+def _json(path: Path) -> Any:
+    """None where there is none, or a broken one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
 
 
 def _bytes(groups: Sequence[Group], reference: Sequence[Sequence[float]]) -> bytes:

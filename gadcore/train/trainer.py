@@ -76,22 +76,15 @@ class Trainer:
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )
+        each = config.data.eval_samples
         self.heldout = Heldout(
-            held_out,
-            sampler,
-            discriminator,
-            self.phases,
-            self.memory,
-            make_discriminator,
-            samples=config.data.eval_samples,
+            held_out, sampler, discriminator, self.phases, self.memory, make_discriminator, samples=each
         )
-        self.stop_requested = stop_requested
-        self.facts = facts or {}
+        self.stop_requested, self.facts = stop_requested, facts or {}
         reward = config.algorithm.reward
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
-        place = None if folder is None else folder.snapshot
-        self._snapshot = Snapshot(place, loader.groups, sampler, student, self.phases, config.algorithm.soda_samples)
+        self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -161,8 +154,7 @@ class Trainer:
                 self.save()
                 self.checkpoints.finish()
                 saved = f"after step {self.progress.step}, saved"
-        command = command_of(self.stage_steps)
-        command = "" if command == "train" else f"{command} "
+        command = f"{command_of(self.stage_steps)} ".replace("train ", "")
         start = f"{shlex.quote(sys.executable)} -m gadcore.run"
         if self.world.size > 1:
             start = "the torchrun command that started it, and -m gadcore.run"
@@ -188,17 +180,12 @@ class Trainer:
             # A function of one's own need not give the same twice.
             return of_first(self.world, lambda: rewards_by(reward, name, groups, scores, found))
 
-    def take_snapshot(self) -> None:
+    def take_snapshot(self) -> Snapshot:
         """What the stage soda learns from, as far as it is not on the disk. Its seconds are those of the first step."""
-        begun = self.progress.stage_step > 0
         if self._length("soda"):
-            self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
-        if not begun:
-            self.progress.tokens["sampled"] += self._snapshot.tokens
-
-    def from_snapshot(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Gives every group its samples of the snapshot; returns the reference log-probs."""
-        return self._snapshot.of(groups)
+            begun, sampled = self.progress.stage_step > 0, self.progress.tokens
+            sampled["sampled"] += self._snapshot.take(begun=begun, say=self.records.status, pause=self._stop_if_asked)
+        return self._snapshot
 
     # What a step leaves
 
@@ -207,9 +194,8 @@ class Trainer:
         progress, stage, step = self.progress, result.stage, result.step
         progress.step += 1
         progress.stage_step = step
-        every = self.config.checkpoint.every
         # The end of a stage has a checkpoint of its own.
-        last = step == self._length(stage)
+        every, last = self.config.checkpoint.every, step == self._length(stage)
         due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(result) | sample_traits(result)
         if stage == "gad" and (last or step % self.config.convergence.every == 0):

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
+from gadcore.distributed.fsdp import reshard_all
 from gadcore.distributed.reshard import Mesh, make_plan
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
@@ -21,7 +22,7 @@ from gadcore.rollout.probe import Probe
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.vllm_layout import layouts
 from gadcore.rollout.vllm_shards import ShardedWeights
-from gadcore.rollout.weights import PlainWeights, reshard
+from gadcore.rollout.weights import PlainWeights
 from tests.support.builders import TEMPLATE, groups
 from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny, tiny_model
@@ -82,7 +83,7 @@ class Trainer:
                 logits = self.model(ids, use_cache=False).logits[0, len(group.prompt.token_ids) - 1 : -1] / 0.8
                 rows.append(logits.log_softmax(-1).gather(-1, ids[0, len(group.prompt.token_ids) :, None])[:, 0])
             found.append(rows)
-        reshard(self.model)
+        reshard_all(self.model)
         return found
 
 

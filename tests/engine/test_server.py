@@ -78,7 +78,7 @@ class Served:
 
     def kill(self) -> None:
         """As a machine does that loses power: without a word."""
-        os.kill(self.server.process.pid, signal.SIGKILL)
+        os.killpg(self.server.process.pid, signal.SIGKILL)
         self.server.process.wait()
         time.sleep(2)
 

@@ -20,7 +20,7 @@ from tests.runs.test_distributed import SCRIPT, arguments, assert_alike, finishe
 from tests.support.jobs import torchrun
 from tests.support.runs import assert_same_run, run
 
-pytestmark = pytest.mark.by_hand
+pytestmark = [pytest.mark.by_hand, pytest.mark.timeout(3600)]
 TIMEOUT = 40.0
 
 

@@ -18,6 +18,7 @@ from tests.support.runs import ROOT, run
 
 pytestmark = [
     pytest.mark.by_hand,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         not (hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("tc")), reason="needs root, ip and tc"
     ),

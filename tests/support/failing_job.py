@@ -10,8 +10,9 @@ import traceback
 
 import torch
 
+from gadcore.config.distributed import DistributedSettings
 from gadcore.config.process import StopSignals, leave
-from gadcore.config.settings import Config, DistributedSettings
+from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError
 from gadcore.run import _sentence
 from gadcore.train.job import Job, join_job

@@ -13,6 +13,7 @@ from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator
+from gadcore.models.preference import preference_backward, sequence_logprobs
 from gadcore.models.spec import ModelSpec
 from gadcore.models.student import Student
 from tests.support.builders import groups
@@ -90,7 +91,7 @@ def memory_of(case: Case, student: Student, discriminator: Discriminator, place:
 
 
 def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[str, Any]:
-    """Cross-entropy, then some steps of GAD. The figures of every step, and the weights at the end, whole."""
+    """Cross-entropy, steps of GAD, one of DPO. The figures of every step, and the weights at the end, whole."""
     student, discriminator = learners(case, world)
     memory = memory_of(case, student, discriminator, place or case.folder / "offload")
     found: list[dict[str, Any]] = []
@@ -99,6 +100,8 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
     ce = student.seqkd_backward(batches[-1])
     memory.enter("student_update")
     found.append({"norm": student.step(), "ce": ce.ce})
+    memory.enter("student")
+    known = sequence_logprobs(student, batches[-1])
     student.freeze_reference(memory.readable(student.local_parameters()))
     memory.add("reference.parameters", lambda: fsdp.memory(student.reference), frozen=True)
     for batch in batches[:-1]:
@@ -116,6 +119,11 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
         memory.enter("student_update")
         figures["norm"] = student.step()
         found.append(figures | {name: getattr(stats, name) for name in stats._names})
+    memory.enter("student")
+    preferred = preference_backward(student, batches[-1], known, beta=0.3)
+    memory.enter("student_update")
+    figures = {"norm": student.step(), "known": known}
+    found.append(figures | {name: getattr(preferred, name) for name in preferred._names})
     states = memory.summary()["states"]
     weights = {}
     for state, learner in (("student", student), ("discriminator", discriminator)):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gadcore.integrations.service.owner import Owner
     from gadcore.integrations.service.rows import Rows
     from gadcore.integrations.service.worker import Worker
-    from gadcore.models.discriminator import Discriminator
+    from gadcore.models.discriminator import Discriminator, Scores
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -164,11 +164,14 @@ def _make(config: ServiceConfig, rows: Rows, metrics: Metrics) -> tuple[Owner, l
     def warmup(model: Discriminator) -> None:
         if texts is None or not settings.warmup_steps:
             return
+        count, done = settings.warmup_steps, 0
+
+        def tell(found: Scores) -> None:
+            nonlocal done
+            done += 1
+            say(f"warmup {done}/{count}: loss {found.loss:.4f}, accuracy {found.accuracy:.3f}")
+
         groups = owner.groups_of(texts)
-        for step, found in enumerate(
-            model.warmup(groups, steps=settings.warmup_steps, batch_size=settings.warmup_groups, seed=config.run.seed),
-            1,
-        ):
-            say(f"warmup {step}/{settings.warmup_steps}: loss {found.loss:.4f}, accuracy {found.accuracy:.3f}")
+        model.warmup(groups, steps=count, batch_size=settings.warmup_groups, seed=config.run.seed, on_step=tell)
 
     return owner, owner.begin(warmup)

@@ -6,7 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from gadcore.checkpoint import store
 from gadcore.data.groups import Group
-from gadcore.errors import UserError, cause
+from gadcore.errors import UserError
 from gadcore.files import whole_folder
 from gadcore.integrations.service.journal import JSON, Journal
 from gadcore.integrations.service.refused import Refused
@@ -199,8 +199,8 @@ class Owner:
     def _make(self, version: int, requests: Sequence[Request], groups: Sequence[Group]) -> Mapping[str, JSON]:
         try:
             scores = self._update(groups)
-        except (UserError, torch.OutOfMemoryError, MemoryError) as error:
-            told = {"code": "not_trained", "message": f"nothing was trained: {_told(error)}"}
+        except UserError as error:
+            told = {"code": "not_trained", "message": f"nothing was trained: {error}"}
             self.journal.fail(version, told)
             raise Refused(500, told["code"], told["message"]) from error
         answers = answers_of(requests, scores, version, version - 1)
@@ -224,10 +224,12 @@ class Owner:
 
     @contextmanager
     def _at_work(self, state: Any) -> Iterator[None]:
+        """UserError where the memory is full, but in a step, which may have been half made then."""
         start = time.perf_counter()
-        self._memory.enter(state)
-        yield
-        self._memory.finish_work()
+        with nullcontext() if state == "discriminator_update" else self._memory.explained():
+            self._memory.enter(state)
+            yield
+            self._memory.finish_work()
         self.model_s += time.perf_counter() - start
 
     def _go_on(self, kept: Mapping[str, Any]) -> list[str]:
@@ -321,10 +323,6 @@ def answers_of(requests: Sequence[Request], scores: Scores, version: int, scored
 def _no_journal(journal: Journal, error: sqlite3.OperationalError) -> Refused:
     message = f"nothing was trained, {journal.path} cannot be written ({error}): free some space, then ask again"
     return Refused(503, "no_journal", message, 10)
-
-
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, UserError) else cause(error)
 
 
 def _finite(scores: Scores) -> None:

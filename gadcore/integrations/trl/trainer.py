@@ -42,6 +42,12 @@ class GADGRPOTrainer(GRPOTrainer):
     entropy bonus, sharded models (FSDP, DeepSpeed), and what TRL does to a head or a layer that gadcore replaces.
     """
 
+    # GRPOConfig and PreTrainedModel, which TRL's base class knows as less.
+    args: Any
+    model: Any
+    ref_model: Any
+    max_completion_length: Any
+
     def __init__(self, *args: Any, fuse: bool = True, whole_groups: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._refuse()
@@ -237,7 +243,7 @@ def _by_prompt(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         places.setdefault(tuple(prompt), []).append(row)
     order = [row for rows in places.values() for row in rows]
     index = torch.tensor(order, device=batches[0]["prompt_ids"].device)
-    sorted_by = {}
+    sorted_by: dict[str, Any] = {}
     for key, first in batches[0].items():
         if isinstance(first, Tensor) and first.dim():
             sorted_by[key] = torch.cat([batch[key] for batch in batches])[index]

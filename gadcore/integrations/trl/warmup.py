@@ -36,9 +36,14 @@ class GADWarmup(SFTTrainer):
     trainer's checkpoints. max_completion_length: tokens at which a sample is cut. resume_from: as of GADReward.
     """
 
+    # PreTrainedModel, which TRL's base class knows as less.
+    model: Any
+
     def __init__(
         self,
-        *arguments: Any,
+        model: Any,
+        args: Any = None,
+        *,
         discriminator: Discriminator,
         train_dataset: Dataset,
         teacher_column: str = "teacher_response",
@@ -58,7 +63,8 @@ class GADWarmup(SFTTrainer):
         )
         self._beside = beside
         super().__init__(
-            *arguments,
+            model=model,
+            args=args,
             train_dataset=Dataset.from_list([_completed(prompt, teacher) for prompt, teacher in rows]),
             callbacks=[*(callbacks or ()), beside],
             **settings,

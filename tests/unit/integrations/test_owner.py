@@ -206,6 +206,19 @@ def test_scores_that_are_not_finite_train_nothing(tmp_path: Path) -> None:
     assert owner.version == 1 and all(p.grad is None for p in owner.discriminator.model.parameters())
 
 
+def test_a_full_memory_trains_nothing_and_the_next_update_is_made(tmp_path: Path, monkeypatch) -> None:
+    owner = started(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Discriminator, "score", lambda *_, **__: torch.tensor([]).new_empty(1 << 60))
+        with pytest.raises(Refused, match="nothing was trained: out of memory in state discriminator, which needs"):
+            train(owner, "a")
+        with pytest.raises(UserError, match="out of memory in state discriminator"):
+            owner.score([])
+    entry = owner.journal.find("a")
+    assert owner.version == 0 and entry is not None and entry.state == "failed"
+    assert train(owner, "b")["b"]["version"] == 1
+
+
 def test_asleep_the_model_waits_in_a_file_and_comes_back_as_it_was(tmp_path: Path) -> None:
     owner = started(tmp_path, memory__offload="file")
     train(owner, "a")

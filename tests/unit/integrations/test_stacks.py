@@ -299,6 +299,18 @@ def test_the_recorded_signatures_are_those_of_the_stack(where: tuple[str, str], 
         ], method
 
 
+def test_a_missing_trl_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gadcore.integrations import trl
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "gadcore.integrations.trl.warmup", raising=False)
+    monkeypatch.delitem(vars(trl), "GADWarmup", raising=False)
+    with pytest.raises(UserError, match=r"GADWarmup needs TRL.*pip install 'gadcore\[trl\]'"):
+        trl.GADWarmup  # noqa: B018
+    with pytest.raises(AttributeError, match="nothing"):
+        trl.nothing  # noqa: B018
+
+
 @pytest.mark.parametrize("module", ["openrlhf", "swift.plugin", "nemo_rl", "verifiers", "verl.trainer", "verl.reward"])
 def test_a_missing_stack_is_told_in_a_sentence(module: str) -> None:
     stack = module.partition(".")[0]

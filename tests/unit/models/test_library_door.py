@@ -171,11 +171,13 @@ def test_an_update_that_fails_leaves_weights_and_no_gradient(folder: Path) -> No
 def test_warmup_learns_to_tell_and_goes_over_all_groups(folder: Path) -> None:
     d = load(folder, lr=3e-3)
     groups = [d.group(f"Name a city, {k}.", "Paris.", ["Zero degrees", "Stop"]) for k in range(6)]
-    found = list(d.warmup(groups, steps=15, batch_size=4, seed=1))
+    told: list[gadcore.Scores] = []
+    found = d.warmup(groups, steps=15, batch_size=4, seed=1, on_step=told.append)
+    assert found == told
     assert [len(s.sizes) for s in found[:4]] == [4, 2, 4, 2]
     assert found[-1].accuracy == 1 and found[-1].loss < found[0].loss / 2
     with pytest.raises(UserError, match="the warmup has no groups"):
-        next(d.warmup([], steps=1))
+        d.warmup([], steps=1)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gadcore.config.distributed import DistributedSettings
 from gadcore.config.loading import load
-from gadcore.config.settings import DistributedSettings
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.run import _restarted

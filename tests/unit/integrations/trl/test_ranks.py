@@ -58,7 +58,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     model = str(save_tiny(tmp_path / "model"))
     expected, cleared, state = updated(model)
     assert all(cleared)
-    ranks = run_ranks(2, "tests.unit.integrations.trl.test_ranks:on_a_rank", model)
+    ranks = run_ranks(2, "tests.unit.integrations.trl.test_ranks:on_a_rank", model, deadline=300)
     for found, _, weights in ranks:
         close(found, expected)
         for name, value in weights.items():
