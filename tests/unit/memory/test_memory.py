@@ -14,7 +14,7 @@ from gadcore.errors import UserError
 from gadcore.memory import resident
 from gadcore.memory.arena import Arena
 from gadcore.memory.colocation import Colocation
-from gadcore.memory.holdings import CHANGES, NEEDS, needs
+from gadcore.memory.holdings import ALWAYS, CHANGES, NEEDS, needs
 from gadcore.memory.ledger import GIB, PROCESS, Ledger
 from gadcore.memory.meter import HostMeter
 from gadcore.memory.placement import tier_name
@@ -370,7 +370,8 @@ def test_a_state_holds_what_it_needs_and_nothing_else(monkeypatch, state: str) -
         machine.enter(other)
     held = {name for name in machine.memory.ledger.held if name != PROCESS}
     gradients = {name for name in NEEDS[state] if name.endswith("gradients")}
-    assert held == set(needs(state, shared=False)) - gradients  # type: ignore[arg-type]
+    # Nothing lies frozen under adapters here.
+    assert held == set(needs(state, shared=False)) - gradients - ALWAYS  # type: ignore[arg-type]
     assert CHANGES[state] <= NEEDS[state]  # type: ignore[index]
 
 
@@ -481,3 +482,14 @@ def test_out_of_memory_is_told_with_the_holders(monkeypatch, error: Exception) -
         raise error
     with pytest.raises(RuntimeError, match="another"), machine.memory.explained():
         raise RuntimeError("another")
+
+
+def test_the_base_under_adapters_never_moves(monkeypatch) -> None:
+    """Every state needs it: where others wait in a tier it stays, and is counted in every state."""
+    machine = Machine(monkeypatch)
+    base = torch.zeros(1000)
+    address = base.data_ptr()
+    machine.memory.add("base.parameters", lambda: [base])
+    for state in ("student", "synchronise", "rollout", "rest"):
+        machine.enter(state)
+        assert machine.memory.ledger.held["base.parameters"] == 4000 and base.data_ptr() == address
