@@ -27,7 +27,7 @@ from gadcore.distributed.world import World
 from gadcore.models import sharded
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.learner import Learner
-from gadcore.models.student import Student
+from gadcore.models.student import Student, _sampled
 from gadcore.plan.activations import _Agree
 from gadcore.plan.dimensions import read_config
 from gadcore.plan.memory import Case, Choice, state_memory
@@ -132,8 +132,8 @@ def bytes_of(tensors) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measured(world: World, case: Case, layers: int | None = None) -> dict[str, float]:
-    """Bytes of every state of a step, of what it needs alone."""
+def measured(world: World, case: Case, layers: int | None = None) -> tuple[dict[str, float], dict[str, int]]:
+    """Bytes of every state of a step, of what it needs alone; tokens of the largest micro-batch of either model."""
     changes = {} if layers is None else {"num_hidden_layers": layers}
     common = dict(micro_batch_tokens=TOKENS, activation_checkpointing="full", world=world)
     groups = batch(case)
@@ -167,6 +167,11 @@ def measured(world: World, case: Case, layers: int | None = None) -> dict[str, f
                 lambda: student.grpo_backward(groups, given["scores"].sample_scores, given["reference"]),
             ),
         }
+        micros = {
+            "student": student.packed(_sampled(groups), teacher=False),
+            "discriminator": judge.packed(judge._fitted(groups)[0], teacher=True),
+        }
+        tokens = {owner: max(m.tokens.input_ids.numel() for m in cuts) for owner, cuts in micros.items()}
         # The first round makes what FSDP keeps for the later ones.
         for _ in range(2):
             for state, (learner, call) in passes.items():
@@ -178,7 +183,7 @@ def measured(world: World, case: Case, layers: int | None = None) -> dict[str, f
                 gradients = bytes_of(local(p.grad) for p in learner.optimizer.parameters)
                 update = storages.above(learner.step)
                 found[f"{state}_update"] = held[learner.owner] + moments[learner.owner] + gradients + update
-    return found
+    return found, tokens
 
 
 @pytest.mark.by_hand
@@ -189,10 +194,11 @@ def test_a_step_of_14b_takes_what_is_planned(world, monkeypatch, capsys) -> None
     monkeypatch.setattr(backbone, "close", lambda a, b: True)
     monkeypatch.setattr(optim, "read", lambda readouts, norm: [1.0])
     case = preset_case("qwen2.5-14b", "2x8-h100-80gb")
-    found = measured(world, case)
-    choice, planned = Choice("full", TOKENS, 0.0), {}
+    found, tokens = measured(world, case)
+    planned = {}
     for state in found:
-        memory = state_memory(case, choice, state)
+        of = tokens["discriminator" if state.startswith("discriminator") else "student"]
+        memory = state_memory(case, Choice("full", of, 0.0), state)
         planned[state] = memory.total - memory.working["process"]
         with capsys.disabled():
             print(f"{state}: {found[state] / 1e9:.2f} GB, planned {planned[state] / 1e9:.2f} GB")
