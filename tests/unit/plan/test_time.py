@@ -53,8 +53,8 @@ def test_communication_counts_where_computing_does_not_hide_it() -> None:
     # bytes/s, of which a ring of 2 moves half.
     expected = 3 * 0.4 * 2 / 2 + (2200 * 12 + 1000 * 8) / 1e6 / 2
     assert pass_seconds(case, CHOICE, case.student, "student", work) == pytest.approx(expected)
-    cut = replace(CHOICE, micro_batch_tokens=25)
-    assert pass_seconds(case, cut, case.student, "student", work) == pytest.approx(1.2 + 2 * 3200 * 12 / 1e6 / 2)
+    cut, expected = replace(CHOICE, micro_batch_tokens=25), 1.2 + 2 * (2200 * 12 + 1000 * 8) / 1e6 / 2
+    assert pass_seconds(case, cut, case.student, "student", work) == pytest.approx(expected)
     hidden = round_case(kind="cuda", ranks=2)
     assert pass_seconds(hidden, CHOICE, hidden.student, "student", work) == pytest.approx(1.2)
 
