@@ -95,14 +95,14 @@ def batch(vocabulary: int, *, samples: int = 4, prompts: int = 2, seed: int = 0,
 
 
 def replayed(prompts: Sequence[Any], trainer: GRPOTrainer) -> dict[str, Any]:
-    """A rollout function whose samples depend on the prompt and on how often it stands before alone: what is drawn
-    does not depend on how TRL cuts its batches. Some end by themselves, some are cut."""
+    """A rollout function whose samples depend on the prompt and on their place in the group alone: what is drawn does
+    not depend on how TRL cuts its batches, or on ranks. Some end by themselves, some are cut."""
     tokenizer = trainer.processing_class
     prompt_ids = trainer._tokenize_prompts(prompts)[0]
-    seen: dict[tuple[int, ...], int] = {}
+    before = trainer.accelerator.process_index * len(prompts)
     completions = []
-    for ids in prompt_ids:
-        n = seen[tuple(ids)] = seen.get(tuple(ids), -1) + 1
+    for row, ids in enumerate(prompt_ids, before):
+        n = row % trainer.num_generations
         generator = torch.Generator().manual_seed(sum(ids) * 31 + n)
         length = 2 + n % 4
         drawn = torch.randint(3, len(tokenizer), (length,), generator=generator).tolist()
