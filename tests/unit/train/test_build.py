@@ -14,6 +14,7 @@ from gadcore import cpu
 from gadcore.algorithm import train
 from gadcore.checkpoint import store
 from gadcore.config import loading
+from gadcore.distributed.world import World
 from gadcore.memory import colocation
 from gadcore.record.run_folder import run_folder
 from gadcore.train.build import build
@@ -58,9 +59,9 @@ def device(monkeypatch):
             p.data = p.data.clone()
         return to(model, *args)  # type: ignore[arg-type]
 
-    def loaded(path: Path) -> store.Checkpoint:
+    def loaded(path: Path, *world: World) -> store.Checkpoint:
         with _disable_current_modes():
-            return load(path)
+            return load(path, *world)
 
     monkeypatch.setattr(PreTrainedModel, "to", moved)
     monkeypatch.setattr(store, "load", loaded)
