@@ -88,7 +88,9 @@ class VLLMServerRollout(VLLMSettings):
         description="How weights travel. memory: shared, on one machine's CPU; ipc: on the same GPUs; nccl: to others; "
         "auto: the one that fits.",
     )
-    wait_s: Positive = Field(300, description="Seconds for a server to start, or to come back.")
+    wait_s: Positive = Field(
+        300, description="Seconds for a server to start, or to come back; below distributed.timeout_s."
+    )
     answer_s: Positive = Field(3600, description="Seconds for one answer of the server.")
 
 
