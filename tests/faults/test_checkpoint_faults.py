@@ -38,7 +38,9 @@ def _save(root: Path, step: int, keep: int = 5) -> Path:
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
-        (lambda p: _edit_manifest(p, format=2), "format 2"),
+        (lambda p: _edit_manifest(p, format=3), "format 3"),
+        # That of shards says of how many processes they are.
+        (lambda p: _edit_manifest(p, format=2), "manifest.json is damaged"),
         (lambda p: _edit_manifest(p, files={}), "manifest.json is damaged"),
         (lambda p: _edit_manifest(p, files={"state.json": 3}), "manifest.json is damaged"),
     ],
