@@ -106,7 +106,7 @@ def test_what_a_run_does_not_have_is_named(copied, tmp_path, capsys) -> None:
         del manifest["files"]["discriminator.safetensors"]
         (path / store.MANIFEST).write_text(json.dumps(manifest))
     told = refused(capsys, copied, "--out", tmp_path / "x", "--model", "discriminator")
-    assert "has no discriminator: a run of seqkd" in told
+    assert "has no discriminator: the baselines train none" in told
     shutil.rmtree(copied / "checkpoints")
     assert "has no checkpoints: set checkpoint.every" in refused(capsys, copied, "--out", tmp_path / "x")
 
