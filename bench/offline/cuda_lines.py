@@ -30,6 +30,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "gadcore/config/device.py",
         'raise UserError(f"run.device = {config.run.device!r}, but torch sees no CUDA device: use cpu or auto")',
     ): _NO_GPU,
+    ("gadcore/distributed/world.py", "torch.cuda.set_device(local_rank)"): "several processes with a GPU each, over "
+    "NCCL: tests/gpu/test_sampling.py waits for them",
     ("gadcore/rollout/vllm.py", "return"): "no room to wake a sleeping vLLM: tests/unit/rollout/test_vllm_on_cuda.py",
     (
         "kernels/cuda/cast_copy.py",
