@@ -18,6 +18,9 @@ from gadcore.errors import UserError
 from gadcore.models.state import copy_into
 from tests.support.ranks import run_ranks
 
+# Several processes: half a minute to start them.
+pytestmark = pytest.mark.slow
+
 # Uneven rows; fewer rows than processes; no dimension; bytes.
 SHAPES = {"wide": (7, 5), "head": (1, 3), "vector": (5,), "one": (), "bytes": (9,)}
 

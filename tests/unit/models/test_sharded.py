@@ -22,6 +22,9 @@ from tests.support.builders import groups
 from tests.support.ranks import run_ranks
 from tests.support.sharding import Case, learners, relative, save_uneven, train
 
+# Several processes: half a minute to start them.
+pytestmark = pytest.mark.slow
+
 HERE = "tests.unit.models.test_sharded"
 AUTOCAST = "autocast, some recomputed"
 LOSS = f"{HERE}:reinforce"

@@ -24,6 +24,9 @@ from tests.support.ranks import run_ranks
 from tests.support.sharding import SHAPE, Case, learners, save_uneven
 from tests.support.tiny import FAMILIES, tiny_tokenizer
 
+# Several processes: half a minute to start them.
+pytestmark = pytest.mark.slow
+
 HERE = "tests.unit.models.test_sharded_loading"
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]
