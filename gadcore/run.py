@@ -16,6 +16,7 @@ from rich.console import Console
 
 from gadcore import __version__
 from gadcore.config import loading
+from gadcore.config.adapter import check_processes
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_functions
@@ -288,6 +289,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     stages = stages_of(config, command)
     if world.size > 1 and "soda" in stages:
         raise UserError("the snapshot that soda learns from is made by one process: start it without torchrun")
+    check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:
             # It may have been killed in between.

@@ -34,6 +34,15 @@ SETTINGS = (
     "algorithm.kl_coef",
     "run.seed",
 )
+# Of a model that was trained by one; the folder adapter/ beside the weights holds it alone.
+ADAPTER = ("adapter", "adapter_rank", "adapter_alpha", "adapter_targets", "adapter_from")
+# (what a run is one of, its tag, its paper).
+GAD = ("Generative Adversarial Distillation", "gad", "2511.10643")
+# By the stage that only a baseline has.
+METHODS = {
+    "seqkd": ("the baseline SeqKD, cross-entropy on a teacher's responses", "seqkd", "1606.07947"),
+    "soda": ("the baseline SODA, DPO against a snapshot's own responses", "soda", "2604.03873"),
+}
 
 
 # Of the step that the checkpoint was made after, from the run's metrics.jsonl.
@@ -85,22 +94,25 @@ def model_card(
     Names and paths are written as code: they come from outside.
     """
     base = config.student.model if which == "student" else config.discriminator_model
+    method, tag, paper = next((METHODS[s] for s in METHODS if s in progress["lasted"] or s == progress["stage"]), GAD)
     head = ModelCardData(
         library_name="transformers",
-        tags=["distillation", "gad", "gadcore"],
+        tags=["distillation", tag, "gadcore"],
         base_model=base if "/" in base and not Path(base).exists() else None,
         pipeline_tag="text-generation" if which == "student" else "text-classification",
     )
     steps = {**progress["lasted"], progress["stage"]: progress["stage_step"]}
     done = ", ".join(f"{count} steps of {stage}" for stage, count in steps.items() if stage and count)
-    settings = {key: getattr(getattr(config, (parts := key.split("."))[0]), parts[1]) for key in SETTINGS}
+    adapted = getattr(config, which).adapter != "none"
+    keys = SETTINGS + tuple(f"{which}.{name}" for name in ADAPTER if adapted)
+    settings = {key: getattr(getattr(config, (parts := key.split("."))[0]), parts[1]) for key in keys}
     lines = [
         "---",
         head.to_yaml(),
         "---",
         f"# {code(config.run.name)}, step {progress['step']}",
         "",
-        f"The {which} of a run of Generative Adversarial Distillation ([arXiv 2511.10643](https://arxiv.org/abs/2511.10643))"
+        f"The {which} of a run of {method} ([arXiv {paper}](https://arxiv.org/abs/{paper}))"
         f" by gadcore {__version__}. It began as {code(base)} and was trained for {done or '0 steps'} on a teacher's "
         f"responses, as text, from {code(config.data.train)}.",
         "",

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,8 +118,20 @@ def config_path(saved: Path) -> Path:
 def _card(saved: Path, config: Config, which: str, checkpoint: store.Checkpoint, spec: ModelSpec) -> str:
     progress = checkpoint.state["progress"]
     end = str(spec.tokenizer.decode(list(spec.template.response_ids("", finished=True))))
-    figures = _figures_of(saved.resolve().parent.parent / "metrics.jsonl", progress["step"])
-    return model_card(config, which, progress, end=end, figures=figures)
+    run = saved.resolve().parent.parent
+    figures = _figures_of(run / "metrics.jsonl", progress["step"])
+    return model_card(config, which, progress | _last_evaluations(run, checkpoint), end=end, figures=figures)
+
+
+def _last_evaluations(run: Path, checkpoint: store.Checkpoint) -> dict[str, Any]:
+    """What a run measured after its last checkpoint, where this is the one; nothing where it has no summary to read."""
+    try:
+        summary = parse_json((run / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(summary, dict) or checkpoint.state["progress"]["done"] != summary.get("stages"):
+        return {}
+    return {"evaluations": summary.get("evaluations") or {}}
 
 
 def _figures_of(metrics: Path, step: int) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from gadcore.config.kinds import Above, Location, Positive, Trained
+from gadcore.errors import UserError
 
 ALL_LINEAR = "all-linear"
 RANK = 16
@@ -113,3 +114,13 @@ def check_sampler(settings: Adaptable, engine: str, dtype: str) -> None:
             f"vLLM makes the scale of student.adapter ({lora.scale:g}) part of B, which rounds in bfloat16 where it is "
             "no power of two: choose student.adapter_alpha so that it is one, for example twice the rank"
         )
+
+
+def check_processes(processes: int, **models: Adaptable) -> None:
+    """Raises UserError where a model with an adapter would be of several processes. models: settings by owner."""
+    for owner, settings in models.items():
+        if processes > 1 and settings.adapter != "none":
+            raise UserError(
+                f"{owner}.adapter = {settings.adapter} trains on one device, and this job has {processes} processes: "
+                f"start one, or set {owner}.adapter = none"
+            )

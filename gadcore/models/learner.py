@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gadcore.config.adapter import check_processes
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
 from gadcore.distributed import fsdp
@@ -66,8 +67,7 @@ class Learner:
         """
         if world.size > 1:
             _refuse(settings, owner)
-            if settings.adapter != "none":
-                check_alone(world, owner)
+            check_processes(world.size, **{owner: settings})
             if not fsdp.is_sharded(model):
                 fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
@@ -237,15 +237,6 @@ class Learner:
 def memory_of(model: PreTrainedModel) -> list[Tensor]:
     """All tensors that look at the memory of a model's own parameters."""
     return list(own_parameters(model).values()) if is_adapted(model) else fsdp.memory(model)
-
-
-def check_alone(world: World, owner: str) -> None:
-    """Raises UserError where a model with an adapter would be of several processes."""
-    if world.size > 1:
-        raise UserError(
-            f"{owner}.adapter = lora trains on one device, and this job has several processes: start one, or set "
-            f"{owner}.adapter = none"
-        )
 
 
 def _refuse(settings: StudentSettings | DiscriminatorSettings, owner: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gadcore.config.adapter import lora_of
+from gadcore.config.adapter import check_processes, lora_of
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_function
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
@@ -27,7 +27,7 @@ from gadcore.models.activations import Mode
 from gadcore.models.backbone import predicting_states
 from gadcore.models.checks import check_head
 from gadcore.models.fused import gradient_in_place
-from gadcore.models.learner import Learner, check_alone, memory_of
+from gadcore.models.learner import Learner, memory_of
 from gadcore.models.loading import load_causal_lm
 from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
 from gadcore.models.policy_stats import FAR, SUMS, PolicyStats, SeqKDStats
@@ -108,7 +108,7 @@ class Student(Learner):
         device = best_device() if device is None else torch.device(device)
         base = None
         if lora_of(settings) is not None:
-            check_alone(world, "student")
+            check_processes(world.size, student=settings)
             base = SharedBase.load(spec, settings, device)
         made = cls(
             base.policy(settings, seed=seed) if base else load_causal_lm(spec.path, settings.dtype, device, world),

@@ -16,8 +16,8 @@ from gadcore.text import clean, say
 # The keys of a plain line, in this order; metrics.jsonl has all of them.
 PLAIN_KEYS = (
     "reward/mean", "reward/std", "discriminator/margin", "discriminator/accuracy", "student/loss", "student/ce",
-    "student/kl", "length/student", "length/teacher", "length/cut_share", "reward/length_corr",
-    "sampler/logprob_diff_mean", "time/total",
+    "preference/loss", "preference/accuracy", "student/kl", "length/student", "length/teacher", "length/cut_share",
+    "reward/length_corr", "sampler/logprob_diff_mean", "time/total",
 )  # fmt: skip
 
 

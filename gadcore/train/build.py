@@ -84,7 +84,7 @@ def build(
             if machine is not None:
                 stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-            view.start(_plan(config, stages, folder, device, loader))
+            view.start(_plan(config, stages, folder, device, loader, world))
             for note in (*inputs.notes, *notes_of(config, world), *notes):
                 view.message(note)
             sampling = engine_class(config)
@@ -180,13 +180,15 @@ def _resumed_tiles(folder: RunFolder) -> list[str]:
     ]
 
 
-def _plan(config: Config, stages: Sequence[str], folder: RunFolder, device: torch.device, loader: Loader) -> RunPlan:
+def _plan(
+    config: Config, stages: Sequence[str], folder: RunFolder, device: torch.device, loader: Loader, world: World
+) -> RunPlan:
     return RunPlan(
         run=config.run.name,
         folder=folder.path,
         student=config.student.model,
         discriminator=config.discriminator_model if has_discriminator(stages) else "none",
-        device=str(device),
+        device=str(device) if world.size == 1 else f"{device} in {world.size} processes",
         stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
     )
 

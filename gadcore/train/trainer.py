@@ -321,6 +321,12 @@ class Trainer:
             for phase, seconds in self.progress.seconds.items():
                 self.phases.seconds[phase] += seconds
         self.records.go_on_after(self.progress.step, self.config)
+        for stage, lasted in self.progress.lasted.items():
+            if lasted < self.stage_steps.get(stage, 0) and not self.progress.convergence.stopped:
+                self.records.message(
+                    f"stage {stage} has ended after {lasted} steps, and no setting makes it longer: go back to a "
+                    "checkpoint before its end, or start a new run from its student"
+                )
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.records.message(f"resumed: {where}")
 

@@ -170,8 +170,10 @@ def test_the_card_says_where_the_model_comes_from(trained, tmp_path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.pipeline_tag == "text-generation" and card.data.base_model is None
     assert "trained for 3 steps of warmup, 4 steps of gad" in card.text and "`schedule.batch_size` | `4`" in card.text
-    # The last evaluation is made after the last checkpoint.
-    assert "On 4 held-out prompts" in card.text and "| | before | after warmup |" in card.text
+    # The last evaluation is made after the last checkpoint, and belongs to it all the same.
+    assert "On 4 held-out prompts" in card.text and "| | before | after warmup | after gad |" in card.text
+    assert export(trained, "--out", tmp_path / "early", "--step", "4") == 0
+    assert "after gad" not in (tmp_path / "early/README.md").read_text()
     assert export(trained, "--out", tmp_path / "d", "--model", "discriminator") == 0
     card = ModelCard.load(tmp_path / "d" / "README.md")
     assert "held-out prompts" not in card.text and card.data.pipeline_tag == "text-classification"

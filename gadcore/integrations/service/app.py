@@ -159,7 +159,7 @@ def _add_errors(app: FastAPI) -> None:
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", "it cannot be read")
             return JSONResponse(error_body("json", f"the body is no JSON: {reason}"), 422)
-        told = sentence(first) + (f" (and {len(more)} more)" if more else "")
+        told = "; ".join(map(sentence, (first, *more[:2]))) + (f" (and {len(more) - 2} more)" if len(more) > 2 else "")
         return JSONResponse(error_body("invalid", told), 422)
 
     @app.exception_handler(HTTPException)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,16 @@ def main(arguments: Sequence[str], prepare: Callable[[ServiceConfig], None] | No
     if prepare is not None:
         prepare(config)
     folder = Path(settings.dir).expanduser()
-    with held(folder / LOCK, f"the folder {folder}"):
-        return serve(config, token)
+    new = not folder.exists()
+    try:
+        with held(folder / LOCK, f"the folder {folder}"):
+            return serve(config, token)
+    except UserError:
+        if new:
+            # Bad data leaves nothing behind; what was written by then stays.
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def serve(config: ServiceConfig, token: str | None) -> int:

@@ -122,6 +122,8 @@ GROUP = {"prompt": "x", "teacher_response": "y", "samples": ["z"]}
         ("{", 422, "json", "the body is no JSON: "),
         ('{"groups": [{"prompt": NaN, "teacher_response": "y", "samples": ["z"]}]}', 422, "invalid",
          "groups.0.prompt: must be a valid string"),
+        ({"groups": [{"row": 0, "sampels": ["z"]}]}, 422, "invalid",
+         "groups.0.samples: field required; groups.0.sampels: extra inputs are not permitted"),
         ({"groups": []}, 422, "invalid", "groups: list should have at least 1 item"),
         ({"groups": [GROUP | {"row": 1}]}, 422, "invalid", "groups.0: has row and teacher_response: give one of them"),
         ({"groups": [GROUP | {"more": 1}]}, 422, "invalid", "groups.0.more: extra inputs are not permitted"),
@@ -249,6 +251,10 @@ def test_what_the_command_refuses(tmp_path: Path, monkeypatch) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on service.host = 127.0.0.1, service.port = {port}"):
             main(["--service.port", str(port), "--service.dir", str(tmp_path / "service")])
+    # What cannot be served leaves nothing behind.
+    with pytest.raises(UserError, match="nowhere.jsonl"):
+        main(["--data.train", "nowhere.jsonl", "--service.port", "0", "--service.dir", str(tmp_path / "service")])
+    assert not (tmp_path / "service").exists()
 
 
 def test_what_the_client_refuses() -> None:

@@ -110,6 +110,10 @@ def test_a_bad_machine_file_is_an_error(tmp_path, content, message) -> None:
         (["--plan.against", "nowhere"], "plan.against = nowhere is not a run folder"),
         (["--plan.machine"], "--plan.machine needs a value"),
         (["--memory.offload", "pinned"], "memory.offload = pinned"),
+        (
+            ["--student.adapter=lora", "--plan.gpus=2"],
+            "student.adapter = lora trains on one device, and this job has 2",
+        ),
     ],
 )
 def test_bad_input_names_what_is_wrong(capsys, arguments, message) -> None:
