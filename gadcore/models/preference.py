@@ -113,7 +113,7 @@ def preference_backward(
             "student": made.h.where(paired, 0.0).sum() / pairs,
         }
         found["teacher"] = found["margin"] + found["student"]
-        figures = {name: figures[name] + value for name, value in found.items()}
+        figures = {name: value + found[name] for name, value in figures.items()}
     figures, _ = together(student.world, figures, {})
     return student.later(PreferenceStats(figures, tokens=sum(group.tokens for group in tokens)))
 

@@ -60,6 +60,8 @@ def together(
     """
     if world.size == 1:
         return {**sums, **most}, vector
+    # By name: a process without work may have made them in another order.
+    sums, most = dict(sorted(sums.items())), dict(sorted(most.items()))
     names = [*sums, *most]
     figures = torch.stack([value.double() for value in (*sums.values(), *most.values())])
     found = world.all_gather(figures if vector is None else torch.cat([figures, vector.double()]))

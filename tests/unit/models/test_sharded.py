@@ -128,13 +128,19 @@ def of_four(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("name", list(cases(Path())))
 def test_two_processes_train_as_one(alone, of_two, name):
     # AdamW's first steps are of one size whatever the gradient's: where it is next to nothing, its rounding counts.
-    _assert_same([found[name] for found in of_two], alone[name], 1e-4 if name == AUTOCAST else 1e-5)
+    loose = {"weights": 1e-3, "preference": 0.1} if name == AUTOCAST else {}
+    _assert_same([found[name] for found in of_two], alone[name], **loose)
 
 
-def _assert_same(found: list[dict], expected: dict, weights: float = 1e-5) -> None:
+def _assert_same(found: list[dict], expected: dict, weights: float = 1e-5, preference: float = 5e-5) -> None:
+    """preference: of the step of DPO at the end, whose figures are small differences of log-probs of whole responses,
+    after steps that have rounded; in bfloat16 those have three digits."""
     first = found[0]
-    print(relative(first["figures"], expected["figures"]), relative(first["weights"], expected["weights"]))
-    assert relative(first["figures"], expected["figures"]) < 1e-5
+    *ours, last = first["figures"]
+    *theirs, their_last = expected["figures"]
+    print(relative(ours, theirs), relative(last, their_last), relative(first["weights"], expected["weights"]))
+    assert relative(ours, theirs) < 1e-5
+    assert relative(last, their_last) < preference
     assert relative(first["weights"], expected["weights"]) < weights
     for other in found:
         # To the bit, or processes would decide differently.
