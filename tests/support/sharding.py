@@ -52,7 +52,7 @@ def save_uneven(folder: Path, kind: str, *, tied: bool) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """count: groups of a batch. offload: memory.offload. autocast: of both models."""
+    """count: groups of a batch. offload: memory.offload. autocast: of both models. preference: DPO at the end."""
 
     folder: Path
     count: int = 5
@@ -62,6 +62,7 @@ class Case:
     micro_batch_tokens: int = 90
     loss: str | None = None
     steps: int = 3
+    preference: bool = True
 
 
 def learners(case: Case, world: World) -> tuple[Student, Discriminator]:
@@ -119,11 +120,12 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
         memory.enter("student_update")
         figures["norm"] = student.step()
         found.append(figures | {name: getattr(stats, name) for name in stats._names})
-    memory.enter("student")
-    preferred = preference_backward(student, batches[-1], known, beta=0.3)
-    memory.enter("student_update")
-    figures = {"norm": student.step(), "known": known}
-    found.append(figures | {name: getattr(preferred, name) for name in preferred._names})
+    if case.preference:
+        memory.enter("student")
+        preferred = preference_backward(student, batches[-1], known, beta=0.3)
+        memory.enter("student_update")
+        figures = {"norm": student.step(), "known": known}
+        found.append(figures | {name: getattr(preferred, name) for name in preferred._names})
     states = memory.summary()["states"]
     weights = {}
     for state, learner in (("student", student), ("discriminator", discriminator)):
