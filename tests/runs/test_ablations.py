@@ -255,7 +255,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("killed_after", [0, 4, 5, 6])
+# Each is three runs: one moment always, the others by hand.
+@pytest.mark.parametrize("killed_after", [4, *(pytest.param(step, marks=pytest.mark.by_hand) for step in (0, 5, 6))])
 def test_a_rise_rolls_back_also_in_a_resumed_run(base, tmp_path, killed_after) -> None:
     script, to = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
