@@ -15,10 +15,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from gadcore import Discriminator, DiscriminatorSettings
@@ -64,6 +66,15 @@ class Clients:
 
     def lines(self) -> list[dict[str, Any]]:
         return [line for name in self.names for line in service_client.read_log(self.folder / f"{name}.jsonl")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the service has: sums of others differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def rss(process: subprocess.Popen) -> int:
