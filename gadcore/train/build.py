@@ -123,7 +123,10 @@ def build(
             phases.memory = memory
             records = None
             if world.is_first:
-                records = _records(config, folder, view, machine, trace, device, saved, stack)
+                tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
+                stack.callback(tracker.close)
+                tiles = chosen_tiles if device.type == "cuda" else dict
+                records = RunRecords(folder, view, tracker, machine, trace, tiles)
             trainer = Trainer(
                 config,
                 stages,
@@ -221,21 +224,6 @@ def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -
         probe=probe_of(config, engine, student),
         reasoning=config.data.reasoning,
     )
-
-
-def _records(
-    config: Config,
-    folder: RunFolder,
-    view: View,
-    machine: MachineMonitor | None,
-    trace: Trace | None,
-    device: torch.device,
-    saved: Checkpoint | None,
-    stack: ExitStack,
-) -> RunRecords:
-    tracker = _tracker(config, folder, view, resume_step=saved.step if saved else 0)
-    stack.callback(tracker.close)
-    return RunRecords(folder, view, tracker, machine, trace, chosen_tiles if device.type == "cuda" else dict)
 
 
 def _tracker(config: Config, folder: RunFolder, view: View, *, resume_step: int) -> Tracker:
