@@ -121,7 +121,7 @@ def _profiles(rows: Sequence[Row]) -> list[str]:
     blocks: list[str] = []
     for row in rows:
         if profile := row.get("profile"):
-            whole, operations = profile["cpu_s"], profile["operations"]
+            whole, operations = profile["seconds"], profile["operations"]
             left = whole - sum(seconds for _, seconds, _ in operations)
             body = [
                 [f"`{name}`", f"{seconds:.2f}", f"{seconds / whole:.1%}", str(calls)]
