@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
@@ -111,6 +112,23 @@ def sample_traits(result: StepResult) -> dict[str, float]:
         values["reward/finished_gap"] = fmean(ended) - fmean(cut)
         values["reward/finished_corr"] = correlation(centred, [float(f) for f in finished])
     return values
+
+
+def triplet(result: StepResult, step: int) -> dict[str, Any]:
+    """The first prompt of a step that was scored, the teacher's response and the sample with the highest reward, for
+    samples.jsonl. step: global."""
+    group, rewards = result.groups[0], result.rewards_by_group()[0]
+    best = max(range(len(group.samples)), key=lambda i: rewards[i])
+    assert result.scores is not None
+    return {
+        "stage": result.stage,
+        "step": step,
+        "prompt": group.prompt.messages[-1]["content"],
+        "teacher": group.teacher.text,
+        "student": group.samples[best].text,
+        "reward": rewards[best],
+        "teacher_score": result.scores.teacher_scores[0],
+    }
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:

@@ -32,6 +32,12 @@ LATER = {
     "data.eval_columns": "none",
     "data.eval_samples": 1,
     "data.reasoning": "keep",
+    "curriculum.every": 0,
+    "curriculum.rows": 64,
+    "curriculum.end_sft": False,
+    "curriculum.end_warmup": False,
+    "curriculum.patience": 2,
+    "curriculum.tolerance": 0.01,
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
@@ -61,6 +67,8 @@ LATER = {
         for key in ("rank", "alpha", "targets", "rslora", "from")
     },
 }
+# Presets of the default job, which is not the paper's.
+DEFAULT_JOB = ("smollm2-cpu", "smollm2-gpu")
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
 RESOLVED = {
@@ -401,13 +409,16 @@ def test_an_engine_refuses_settings_of_another(toml) -> None:
     )
 
 
+PRESET = load(["--preset", "smollm2-cpu"])
+
+
 def test_another_engine_leaves_the_former_ones_settings_behind(toml) -> None:
-    assert load(["--rollout.engine", "hf"]).rollout == HFRollout(group_size=4)
+    assert load(["--rollout.engine", "hf"]).rollout == HFRollout(group_size=PRESET.rollout.group_size)
     path = toml(f"{VLLM}\nrollout.block_size = 16\nrollout.group_size = 3")
     assert load(["--config", path, "--rollout.engine=hf"]).rollout == HFRollout(group_size=3)
     path = toml(f'base = "smollm2-cpu"\n{HF}')
     config = load(["--config", path])
-    assert config.rollout == HFRollout(group_size=4)
+    assert config.rollout == HFRollout(group_size=PRESET.rollout.group_size)
     assert load(["--config", toml(dump(config))]) == config
     assert load(["--config", path, "--rollout.engine=vllm", "--rollout.block_size=16"]).vllm.block_size == 16
 
@@ -535,10 +546,19 @@ def test_loading_settings_imports_no_torch() -> None:
     [
         (["algorithm.discriminator_steps=2", "algorithm.discriminator_every=2"], "leave one of them at 1"),
         (["algorithm.critic_warmup=2", "algorithm.student_warmup=false"], "never does: set one of them back"),
-        (["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false"], "would update nothing"),
+        (
+            ["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false", "algorithm.student_warmup=true"],
+            "would update nothing",
+        ),
         (["gate.enabled=true", "algorithm.discriminator_warmup=false"], "keeps from learning"),
         (["gate.enabled=true", "data.eval=none"], "gate.enabled needs held-out prompts"),
         (["convergence.enabled=true", "data.eval=none"], "convergence.enabled needs held-out prompts"),
+        (["curriculum.every=2", "data.eval=none"], "curriculum.every = 2 needs held-out prompts"),
+        (["curriculum.end_sft=true"], "curriculum.end_sft read what a look"),
+        (
+            ["curriculum.every=2", "curriculum.end_warmup=true", "algorithm.discriminator_warmup=false"],
+            "set one of them",
+        ),
         (["gate.low=0.9", "gate.high=0.9"], "leave no accuracy between them"),
         (["discriminator.label_smoothing=0.5"], "discriminator.label_smoothing = 0.5"),
         (["discriminator.margin_cap=0"], "discriminator.margin_cap = 0"),
@@ -558,11 +578,13 @@ def test_the_papers_settings_stay_the_defaults() -> None:
     for name in presets():
         config = load(["--preset", name])
         algorithm, judge = config.algorithm, config.discriminator
-        assert algorithm.student_warmup and algorithm.discriminator_warmup and not algorithm.freeze_discriminator
+        # The default job's student has its cross-entropy before the warmup.
+        assert algorithm.student_warmup or (name in DEFAULT_JOB and config.schedule.has_sft)
+        assert algorithm.discriminator_warmup and not algorithm.freeze_discriminator
         assert (algorithm.discriminator_steps, algorithm.discriminator_every) == (1, 1)
         assert algorithm.advantage_std_floor == 1e-6
         assert (judge.label_smoothing, judge.margin_cap) == (0, None)
-        assert not config.gate.enabled and not config.convergence.enabled
+        assert not config.gate.enabled and not config.convergence.enabled and not config.curriculum.every
 
 
 @pytest.mark.parametrize(
