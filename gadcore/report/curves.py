@@ -50,7 +50,8 @@ LEARNING = (
         "Share of (teacher, student) pairs in which the teacher's response scores higher. Healthy: above one half and "
         "below 1. Pinned at 100 %: no gradient between samples; at 50 %: rewards are noise. Where the held-out line "
         "(curriculum.every) stays far below the other one, it learns its texts by heart.",
-        [("discriminator/accuracy", "training batches"), ("heldout/accuracy", "held-out prompts")], unit="%",
+        [("discriminator/accuracy", "training batches"), ("heldout/accuracy", "held-out prompts"),
+         ("heldout/train_accuracy", "training batches since the look before")], unit="%",
         guides=[(0.5, "guessing")],
     ),
     Spec(

@@ -340,11 +340,11 @@ def test_help_says_what_report_takes(capsys) -> None:
 def test_every_number_of_the_metrics_has_a_curve() -> None:
     rows = metrics(**{"memory/new_gib": 3.0, "student/loss": 0.1, "new/figure": 1})
     names = {s.name for group in groups_of(rows) for chart in group.charts for s in chart.series}
-    assert {"memory/new_gib", "new/figure", "accuracy", "loss"} <= names
+    assert {"memory/new_gib", "new/figure", "training batches", "loss"} <= names
 
 
 def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them() -> None:
-    keys = ["convergence/accuracy", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
+    keys = ["convergence/accuracy", "heldout/accuracy", "heldout/train_accuracy", "heldout/ce", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
             "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
             "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
             "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token", "memory/moving_s",
