@@ -9,7 +9,6 @@ from gadcore.config.loading import load
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
-
 # The default job's models have adapters.
 WHOLE = ["--student.adapter", "none", "--discriminator.adapter", "none"]
 

@@ -344,7 +344,8 @@ def test_every_number_of_the_metrics_has_a_curve() -> None:
 
 
 def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them() -> None:
-    keys = ["convergence/accuracy", "heldout/accuracy", "heldout/train_accuracy", "heldout/ce", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
+    keys = ["convergence/accuracy", "heldout/accuracy", "heldout/train_accuracy", "heldout/ce",
+            "reward/finished_corr", "reward/finished_gap", "samples/repetition",
             "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
             "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
             "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token", "memory/moving_s",
