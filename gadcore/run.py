@@ -287,8 +287,6 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
 
     world = job.world
     stages = stages_of(config, command)
-    if world.size > 1 and "soda" in stages:
-        raise UserError("the snapshot that soda learns from is made by one process: start it without torchrun")
     check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:
