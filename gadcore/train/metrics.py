@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 
 from gadcore.measure.diversity import repetition
+from gadcore.memory.holdings import WORK_OF
 from gadcore.models.preference import PreferenceStats
 from gadcore.models.student import PolicyStats, SeqKDStats
 from gadcore.train.step import StepResult
@@ -64,6 +64,21 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     return values
 
 
+def step_costs(
+    values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, ahead: bool
+) -> dict[str, float]:
+    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. ahead: of samples drawn
+    ahead the rollout's seconds are those that were waited for them, which are no rate."""
+    costs = {**memory, **{f"time/{name}": seconds for name, seconds in taken.items()}}
+    costs["time/total"] = sum(taken.values())
+    work = {**({} if ahead else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
+    for name, tokens in work.items():
+        seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
+        if seconds and f"tokens/{tokens}" in values:
+            costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
+    return costs
+
+
 def _sample_metrics(result: StepResult) -> dict[str, float]:
     groups, by_group = result.groups, result.rewards_by_group()
     tokens = [len(s.token_ids) for g in groups for s in g.samples]
@@ -112,23 +127,6 @@ def sample_traits(result: StepResult) -> dict[str, float]:
         values["reward/finished_gap"] = fmean(ended) - fmean(cut)
         values["reward/finished_corr"] = correlation(centred, [float(f) for f in finished])
     return values
-
-
-def triplet(result: StepResult, step: int) -> dict[str, Any]:
-    """The first prompt of a step that was scored, the teacher's response and the sample with the highest reward, for
-    samples.jsonl. step: global."""
-    group, rewards = result.groups[0], result.rewards_by_group()[0]
-    best = max(range(len(group.samples)), key=lambda i: rewards[i])
-    assert result.scores is not None
-    return {
-        "stage": result.stage,
-        "step": step,
-        "prompt": group.prompt.messages[-1]["content"],
-        "teacher": group.teacher.text,
-        "student": group.samples[best].text,
-        "reward": rewards[best],
-        "teacher_score": result.scores.teacher_scores[0],
-    }
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:

@@ -20,7 +20,6 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
-from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.learner import Learner
 from gadcore.models.score_shaping import shaped
@@ -28,9 +27,10 @@ from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.agreement import of_first
+from gadcore.train.ahead import Ahead
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
-from gadcore.train.metrics import sample_traits, step_metrics, triplet
+from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
 from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
@@ -86,6 +86,10 @@ class Trainer:
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
+        self._ahead = None
+        if config.rollout.ahead:
+            samples, say = config.rollout.group_size, self.records.message
+            self._ahead = Ahead(sampler, loader, student.template, samples, say)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -100,6 +104,7 @@ class Trainer:
                 asynchronous=config.checkpoint.asynchronous,
                 timeout_s=config.distributed.timeout_s,
             )
+            self._checkpoints.ahead = self._ahead
             self.phases.before_update = self._checkpoints.finish
 
     @property
@@ -140,6 +145,8 @@ class Trainer:
         return stage in self.progress.done
 
     def end_stage(self, stage: str) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
         self.progress.done.append(stage)
         self.progress.lasted[stage] = self.progress.stage_step
         if self.config.checkpoint.every:
@@ -170,7 +177,10 @@ class Trainer:
         """Draws N samples of the current student for every group of the batch."""
         n = self.config.rollout.group_size
         self.records.status(f"sampling {len(groups) * n} responses")
-        self.sampler.draw(groups, n, f"{stage}/{step}")
+        if self._ahead is None:
+            self.sampler.draw(groups, n, f"{stage}/{step}")
+        else:
+            self._ahead.draw(groups, stage, step, last=step == self._length(stage))
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
@@ -197,37 +207,26 @@ class Trainer:
         progress.step += 1
         progress.stage_step = step
         values = step_metrics(result) | sample_traits(result)
+        if self._ahead is not None and result.scores is not None:
+            values["sampler/staleness"] = self._ahead.staleness
         last = step == self._length(stage)
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
             values |= self._measure_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        costs = self._costs(values)
+        costs = step_costs(values, self.phases.take_step(), self.memory.take_step(), ahead=self._ahead is not None)
         values |= self._look(result)
         self.records.step(place, values | costs)
         every = self.config.tracking.sample_every
         if result.scores is not None and every and step % every == 0:
-            self.records.sample(triplet(result, progress.step))
+            self.records.sample(result.triplet(progress.step))
         best = progress.convergence.best
         # The end of a stage has a checkpoint of its own; the student of the minimum must be there to go back to.
         every = self.config.checkpoint.every
         due = bool(every) and progress.step % every == 0 and step != self._length(stage)
         if due or (best and best[0] == progress.step):
             self.save()
-
-    def _costs(self, values: dict[str, float]) -> dict[str, float]:
-        """Memory, seconds and rates of the step."""
-        taken = self.phases.take_step()
-        costs = self.memory.take_step()
-        costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
-        costs["time/total"] = sum(taken.values())
-        work = {"rollout": "sampled", **{model: model for model in WORK_OF}}
-        for name, tokens in work.items():
-            seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
-            if seconds and f"tokens/{tokens}" in values:
-                costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
-        return costs
 
     # Held-out prompts
 
