@@ -48,6 +48,8 @@ def whole(module_folder: Path) -> Path:
     assert done.returncode == 0, done.stderr
     assert "it no longer falls, the cross-entropy ends" in done.stdout
     assert "it no longer rises, the warmup ends" in done.stdout
+    # The report's first sentences stand at the end of the log.
+    assert "GAD made " in done.stdout.splitlines()[-2] and done.stdout.splitlines()[-1].startswith("Held-out ")
     return module_folder
 
 
