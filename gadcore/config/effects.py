@@ -29,6 +29,8 @@ _OF_TRAIN = (
     "schedule.gad_epochs",
     "schedule.gad_steps",
     "rollout.group_size",
+    "rollout.ahead",
+    "rollout.ahead_by_turns",
     "discriminator.*",
     "gate.*",
     "convergence.*",
@@ -172,6 +174,8 @@ def _of_machine(config: Config, device: str) -> Iterator[Reason]:
 
 def _of_training(config: Config) -> Iterator[Reason]:
     algorithm = config.algorithm
+    if not config.rollout.ahead:
+        yield "rollout.ahead is 0", ("rollout.ahead_by_turns",)
     if not config.gate.enabled:
         yield "gate.enabled is false", ("gate.*",)
     if not config.convergence.enabled:

@@ -29,6 +29,16 @@ class CommonRollout(Section):
         description="Syncs from one to the next whose samples the trainer scores itself, the first one's too, to prove "
         "that the engine has its weights; 0: none. For engines with weights of their own.",
     )
+    ahead: Annotated[int, Field(ge=0, le=1)] = Field(
+        0,
+        description="1: the next batch is sampled while this one is learned from, with the weights from before this "
+        "step's update; needs algorithm.importance_cap, and a sampler with devices of its own. 0: never.",
+    )
+    ahead_by_turns: bool = Field(
+        False,
+        description="true: rollout.ahead = 1 with a sampler on the trainer's devices too, where nothing is faster for "
+        "it: to see what samples one step old cost.",
+    )
 
 
 class VLLMSettings(CommonRollout):

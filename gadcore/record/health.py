@@ -257,7 +257,14 @@ def _repetition(rows: Rows) -> Warning | None:
     )
 
 
+def _is_ahead(rows: Rows) -> bool:
+    """Whether samples are of older weights than those that learn from them, so that their log-probs must differ."""
+    return any(row.get("sampler/staleness") for row in rows)
+
+
 def _mismatch(rows: Rows) -> Warning | None:
+    if _is_ahead(rows):
+        return None
     level = _level(rows, "sampler/logprob_diff_mean")
     if level is None or level < MISMATCH:
         return None
@@ -270,6 +277,8 @@ def _mismatch(rows: Rows) -> Warning | None:
 
 
 def _drift(rows: Rows) -> Warning | None:
+    if _is_ahead(rows):
+        return None
     series = _series(rows, "sampler/kl")
     size = _tail(series)
     if len(series) < 2 * size:

@@ -28,6 +28,7 @@ from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.agreement import of_first
+from gadcore.train.ahead import Ahead
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_metrics
@@ -85,6 +86,10 @@ class Trainer:
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
+        self._ahead = None
+        if config.rollout.ahead:
+            samples, say = config.rollout.group_size, self.records.message
+            self._ahead = Ahead(sampler, loader, student.template, samples, say)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -99,6 +104,7 @@ class Trainer:
                 asynchronous=config.checkpoint.asynchronous,
                 timeout_s=config.distributed.timeout_s,
             )
+            self._checkpoints.ahead = self._ahead
             self.phases.before_update = self._checkpoints.finish
 
     @property
@@ -138,6 +144,8 @@ class Trainer:
         return stage in self.progress.done
 
     def end_stage(self, stage: str) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
         self.progress.done.append(stage)
         self.progress.lasted[stage] = self.progress.stage_step
         if self.config.checkpoint.every:
@@ -168,7 +176,10 @@ class Trainer:
         """Draws N samples of the current student for every group of the batch."""
         n = self.config.rollout.group_size
         self.records.status(f"sampling {len(groups) * n} responses")
-        self.sampler.draw(groups, n, f"{stage}/{step}")
+        if self._ahead is None:
+            self.sampler.draw(groups, n, f"{stage}/{step}")
+        else:
+            self._ahead.draw(groups, stage, step, last=step == self._length(stage))
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
@@ -198,6 +209,8 @@ class Trainer:
         every, last = self.config.checkpoint.every, step == self._length(stage)
         due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(result) | sample_traits(result)
+        if self._ahead is not None and result.scores is not None:
+            values["sampler/staleness"] = self._ahead.staleness
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
             values |= self._measure_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
@@ -206,7 +219,7 @@ class Trainer:
         self.records.step(place, values | self._costs(values))
         every = self.config.tracking.sample_every
         if result.scores is not None and every and step % every == 0:
-            self.records.sample(self._triplet(result))
+            self.records.sample(result.triplet(progress.step))
         best = progress.convergence.best
         # The student of the minimum must be there to go back to.
         if due or (best and best[0] == progress.step):
@@ -218,26 +231,14 @@ class Trainer:
         costs = self.memory.take_step()
         costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
         costs["time/total"] = sum(taken.values())
-        work = {"rollout": "sampled", **{model: model for model in WORK_OF}}
+        # Of samples drawn ahead the rollout's seconds are those that were waited for them.
+        drawn = {"rollout": "sampled"} if self._ahead is None else {}
+        work = {**drawn, **{model: model for model in WORK_OF}}
         for name, tokens in work.items():
             seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
             if seconds and f"tokens/{tokens}" in values:
                 costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
         return costs
-
-    def _triplet(self, result: StepResult) -> dict[str, Any]:
-        group, rewards = result.groups[0], result.rewards_by_group()[0]
-        best = max(range(len(group.samples)), key=lambda i: rewards[i])
-        assert result.scores is not None
-        return {
-            "stage": result.stage,
-            "step": self.progress.step,
-            "prompt": group.prompt.messages[-1]["content"],
-            "teacher": group.teacher.text,
-            "student": group.samples[best].text,
-            "reward": rewards[best],
-            "teacher_score": result.scores.teacher_scores[0],
-        }
 
     # Held-out prompts
 

@@ -42,6 +42,7 @@ def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> N
         (["schedule.gad_steps=0"], "student.lr", []),
         (["schedule.gad_epochs=0"], "algorithm.reward", []),
         (["schedule.gad_steps=0"], "algorithm.importance_cap", []),
+        (["rollout.ahead_by_turns=true"], "rollout.ahead_by_turns", ["rollout.ahead=1", "algorithm.importance_cap=2"]),
         (["schedule.gad_steps=0", "schedule.warmup_steps=0"], "discriminator.margin_cap", []),
         (
             ["algorithm.discriminator_warmup=false", "algorithm.freeze_discriminator=true"],
