@@ -51,6 +51,11 @@ SUITES = {
         "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     ),
     "paper": Suite("bench.paper.suite", "the paper's findings on toys: mixture, language, fresh, or all of them"),
+    "methods": Suite(
+        "bench.methods.suite",
+        "SeqKD, SODA and GAD's variants from one start, at equal data and at equal seconds; hours, resumable",
+        passes_on="settings",
+    ),
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),
@@ -73,4 +78,5 @@ TABLES = (
     "bench.memory.tables",
     "bench.reshard.tables",
     "bench.paper.tables",
+    "bench.methods.tables",
 )

@@ -12,6 +12,7 @@ import torch
 
 from bench.paper import toy
 from bench.paper.language import LETTERS, LONGEST, WORDS, Language, generic, policy, scorer
+from bench.paper.language_engine import LanguageEngine
 from gadcore.config.settings import Config, FreshSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, Prompt, Response
 from gadcore.measure.fresh import fresh_discriminator
@@ -102,7 +103,7 @@ class Experiment:
         look: Callable[[dict[str, Any]], None] = lambda row: None,
         rows: Sequence[Group] | None = None,
     ) -> None:
-        toy.run(config, stage, student, scorer, rows or self.train, self.template, look)
+        toy.run(config, stage, student, scorer, rows or self.train, self.template, look, LanguageEngine)
 
     def run(self, arm: str) -> dict[str, Any]:
         """A row: measures, curve, CPU seconds (those of a warmup that arms share are in each of them)."""
@@ -179,7 +180,7 @@ class Experiment:
     def sampled(self, student: Student, groups: Sequence[Group]) -> list[Group]:
         """The groups with one sample each, by the same random numbers every time."""
         requests = [SampleRequest(g.prompt.token_ids, 1, 77_000 + i) for i, g in enumerate(groups)]
-        engine = toy.ToyEngine(student.model, self.template)
+        engine = LanguageEngine(student.model, self.template)
         drawn = engine.generate(requests, temperature=1.0, max_tokens=LONGEST)
         return [Group(g.prompt, g.teacher, samples) for g, samples in zip(groups, drawn, strict=True)]
 
