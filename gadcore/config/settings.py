@@ -28,7 +28,14 @@ from gadcore.config.kinds import (
     Share,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
+from gadcore.config.rollout import (
+    BY_ENGINE,
+    HFRollout,
+    VLLMRollout,
+    VLLMServerRollout,
+    VLLMSettings,
+    check_drawing,
+)
 
 
 class RunSettings(Section):
@@ -339,11 +346,7 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
-        if self.rollout.ahead and self.algorithm.importance_cap is None:
-            raise ValueError(
-                "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
-                "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
-            )
+        check_drawing(self.rollout, self.algorithm.importance_cap)
         self._ablations()
         for name in ("student", "discriminator"):
             trained = getattr(self, name)

@@ -56,6 +56,7 @@ LATER = {
     "rollout.batch_invariant": False,
     "rollout.tensor_parallel": 1,
     "rollout.probe_every": 10,
+    "rollout.parts": 1,
     "rollout.ahead": 0,
     "rollout.ahead_by_turns": False,
     "checkpoint.asynchronous": False,
