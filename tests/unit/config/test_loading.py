@@ -55,6 +55,7 @@ LATER = {
     "distributed.replicate": 1,
     "distributed.timeout_s": 1800.0,
     **{f"{name}.adapter": "none" for name in ("student", "discriminator")},
+    **{f"{name}.adapter_base": "none" for name in ("student", "discriminator")},
     **{
         f"{name}.adapter_{key}": "none"
         for name in ("student", "discriminator")
@@ -324,7 +325,7 @@ def test_a_dump_names_every_setting() -> None:
 @pytest.mark.parametrize(("name", "digest"), RESOLVED.items())
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
-    of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith("-lora") else {}
+    of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith(("-lora", "-qlora")) else {}
     chosen = {f"{section}.{key}": v for section in ("student", "discriminator") for key, v in of_adapters.items()}
     for key, value in (LATER | chosen).items():
         section, _, setting = key.partition(".")
