@@ -126,13 +126,13 @@ class VLLMEngine(Engine):
         self._current = True
         self.sync: WholeWeights | ShardedWeights
         # What the trainer computes with is no longer the directory's, where it is kept in few bits.
-        rounded = self.adapter is not None and bool(layers_of_bits(model))
+        few = layers_of_bits(model).keys()
+        rounded = self.adapter is not None and bool(few)
         if rounded:
             assert self.adapter is not None
-            with there(), foreign(f"vLLM cannot run the model {model_path} with adapter_base"):
-                self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=False)
-                self.sync.match(model)
-                self.sync.update(PlainWeights(model))
+            with foreign(f"vLLM cannot run the model {model_path} with adapter_base"):
+                self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=False, few=few)
+                self._bring(model, there)
         prompt, tokens = sample_for_check(model, config.context_tokens)
         ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
@@ -153,6 +153,16 @@ class VLLMEngine(Engine):
                 self._share(model)
             check_distribution(model, model_path, self.dtype(config), prompt, sample)
         self.sleep()
+
+    def _bring(self, model: PreTrainedModel, there: There) -> None:
+        """Gives vLLM the trainer's weights before it has drawn anything, in the order of a step: there is no room for
+        those and for a key-value cache at a time."""
+        self.sleep()
+        self.wake("weights")
+        with there():
+            self.sync.match(model)
+            self.update_weights(PlainWeights(model))
+        self.wake("kv_cache")
 
     def _resolved(self) -> str:
         """What settings that the device decides have become."""

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from gadcore.errors import UserError
 from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
 from gadcore.kernels.quantised_linear import layers_of_bits, plain_weight
-from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, lay_out
+from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, engine_parameters, lay_out
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-# What rounding to 4 bits takes a weight from itself, relative to its norm, is .1; from another one 1.4.
+# What rounding to 4 bits moves signed sums of rows by, relative to their norm, is .1; another weight's are 1.4 away.
 _ROUNDING = 0.3
 # Of weights that are made of few bits for an update.
 AT_ONCE_BYTES = 256 << 20
@@ -204,25 +204,32 @@ def install_adapter(llm: Any, model: PreTrainedModel, engine_model: nn.Module, *
     return AdapterInSlot(llm, model, slices) if slots else AdapterInProducts(model, engine_model, slices)
 
 
+def _signed_sums(weight: Tensor) -> Tensor:
+    """[rows] float32, of a matrix whose columns have signs by their places."""
+    signs = torch.randint(2, (weight.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (weight.detach() @ signs.to(weight)).float()
+
+
 class AdaptedWeights(WholeWeights):
     """vLLM's parameters, and the adapters beside them."""
 
-    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool) -> None:
+    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool, few: Collection[str] = ()) -> None:
+        """few: layers of the trainer's whose weights are kept in few bits."""
         super().__init__(engine_model, shared=shared)
-        self._adapter = adapter
-        # Layers whose weights the trainer keeps in few bits.
-        self._few: Collection[str] = ()
+        self._adapter, self._few = adapter, few
+        engine = engine_parameters(engine_model) if few else {}
+        self._signed = {name: _signed_sums(p) for name, p in engine.items() if p.dim() == 2}
 
     def match(self, model: PreTrainedModel) -> None:
-        """As of WholeWeights. What the trainer keeps in few bits is compared with vLLM's own values, which must be
-        there: each row is nearer to its own than rounding can bring it to another's."""
+        """As of WholeWeights. Of what the trainer keeps in few bits a sum over every row is compared, with signs that
+        make it another one of another row: rounding moves it a little."""
         super().match(model)
-        self._few = layers_of_bits(model).keys()
-        named = super().named()
+        places = {piece.name: piece for piece in self._slices}
         for layer, module in layers_of_bits(model).items():
-            own = named[f"{layer}.weight"].float()
-            if not bool(((plain_weight(module).float() - own).norm() <= _ROUNDING * own.norm()).item()):
-                raise RuntimeError(f"the trainer's {layer} is not where it was looked for in vLLM's weights")
+            piece = places[f"{layer}.weight"]
+            loaded = self._signed[piece.vllm_name][piece.start : piece.end]
+            if not bool(((_signed_sums(plain_weight(module)) - loaded).norm() <= _ROUNDING * loaded.norm()).item()):
+                raise RuntimeError(f"the trainer's {piece.name} is not where it was looked for in vLLM's weights")
 
     def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
         adapters: dict[str, Tensor] = {}

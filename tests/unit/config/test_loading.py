@@ -74,6 +74,8 @@ RESOLVED = {
     "qwen2.5-3b-lora": "27edfcb520232983e44d36bc82f03df5bf3cb769686397181c4eba89b6a8eca0",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
+    "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
+    "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
     "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
     "smollm2-gpu": "7dda9ba6cf2bf6d2bbf7beb68515fb1ed5d5d1d03ebb0a89027a35133146ca2d",
 }
@@ -325,7 +327,9 @@ def test_a_dump_names_every_setting() -> None:
 @pytest.mark.parametrize(("name", "digest"), RESOLVED.items())
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
-    of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith(("-lora", "-qlora")) else {}
+    of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith("-lora") else {}
+    if name.endswith("-qlora"):
+        of_adapters = {"adapter": "lora", "adapter_rank": 16, "adapter_base": "nf4"}
     chosen = {f"{section}.{key}": v for section in ("student", "discriminator") for key, v in of_adapters.items()}
     for key, value in (LATER | chosen).items():
         section, _, setting = key.partition(".")
