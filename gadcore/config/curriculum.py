@@ -1,10 +1,12 @@
-"""The settings of the stages before GAD that end by themselves, on held-out figures."""
+"""The settings of what held-out figures decide before GAD: when its stages end, and whether the gate opens."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from gadcore.config.kinds import NonNegative, Positive, Rate, Section
+from gadcore.config.kinds import NonNegative, Positive, Rate, Section, Share
 
 
 class CurriculumSettings(Section):
@@ -41,3 +43,17 @@ class CurriculumSettings(Section):
                 "curriculum.end_warmup reads the discriminator's accuracy, and algorithm.discriminator_warmup = false "
                 "keeps it from learning: set one of them back"
             )
+
+
+class GateSettings(Section):
+    """The GAD stage begins only where the discriminator's held-out accuracy is of use; else the warmup goes on."""
+
+    enabled: bool = False
+    low: Share = Field(0.55, description="Below this accuracy rewards are noise; 0: no limit.")
+    high: Share = Field(0.98, description="Above it the student is too far off for rewards to guide it; 1: no limit.")
+    rows: Positive = Field(64, description="Held-out prompts of a measurement, one sample each.")
+    every: Positive = Field(5, description="Further warmup steps between two measurements.")
+    extra_steps: Positive = Field(50, description="Further warmup steps at most.")
+    when_closed: Literal["error", "go_on"] = Field(
+        "error", description="What to do where the gate is still closed after the extra steps."
+    )

@@ -30,6 +30,7 @@ _OF_TRAIN = (
     "schedule.gad_epochs",
     "schedule.gad_steps",
     "rollout.group_size",
+    "rollout.parts",
     "rollout.ahead",
     "rollout.ahead_by_turns",
     "discriminator.*",

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
 from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
-from gadcore.config.curriculum import CurriculumSettings
+from gadcore.config.curriculum import CurriculumSettings, GateSettings
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.distributed import DistributedSettings
 from gadcore.config.kinds import (
@@ -25,10 +25,16 @@ from gadcore.config.kinds import (
     Positive,
     Rate,
     Section,
-    Share,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
+from gadcore.config.rollout import (
+    BY_ENGINE,
+    HFRollout,
+    VLLMRollout,
+    VLLMServerRollout,
+    VLLMSettings,
+    check_drawing,
+)
 
 
 class RunSettings(Section):
@@ -187,20 +193,6 @@ class ScheduleSettings(Section):
         return self.sft_epochs > 0 and self.sft_steps != 0
 
 
-class GateSettings(Section):
-    """The GAD stage begins only where the discriminator's held-out accuracy is of use; else the warmup goes on."""
-
-    enabled: bool = False
-    low: Share = Field(0.55, description="Below this accuracy rewards are noise; 0: no limit.")
-    high: Share = Field(0.98, description="Above it the student is too far off for rewards to guide it; 1: no limit.")
-    rows: Positive = Field(64, description="Held-out prompts of a measurement, one sample each.")
-    every: Positive = Field(5, description="Further warmup steps between two measurements.")
-    extra_steps: Positive = Field(50, description="Further warmup steps at most.")
-    when_closed: Literal["error", "go_on"] = Field(
-        "error", description="What to do where the gate is still closed after the extra steps."
-    )
-
-
 class ConvergenceSettings(Section):
     """When the GAD stage ends: a fresh discriminator, trained on some held-out pairs, is asked about the others."""
 
@@ -339,11 +331,7 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
-        if self.rollout.ahead and self.algorithm.importance_cap is None:
-            raise ValueError(
-                "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
-                "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
-            )
+        check_drawing(self.rollout, self.algorithm.importance_cap)
         self._ablations()
         for name in ("student", "discriminator"):
             trained = getattr(self, name)

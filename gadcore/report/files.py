@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from gadcore.config.settings import GateSettings
+from gadcore.config.curriculum import GateSettings
 from gadcore.errors import UserError
 from gadcore.record.reading import Count, Figure, Finite, fitting, read_json
 from gadcore.record.tracking import Row, scan

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gadcore.config.settings import GateSettings
+from gadcore.config.curriculum import GateSettings
 from gadcore.evaluate.doctor_d_page import doctor_d_section
 from gadcore.evaluate.table import evaluation_section
 from gadcore.measure.figures import MEASURES, Measure, clock, number

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gadcore.config.settings import GateSettings
+from gadcore.config.curriculum import GateSettings
 
 
 @dataclass(frozen=True)

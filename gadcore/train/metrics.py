@@ -65,13 +65,13 @@ def step_metrics(result: StepResult) -> dict[str, float]:
 
 
 def step_costs(
-    values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, ahead: bool
+    values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, meanwhile: bool
 ) -> dict[str, float]:
-    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. ahead: of samples drawn
-    ahead the rollout's seconds are those that were waited for them, which are no rate."""
+    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. meanwhile: a
+    sampler works while the trainer computes; its seconds are those that were waited for it, no rate."""
     costs = {**memory, **{f"time/{name}": seconds for name, seconds in taken.items()}}
     costs["time/total"] = sum(taken.values())
-    work = {**({} if ahead else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
+    work = {**({} if meanwhile else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
     for name, tokens in work.items():
         seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
         if seconds and f"tokens/{tokens}" in values:

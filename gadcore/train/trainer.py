@@ -27,8 +27,9 @@ from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.agreement import of_first
-from gadcore.train.ahead import Ahead
+from gadcore.train.ahead import drawing_of
 from gadcore.train.checkpoints import Checkpoints
+from gadcore.train.drawing import Drawing
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
@@ -86,10 +87,7 @@ class Trainer:
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
-        self._ahead = None
-        if config.rollout.ahead:
-            samples, say = config.rollout.group_size, self.records.message
-            self._ahead = Ahead(sampler, loader, student.template, samples, say)
+        self._drawing = drawing_of(config, sampler, loader, student.template, self.phases, self.records.message)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -104,7 +102,7 @@ class Trainer:
                 asynchronous=config.checkpoint.asynchronous,
                 timeout_s=config.distributed.timeout_s,
             )
-            self._checkpoints.ahead = self._ahead
+            self._checkpoints.drawing = self._drawing
             self.phases.before_update = self._checkpoints.finish
 
     @property
@@ -145,8 +143,7 @@ class Trainer:
         return stage in self.progress.done
 
     def end_stage(self, stage: str) -> None:
-        if self._ahead is not None:
-            self._ahead.drop()
+        self._drawing.drop()
         self.progress.done.append(stage)
         self.progress.lasted[stage] = self.progress.stage_step
         if self.config.checkpoint.every:
@@ -174,13 +171,13 @@ class Trainer:
         return self.phases.current or self.progress.stage or "setup", self.progress.step + 1
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
-        """Draws N samples of the current student for every group of the batch."""
-        n = self.config.rollout.group_size
-        self.records.status(f"sampling {len(groups) * n} responses")
-        if self._ahead is None:
-            self.sampler.draw(groups, n, f"{stage}/{step}")
-        else:
-            self._ahead.draw(groups, stage, step, last=step == self._length(stage))
+        """Draws N samples of the current student for every group of the batch, as rollout.* says when."""
+        self.records.status(f"sampling {len(groups) * self.config.rollout.group_size} responses")
+        self._drawing.draw(groups, stage, step, last=step == self._length(stage))
+
+    def sampled(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """The batch in parts, each as it has its samples; mostly it is one, which has them already."""
+        return self._drawing.parts(groups)
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
@@ -207,15 +204,17 @@ class Trainer:
         progress.step += 1
         progress.stage_step = step
         values = step_metrics(result) | sample_traits(result)
-        if self._ahead is not None and result.scores is not None:
-            values["sampler/staleness"] = self._ahead.staleness
         last = step == self._length(stage)
+        if result.scores is not None:
+            values |= self._drawing.figures()
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
             values |= self._measure_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        costs = step_costs(values, self.phases.take_step(), self.memory.take_step(), ahead=self._ahead is not None)
+        costs = step_costs(
+            values, self.phases.take_step(), self.memory.take_step(), meanwhile=type(self._drawing) is not Drawing
+        )
         values |= self._look(result)
         self.records.step(place, values | costs)
         every = self.config.tracking.sample_every

@@ -56,6 +56,7 @@ LATER = {
     "rollout.batch_invariant": False,
     "rollout.tensor_parallel": 1,
     "rollout.probe_every": 10,
+    "rollout.parts": 1,
     "rollout.ahead": 0,
     "rollout.ahead_by_turns": False,
     "checkpoint.asynchronous": False,
@@ -63,6 +64,7 @@ LATER = {
     "distributed.replicate": 1,
     "distributed.timeout_s": 1800.0,
     **{f"{name}.adapter": "none" for name in ("student", "discriminator")},
+    **{f"{name}.adapter_base": "none" for name in ("student", "discriminator")},
     **{
         f"{name}.adapter_{key}": "none"
         for name in ("student", "discriminator")
@@ -93,6 +95,8 @@ RESOLVED = {
     "qwen2.5-3b-lora": "27edfcb520232983e44d36bc82f03df5bf3cb769686397181c4eba89b6a8eca0",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
+    "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
+    "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
     "smollm2-cpu": "b79ecaae9c26e01c8598f3ba89ee18604fe9c5180b548baeef44945015943982",
     "smollm2-gpu": "d242478888a9b636a43a7616ce152686951ef3d5b06cbdd57376a269e95731e7",
 }
@@ -345,6 +349,8 @@ def test_a_dump_names_every_setting() -> None:
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
     of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith("-lora") else {}
+    if name.endswith("-qlora"):
+        of_adapters = {"adapter": "lora", "adapter_rank": 16, "adapter_base": "nf4"}
     chosen = {f"{section}.{key}": v for section in ("student", "discriminator") for key, v in of_adapters.items()}
     for key, value in (LATER | chosen | DEFAULT_JOB.get(name, {})).items():
         section, _, setting = key.partition(".")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from gadcore.config.settings import GateSettings
+from gadcore.config.curriculum import GateSettings
 from gadcore.train.gate import Gate
 
 SETTINGS = GateSettings(low=0.55, high=0.98, every=5, extra_steps=12)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gadcore.algorithm import STAGES, gad
-from gadcore.config.settings import AlgorithmSettings, Config, GateSettings, ScheduleSettings
+from gadcore.config.curriculum import GateSettings
+from gadcore.config.settings import AlgorithmSettings, Config, ScheduleSettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
 from gadcore.errors import UserError
