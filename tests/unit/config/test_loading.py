@@ -77,11 +77,10 @@ DEFAULT_JOB = {
         "data.eval_samples": 4,
         "schedule.sft_epochs": 2,
         "schedule.sft_steps": 80,
-        "algorithm.length_debias": -0.5,
         "student.adapter": "lora",
         "discriminator.adapter": "lora",
     },
-    "smollm2-gpu": {"data.eval_samples": 8, "schedule.sft_epochs": 8, "algorithm.length_debias": -0.5},
+    "smollm2-gpu": {"data.eval_samples": 8, "schedule.sft_epochs": 8},
 }
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
@@ -97,7 +96,7 @@ RESOLVED = {
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
     "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
     "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
-    "smollm2-cpu": "b79ecaae9c26e01c8598f3ba89ee18604fe9c5180b548baeef44945015943982",
+    "smollm2-cpu": "5358b0829e50c01527bef613fb8a4141dd97b1afed6a05517dfd543069dd1e58",
     "smollm2-gpu": "d242478888a9b636a43a7616ce152686951ef3d5b06cbdd57376a269e95731e7",
 }
 
