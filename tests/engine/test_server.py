@@ -141,7 +141,7 @@ def test_a_context_that_is_too_short_ends_in_a_sentence(served) -> None:
 def test_an_update_that_is_left_out_is_noticed(served, monkeypatch) -> None:
     def score(groups):
         trainer = Trainer.__new__(Trainer)
-        trainer.model = served.model
+        trainer.model = trainer.whole = served.model
         return trainer.score(groups)
 
     probe = Probe(score, every=1, dtype="float32")
