@@ -37,6 +37,7 @@ SUITES = {
         threads=True,
     ),
     "trl": Suite("bench.trl.suite", "gadcore's trainer inside TRL beside TRL's own: a group's loss, on the CPU"),
+    "soda": Suite("bench.soda.suite", "SODA's step beside TRL's DPOTrainer: tokens a second, on the CPU"),
     "rollout": Suite(
         "bench.rollout.suite",
         "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
@@ -74,6 +75,7 @@ TABLES = (
     "bench.kernels.tables",
     "bench.step.tables",
     "bench.trl.tables",
+    "bench.soda.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
     "bench.reshard.tables",

@@ -24,7 +24,7 @@ from gadcore.rollout.engine import SampleRequest
 DATA, TESTED, WATCHED = 2000, 1000, 200
 SEEN, UNSEEN = LETTERS[:6], LETTERS[6:]  # x1 in the training prompts, and in those out of domain
 SETTINGS: dict[str, dict[str, Any]] = {
-    "student": dict(lr=1e-4, warmup_lr=3e-3, seqkd_lr=3e-3, betas=(0.9, 0.98), grad_clip=1.0),
+    "student": dict(lr=2e-4, warmup_lr=3e-3, seqkd_lr=3e-3, betas=(0.9, 0.98), grad_clip=1.0),
     "discriminator": dict(lr=3e-3, betas=(0.9, 0.95), grad_clip=1.0),
     "rollout": dict(engine="hf", group_size=8, temperature=1.0),
     "data": dict(max_prompt_tokens=8, max_response_tokens=LONGEST),
@@ -137,6 +137,7 @@ class Experiment:
             "language": self.language.name,
             "arm": arm,
             "seed": self.seed,
+            "student_lr": config.student.lr,
             "seconds": time.process_time() - start + shared,
             "in_domain": self.measure(student, self.test),
             "out_of_domain": self.measure(student, self.elsewhere),

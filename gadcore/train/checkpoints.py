@@ -144,7 +144,8 @@ class Checkpoints:
 
     @cached_property
     def _bases(self) -> dict[str, Any]:
-        """They do not change: read once."""
+        """They do not change: read once, where they are."""
+        self._memory.enter("rest")
         return bases.describe({name: model.model for name, model in self._models.items()})
 
     def _rng(self, saved: Checkpoint) -> RngState:

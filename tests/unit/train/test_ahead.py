@@ -262,7 +262,8 @@ def test_what_is_refused(tmp_path) -> None:
         with pytest.raises(UserError, match=f'rollout.engine = "{engine}" has the trainer\'s devices here'):
             check_elsewhere(load([*ahead, "--rollout.engine", engine]))
         check_elsewhere(load([*ahead, "--rollout.engine", engine, "--rollout.ahead_by_turns", "true"]))
-    check_elsewhere(load([*ahead, "--rollout.engine", "vllm-server"]))
+    whole = ["--student.adapter", "none"]
+    check_elsewhere(load([*ahead, *whole, "--rollout.engine", "vllm-server"]))
     with pytest.raises(
         UserError, match='rollout.parts = 4 samples while the trainer computes, and rollout.engine = "hf"'
     ):
