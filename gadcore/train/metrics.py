@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
 
 from gadcore.measure.diversity import repetition
+from gadcore.memory.holdings import WORK_OF
 from gadcore.models.preference import PreferenceStats
 from gadcore.models.student import PolicyStats, SeqKDStats
 from gadcore.train.step import StepResult
@@ -87,6 +88,22 @@ def lengths(result: StepResult) -> dict[str, float]:
         "length/ratio": student / teacher,
         "length/cut_share": fmean(not sample.finished for sample in samples),
     }
+
+
+def cost_metrics(taken: Mapping[str, float], values: Mapping[str, float], *, rollout: bool) -> dict[str, float]:
+    """Seconds of a step, and tokens a second of those who worked in them.
+
+    taken: seconds by phase. values: of the step, with its tokens. rollout: whether the sampler worked in its phase
+    alone.
+    """
+    costs = {f"time/{name}": seconds for name, seconds in taken.items()}
+    costs["time/total"] = sum(taken.values())
+    work = {**({"rollout": "sampled"} if rollout else {}), **{model: model for model in WORK_OF}}
+    for name, tokens in work.items():
+        seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
+        if seconds and f"tokens/{tokens}" in values:
+            costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
+    return costs
 
 
 def sample_traits(result: StepResult) -> dict[str, float]:
