@@ -279,6 +279,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     from gadcore.plan import disk
     from gadcore.plan.check import Fitted, fit
     from gadcore.report.page import write_report
+    from gadcore.train.ahead import check_elsewhere
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
     from gadcore.train.inputs import describe_plan, planned_steps, read_inputs
@@ -287,8 +288,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
 
     world = job.world
     stages = stages_of(config, command)
-    if world.size > 1 and "soda" in stages:
-        raise UserError("the snapshot that soda learns from is made by one process: start it without torchrun")
+    check_elsewhere(config)
     check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:
