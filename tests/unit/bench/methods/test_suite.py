@@ -7,6 +7,8 @@ import json
 import pytest
 
 from bench.methods import suite, training
+from gadcore.config import loading
+from gadcore.config.settings import Config
 
 
 class Runs:
@@ -74,6 +76,17 @@ def test_a_row_of_other_settings_is_made_anew(tmp_path, runs) -> None:
     made = list(runs.made)
     again = rows(tmp_path, seeds=1, budgets=["data"], settings=["--student.lr=1e-3"])
     assert runs.made == made * 2 and again[1]["given"] == ["--student.lr=1e-3"]
+
+
+def test_what_a_recipe_leaves_open_has_gadcores_defaults(tmp_path, monkeypatch) -> None:
+    """Not those of the default job, whose preset a command line without a file means."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(training, "_run", lambda given, what: asked.append(list(given)))
+    place = training.Place(tmp_path, "house", "m", "m", 1, [], {})
+    training.train(place, "soda-data-0", "soda", {"student.soda_lr": 1e-5}, seed=3)
+    (command, config, *others) = asked[0]
+    assert command == "soda" and loading.load([config]) == Config()
+    assert loading.load([config, *others]).run.seed == 3
 
 
 def test_values_are_written_as_a_line_a_column() -> None:
