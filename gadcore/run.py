@@ -279,7 +279,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     from gadcore.plan import disk
     from gadcore.plan.check import Fitted, fit
     from gadcore.report.page import write_report
-    from gadcore.train.ahead import check_ahead
+    from gadcore.train.ahead import check_elsewhere
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
     from gadcore.train.inputs import describe_plan, planned_steps, read_inputs
@@ -288,7 +288,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
 
     world = job.world
     stages = stages_of(config, command)
-    check_ahead(config)
+    check_elsewhere(config)
     check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
 from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
+from gadcore.config.curriculum import CurriculumSettings
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.distributed import DistributedSettings
 from gadcore.config.kinds import (
@@ -27,7 +28,14 @@ from gadcore.config.kinds import (
     Share,
     anywhere,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
+from gadcore.config.rollout import (
+    BY_ENGINE,
+    HFRollout,
+    VLLMRollout,
+    VLLMServerRollout,
+    VLLMSettings,
+    check_drawing,
+)
 
 
 class RunSettings(Section):
@@ -286,6 +294,7 @@ class Config(Section):
     ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     gate: GateSettings = GateSettings()
     convergence: ConvergenceSettings = ConvergenceSettings()
     memory: MemorySettings = MemorySettings()
@@ -337,11 +346,7 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
-        if self.rollout.ahead and self.algorithm.importance_cap is None:
-            raise ValueError(
-                "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
-                "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
-            )
+        check_drawing(self.rollout, self.algorithm.importance_cap)
         self._ablations()
         for name in ("student", "discriminator"):
             trained = getattr(self, name)
@@ -358,6 +363,7 @@ class Config(Section):
                 raise ValueError(
                     f"{name}.enabled needs held-out prompts, data.eval has none: give some, or switch it off"
                 )
+        self.curriculum.check(held_out=self.data.eval is not None, discriminator=self.algorithm.discriminator_warmup)
         if self.gate.low >= self.gate.high:
             raise ValueError(
                 f"gate.low = {self.gate.low} and gate.high = {self.gate.high} leave no accuracy between them: "

@@ -1,7 +1,7 @@
 """GAD in NeMo-RL (0.6): an environment of one turn, scored by the discriminator service.
 
-    from nemo_rl.environments.utils import register_env
-    register_env("gadcore", "gadcore.integrations.nemo_rl.GADEnvironment")
+    from gadcore.integrations import nemo_rl
+    nemo_rl.register()  # before create_env("gadcore", {..}), in the program that starts the training
 
 The metadata of a row (extra_env_info) has "label": see gadcore.integrations.text_rewards. The environment for
 validation gets {"held_out": true} in its settings. NeMo-RL hands over all samples of a batch at once where generation
@@ -65,3 +65,15 @@ class GADSteps(EnvironmentInterface):  # type: ignore[misc]
 
 
 GADEnvironment = ray.remote(GADSteps)
+
+
+def register(name: str = "gadcore") -> None:
+    """Makes the environment known to NeMo-RL by a name, run by the Python that its own environments are run by."""
+    from nemo_rl.distributed.ray_actor_environment_registry import ACTOR_ENVIRONMENT_REGISTRY
+    from nemo_rl.distributed.virtual_cluster import PY_EXECUTABLES
+    from nemo_rl.environments.utils import register_env
+
+    where = f"{__name__}.GADEnvironment"
+    # create_env() refuses a class of which this table says nothing.
+    ACTOR_ENVIRONMENT_REGISTRY[where] = PY_EXECUTABLES.SYSTEM
+    register_env(name, where)

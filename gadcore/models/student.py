@@ -188,6 +188,17 @@ class Student(Learner):
         return self._fused_loss(micro, advantages, denominator, temperature=self.algorithm.sft_temperature, kl_coef=0.0)
 
     @torch.no_grad()
+    def cross_entropy(self, groups: Sequence[Group]) -> float:
+        """What seqkd_backward() takes the gradient of, in nats, of groups of any number: no gradient is made."""
+        tokens = [GroupTokens(group.prompt.token_ids, (group.teacher.token_ids,)) for group in groups]
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for micro in self.packed(tokens, teacher=False):
+            logprob = self.logprobs(self.model, micro.tokens, self.algorithm.sft_temperature)
+            total -= 0.0 if micro.idle else logprob.sum()
+        figures, _ = together(self.world, {"ce": total / sum(len(group.teacher.token_ids) for group in groups)}, {})
+        return float(figures["ce"])
+
+    @torch.no_grad()
     def reference_logprobs(self, groups: Sequence[Group]) -> Tensor | None:
         """Log-probs [R] of all sampled tokens of the batch under the reference policy, on the device, in fp32 (fp64 of
         an fp64 model), in the order in which grpo_backward() packs them; None where there is no reference policy.

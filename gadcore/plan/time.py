@@ -76,6 +76,11 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     computing = (layers + attention + head) / machine.ranks
     parameters = role.trained
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
+    if role.few and machine.kind == "cuda":
+        # Read as bits and written as a matrix, for every product with it.
+        passes = 2 + (choice.mode == "full") if work.backward else 1
+        moved = passes * micro_batches * role.few * (1 + precision.products)
+        computing += moved / (figures["memory_bandwidth"] * figures["memory_share"])
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
     # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;

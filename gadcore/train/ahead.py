@@ -26,20 +26,43 @@ from gadcore.data.template import ChatTemplate
 from gadcore.errors import UserError
 from gadcore.rollout.engine import Drawn, Pending, WeightsLost, engine_class
 from gadcore.rollout.sampler import Sampler
+from gadcore.train.drawing import Drawing, InParts
+from gadcore.train.phases import Phases
 
 
-def check_ahead(config: Config) -> None:
-    """Raises UserError where samples would be one step old for nothing, and nobody has said so."""
+def check_elsewhere(config: Config) -> None:
+    """Raises UserError where settings are of use beside a sampler with devices of its own alone, and there is none."""
     rollout = config.rollout
-    if not rollout.ahead or rollout.ahead_by_turns:
+    ahead = rollout.ahead and not rollout.ahead_by_turns
+    if not (ahead or rollout.parts > 1):
         return
     if engine_class(config).samples_elsewhere(config, device_of(config).type):
         return
+    asked, off = f"rollout.parts = {rollout.parts}", "rollout.parts = 1"
+    if ahead:
+        asked = "rollout.ahead = 1"
+        off = "rollout.ahead = 0; with rollout.ahead_by_turns = true it does so all the same"
     raise UserError(
-        f'rollout.ahead = 1 samples while the trainer computes, and rollout.engine = "{rollout.engine}" has the '
-        'trainer\'s devices here: take "vllm-server" with a server on devices of its own (rollout.url), or '
-        "rollout.ahead = 0; rollout.ahead_by_turns = true samples ahead all the same, by turns"
+        f'{asked} samples while the trainer computes, and rollout.engine = "{rollout.engine}" has the trainer\'s '
+        f'devices here: take "vllm-server" with a server on devices of its own (rollout.url), or {off}'
     )
+
+
+def drawing_of(
+    config: Config,
+    sampler: Sampler,
+    loader: Loader,
+    template: ChatTemplate | None,
+    phases: Phases,
+    say: Callable[[str], None],
+) -> Drawing:
+    """How a run with these settings draws its samples; arguments as of Ahead and InParts."""
+    rollout = config.rollout
+    if rollout.ahead:
+        return Ahead(sampler, rollout.group_size, loader, template, say)
+    if rollout.parts > 1:
+        return InParts(sampler, rollout.group_size, rollout.parts, phases, say)
+    return Drawing(sampler, rollout.group_size)
 
 
 @dataclass(frozen=True)
@@ -54,23 +77,23 @@ class _Batch:
         return self.purpose == purpose and self.indices == [group.prompt.index for group in groups]
 
 
-class Ahead:
+class Ahead(Drawing):
     """Draws the samples of every step of a stage, and begins on those of the next one.
 
     staleness: steps by which the weights that drew the present batch are older than those that learn from it, 0 or 1.
     """
 
     def __init__(
-        self, sampler: Sampler, loader: Loader, template: ChatTemplate | None, samples: int, say: Callable[[str], None]
+        self, sampler: Sampler, samples: int, loader: Loader, template: ChatTemplate | None, say: Callable[[str], None]
     ) -> None:
-        """loader: its next batch is that of the next step. template: of the student. samples: of a prompt. say: is told
-        where samples are drawn anew."""
-        self._sampler, self._loader, self._template, self._samples, self._say = sampler, loader, template, samples, say
+        """loader: its next batch is that of the next step. template: of the student. say: is told where samples are
+        drawn anew."""
+        super().__init__(sampler, samples)
+        self._loader, self._template, self._say = loader, template, say
         self._batch: _Batch | None = None
         self.staleness = 0
 
     def draw(self, groups: Sequence[Group], stage: str, step: int, *, last: bool) -> None:
-        """Gives every group of a step its samples; last: of its stage, so that nothing is drawn ahead."""
         batch, self._batch = self._batch, None
         purpose = f"{stage}/{step}"
         self.staleness = 0
@@ -82,20 +105,22 @@ class Ahead:
             except WeightsLost as error:
                 self._told(error)
         if not self.staleness:
-            self._sampler.draw(groups, self._samples, purpose)
+            super().draw(groups, stage, step, last=last)
         if not last:
             following, purpose = self._loader.batch(self._loader.epoch, self._loader.position), f"{stage}/{step + 1}"
             pending = self._sampler.begin(following, self._samples, purpose)
             self._batch = _Batch(purpose, [group.prompt.index for group in following], pending)
 
+    def figures(self) -> dict[str, float]:
+        return {"sampler/staleness": self.staleness}
+
     def drop(self) -> None:
-        """Forgets what was drawn ahead: no step will come that learns from it."""
         batch, self._batch = self._batch, None
         if batch is not None:
             batch.pending.wait()
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What a checkpoint keeps of the batch on its way, tensors and JSON; None where there is none.
+        """As of Drawing: the batch on its way, when it is there.
 
         ids: int64 tokens of all samples, logprobs: float64 of them, lengths: int64 of every sample.
         """
@@ -117,7 +142,6 @@ class Ahead:
         return tensors, {"purpose": self._batch.purpose, "indices": self._batch.indices}
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Goes on with what saved() gave."""
         assert self._template is not None
         lengths = tensors["lengths"].tolist()
         samples = []

@@ -222,13 +222,16 @@ def ahead(folder: Path, name: str, *others: str) -> list[str]:
 
 def test_a_run_samples_one_step_ahead_and_goes_on_to_the_bit(tmp_path: Path) -> None:
     """Beside one that waits for every batch; stopped with a batch on its way."""
-    for name, others in (("now", ()), ("ahead", ("--rollout.ahead", "1"))):
+    for name, others in (("now", ()), ("parts", ("--rollout.parts", "4")), ("ahead", ("--rollout.ahead", "1"))):
         done = run(ahead(tmp_path, name, *others), tmp_path, timeout=1500)
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         waited = [row["time/rollout"] for row in rows]
         totals = [row["time/total"] for row in rows]
         print(f"\n{name}: seconds of the steps {totals}, of waiting for samples {waited}")
+    for ours, theirs in zip(records(tmp_path / "parts"), records(tmp_path / "now"), strict=True):
+        for key in ("reward/mean", "discriminator/loss", "tokens/sampled"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
     command = [sys.executable, "-m", "gadcore.run", *ahead(tmp_path, "stopped", "--rollout.ahead", "1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     stopped = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)

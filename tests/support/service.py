@@ -72,6 +72,7 @@ class ServiceProcess:
         sections["service"]["port"] = self.port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "service.log"
+        self.folder = folder
         flags = [(f"--{section}.{name}", str(v)) for section, of in sections.items() for name, v in of.items()]
         self._command = [
             sys.executable,

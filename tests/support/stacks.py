@@ -1,8 +1,8 @@
 """The classes of other stacks that gadcore's clients derive from, as their sources have them, where there are none.
 
-OpenRLHF 0.11.2, ms-swift 4.6.0, verifiers 0.4.0 as they are on PyPI; slime 0.3.1 and NeMo-RL 0.6.0 from their
-repositories. Names and signatures, nothing of what they do: in an environment that has a stack, its own classes are
-taken, and test_stacks.py holds these signatures to them.
+OpenRLHF 0.11.2, ms-swift 4.6.0, verifiers 0.4.0, verl 0.9.1 as they are on PyPI; slime 0.3.1 and NeMo-RL 0.6.0 from
+their repositories. Names and signatures, nothing of what they do: in an environment that has a stack, its own classes
+are taken, and test_stacks.py holds these signatures to them.
 """
 
 from __future__ import annotations
@@ -106,6 +106,16 @@ class BestOfNEnv(Env[BestOfNEnvConfig]):
     """verifiers.v1.envs.best_of_n."""
 
 
+class RewardManagerBase:
+    """verl.experimental.reward_loop.reward_manager.base."""
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any) -> None:
+        self.config, self.tokenizer, self.compute_score = config, tokenizer, compute_score
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+
 MODULES: dict[str, dict[str, Any]] = {
     "openrlhf.utils.agent": {"SingleTurnAgentExecutor": SingleTurnAgentExecutor},
     "swift.rewards": {"ORM": ORM, "orms": {}},
@@ -113,6 +123,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "EnvironmentInterface": EnvironmentInterface, "EnvironmentReturn": EnvironmentReturn,
     },
     "ray": {"remote": lambda cls: SimpleNamespace(of=cls)},
+    "verl.experimental.reward_loop.reward_manager": {"register": lambda name: lambda cls: cls},
+    "verl.experimental.reward_loop.reward_manager.base": {"RewardManagerBase": RewardManagerBase},
     "verifiers.v1": {"Env": Env, "content_text": str},
     "verifiers.v1.envs.best_of_n": {"BestOfNEnv": BestOfNEnv, "BestOfNEnvConfig": BestOfNEnvConfig},
 }  # fmt: skip

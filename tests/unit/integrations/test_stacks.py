@@ -284,6 +284,7 @@ RECORDED = {
     ("swift.rewards", "ORM"): ("__init__",),
     ("nemo_rl.environments.interfaces", "EnvironmentInterface"): ("step", "global_post_process_and_metrics"),
     ("verifiers.v1", "Env"): ("finalize",),
+    ("verl.experimental.reward_loop.reward_manager.base", "RewardManagerBase"): ("__init__", "run_single"),
 }
 
 

@@ -116,7 +116,7 @@ def test_a_sampler_that_is_as_far_off_as_ever_does_not_drift() -> None:
 
 def test_samples_of_older_weights_must_have_other_log_probs() -> None:
     rows = [row | {"sampler/kl": 1e-3 * i, "sampler/logprob_diff_mean": 0.1} for i, row in enumerate(healthy())]
-    assert len(watched(rows).episodes) == 2
+    assert {e.warning.title.split()[-1] for e in watched(rows).episodes} == {"disagree", "apart"}
     assert watched([row | {"sampler/staleness": 1} for row in rows]).episodes == []
 
 

@@ -26,7 +26,7 @@ from gadcore.rollout.hf import HFEngine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights, fingerprint
 from gadcore.run import main
-from gadcore.train.ahead import check_ahead
+from gadcore.train.ahead import check_elsewhere
 from gadcore.train.phases import Phases
 from gadcore.train.progress import stages_of
 from gadcore.train.records import Records
@@ -51,41 +51,42 @@ class Rows(Records):
 
 
 class Later(Pending):
-    def __init__(self, future: Future, lost: bool) -> None:
-        self._future, self._lost = future, lost
+    def __init__(self, futures: list[Future], lost: int | None) -> None:
+        """lost: the place from which on nothing comes."""
+        self._futures, self._lost = futures, lost
 
     def responses(self, places):
-        if self._lost:
+        if self._lost is not None and max(places) >= self._lost:
             raise WeightsLost("the sampler was restarted")
-        found = self._future.result()
-        return [found[place] for place in places]
+        return [self._futures[place].result()[0] for place in places]
 
     def wait(self) -> None:
-        self._future.result()
+        for future in self._futures:
+            future.result()
 
 
 class Elsewhere(HFEngine):
-    """Samples from a copy of the weights, beside the trainer, and takes its time.
+    """Samples from a copy of the weights, beside the trainer, and takes its time: SLOW_S for two prompts.
 
     drawn: by the seed of a request the fingerprint of the weights that drew it. worked_s: seconds of drawing.
-    loses: which begin() is lost, from 1.
+    loses: (which begin() is lost, from 1; from which place on).
     """
 
     shared = False
 
-    def __init__(self, config, model, template, *, beside: bool = True, loses: int = 0) -> None:
+    def __init__(self, config, model, template, *, beside: bool = True, loses=(0, 0)) -> None:
         super().__init__(config, "", copy.deepcopy(model), template)
         self.drawn: dict[int, int] = {}
         self.worked_s = 0.0
         self._pool, self._beside, self._loses, self._begun = ThreadPoolExecutor(1), beside, loses, 0
-        self._at_work: Future | None = None
+        self._at_work: list[Future] = []
 
     @classmethod
     def samples_elsewhere(cls, config, device) -> bool:
         return True
 
     def update_weights(self, source) -> None:
-        assert self._at_work is None or self._at_work.done(), "it samples while it gets other weights"
+        assert all(one.done() for one in self._at_work), "it samples while it gets other weights"
         own = dict(self.model.named_parameters())
         for name, tensor in source:
             own[name].data.copy_(tensor)
@@ -94,7 +95,7 @@ class Elsewhere(HFEngine):
         weights = fingerprint(self.model.named_parameters())
         self.drawn |= {request.seed: weights for request in requests}
         begin = time.perf_counter()
-        time.sleep(SLOW_S)
+        time.sleep(SLOW_S / 2 * len(requests))
         found = super().generate(requests, temperature=temperature, max_tokens=max_tokens)
         self.worked_s += time.perf_counter() - begin
         return found
@@ -104,8 +105,8 @@ class Elsewhere(HFEngine):
         how = {"temperature": temperature, "max_tokens": max_tokens}
         if not self._beside:
             return Drawn(self.generate(requests, **how))
-        self._at_work = self._pool.submit(self.generate, requests, **how)
-        return Later(self._at_work, self._begun == self._loses)
+        self._at_work = [self._pool.submit(self.generate, [request], **how) for request in requests]
+        return Later(self._at_work, self._loses[1] if self._begun == self._loses[0] else None)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -114,12 +115,20 @@ class Elsewhere(HFEngine):
 class Made:
     """A run in memory. weights: of the student after every step, the first ones before any."""
 
-    def __init__(self, tmp_path: Path, ahead: int, slow_s: float = 0.0, **engine) -> None:
+    def __init__(
+        self, tmp_path: Path, ahead: int, slow_s: float = 0.0, *, batch: int = 2, parts: int = 1, **engine
+    ) -> None:
+        """slow_s: what the student's updates take longer, and what D's passes do for two prompts."""
         config = Config.model_validate(
             {
                 "data": {"max_prompt_tokens": 64, "max_response_tokens": 6},
-                "rollout": {"engine": "hf", "group_size": 3, "ahead": ahead},
-                "schedule": {"batch_size": 2, "warmup_steps": 1, "gad_steps": STEPS, "activation_checkpointing": "off"},
+                "rollout": {"engine": "hf", "group_size": 3, "ahead": ahead, "parts": parts},
+                "schedule": {
+                    "batch_size": batch,
+                    "gad_epochs": 9,
+                    "gad_steps": STEPS,
+                    "activation_checkpointing": "off",
+                },
                 "algorithm": {"importance_cap": 2.0},
                 "checkpoint": {"every": 0},
             }
@@ -128,14 +137,15 @@ class Made:
         self.student = Student.load(spec, config.student, config.algorithm, device="cpu")
         self.engine = Elsewhere(config, self.student.model, spec.template, **engine)
         self.records, self.phases = Rows(), Phases()
+        self.discriminator = Discriminator.load(spec, student=spec, device="cpu")
         sampling = {"temperature": 0.8, "max_tokens": 6, "states": self.phases}
         self.trainer = Trainer(
             config,
             stages_of(config, "train"),
             student=self.student,
-            discriminator=Discriminator.load(spec, student=spec, device="cpu"),
+            discriminator=self.discriminator,
             sampler=Sampler(self.engine, PlainWeights(self.student.model), **sampling),
-            loader=Loader([Group(g.prompt, g.teacher) for g in groups(4)], 2, seed=0),
+            loader=Loader([Group(g.prompt, g.teacher) for g in groups(4)], batch, seed=0),
             held_out=groups(3, 0),
             records=self.records,
             phases=self.phases,
@@ -149,6 +159,13 @@ class Made:
             return norm
 
         self.student.step = watched  # type: ignore[method-assign]
+        fitted = self.discriminator._fitted
+
+        def slowly(groups):
+            time.sleep(slow_s / 2 * len(groups) if parts > 1 else 0)
+            return fitted(groups)
+
+        self.discriminator._fitted = slowly  # type: ignore[method-assign]
         self.weights = [fingerprint(self.student.model.named_parameters())]
 
     def gad(self) -> tuple[float, float]:
@@ -197,7 +214,7 @@ def test_a_step_takes_the_longer_of_both_and_not_their_sum(tmp_path) -> None:
 
 
 def test_what_is_drawn_meanwhile_waits_and_what_is_lost_is_drawn_anew(tmp_path) -> None:
-    made = Made(tmp_path, 1, loses=2)
+    made = Made(tmp_path, 1, loses=(2, 0))
     look = made.trainer.record
 
     def looked(result):
@@ -213,6 +230,28 @@ def test_what_is_drawn_meanwhile_waits_and_what_is_lost_is_drawn_anew(tmp_path) 
     ]
 
 
+def test_the_discriminator_scores_parts_while_others_are_drawn(tmp_path) -> None:
+    whole, parted = (Made(tmp_path, 0, SLOW_S, batch=4, parts=parts) for parts in (1, 4))
+    (one_by_one, hidden), (overlapped, meanwhile) = whole.gad(), parted.gad()
+    print(f"{one_by_one:.2f} s one after the other, {overlapped:.2f} s part by part")
+    # Drawn while D scores, of every batch of four: all but the first part, of which D waits for each.
+    assert hidden == pytest.approx(0, abs=0.1) and meanwhile > 0.9 * STEPS * 3 * SLOW_S / 2
+    for ours, theirs in zip(parted.records.rows, whole.records.rows, strict=True):
+        for name in ("reward/mean", "discriminator/loss", "discriminator/grad_norm", "student/loss", "tokens/sampled"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    again = Made(tmp_path, 0, batch=4, parts=4)
+    again.gad()
+    assert again.weights == parted.weights, "parts come in one order, whatever is there first"
+
+
+def test_parts_that_are_lost_are_drawn_again(tmp_path) -> None:
+    whole, lost = (Made(tmp_path, 0, batch=4, parts=4, loses=loses) for loses in ((0, 0), (2, 2)))
+    whole.gad()
+    lost.gad()
+    assert lost.weights == whole.weights and len(whole.weights) == STEPS + 1
+    assert lost.records.messages == ["the sampler was restarted: the rest of its batch is drawn again"]
+
+
 def test_what_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="only importance weights set right: set algorithm.importance_cap"):
         load(["--rollout.ahead", "1"])
@@ -221,9 +260,16 @@ def test_what_is_refused(tmp_path) -> None:
     ahead = ["--rollout.ahead", "1", "--algorithm.importance_cap", "2", "--run.device", "cpu"]
     for engine in ("vllm", "hf"):
         with pytest.raises(UserError, match=f'rollout.engine = "{engine}" has the trainer\'s devices here'):
-            check_ahead(load([*ahead, "--rollout.engine", engine]))
-        check_ahead(load([*ahead, "--rollout.engine", engine, "--rollout.ahead_by_turns", "true"]))
-    check_ahead(load([*ahead, "--rollout.engine", "vllm-server"]))
+            check_elsewhere(load([*ahead, "--rollout.engine", engine]))
+        check_elsewhere(load([*ahead, "--rollout.engine", engine, "--rollout.ahead_by_turns", "true"]))
+    whole = ["--student.adapter", "none"]
+    check_elsewhere(load([*ahead, *whole, "--rollout.engine", "vllm-server"]))
+    with pytest.raises(
+        UserError, match='rollout.parts = 4 samples while the trainer computes, and rollout.engine = "hf"'
+    ):
+        check_elsewhere(load(["--rollout.engine", "hf", "--rollout.parts", "4", "--run.device", "cpu"]))
+    with pytest.raises(UserError, match="leave one of them out"):
+        load([*ahead, "--rollout.parts", "4"])
 
 
 def test_which_servers_have_devices_of_their_own() -> None:
