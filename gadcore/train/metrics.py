@@ -67,8 +67,8 @@ def step_metrics(result: StepResult) -> dict[str, float]:
 def step_costs(
     values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, meanwhile: bool
 ) -> dict[str, float]:
-    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. meanwhile: a
-    sampler works while the trainer computes; its seconds are those that were waited for it, no rate."""
+    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. meanwhile: of a sampler
+    that works beside the trainer the rollout's seconds are those that were waited for it, which are no rate."""
     costs = {**memory, **{f"time/{name}": seconds for name, seconds in taken.items()}}
     costs["time/total"] = sum(taken.values())
     work = {**({} if meanwhile else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
