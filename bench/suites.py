@@ -37,6 +37,7 @@ SUITES = {
         threads=True,
     ),
     "trl": Suite("bench.trl.suite", "gadcore's trainer inside TRL beside TRL's own: a group's loss, on the CPU"),
+    "soda": Suite("bench.soda.suite", "SODA's step beside TRL's DPOTrainer: tokens a second, on the CPU"),
     "rollout": Suite(
         "bench.rollout.suite",
         "tokens per second of the sampler beside stock vLLM and Hugging Face's generate(), on the CPU",
@@ -51,6 +52,11 @@ SUITES = {
         "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     ),
     "paper": Suite("bench.paper.suite", "the paper's findings on toys: mixture, language, fresh, or all of them"),
+    "methods": Suite(
+        "bench.methods.suite",
+        "SeqKD, SODA and GAD's variants from one start, at equal data and at equal seconds; hours, resumable",
+        passes_on="settings",
+    ),
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),
@@ -69,8 +75,10 @@ TABLES = (
     "bench.kernels.tables",
     "bench.step.tables",
     "bench.trl.tables",
+    "bench.soda.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
     "bench.reshard.tables",
     "bench.paper.tables",
+    "bench.methods.tables",
 )

@@ -58,6 +58,9 @@ class Run(Protocol):
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
         """Draws N samples of the current student for every group, in the phases synchronise and rollout."""
 
+    def sampled(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """The batch in parts, each as soon as it has its samples; one part, unless rollout.parts says otherwise."""
+
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
 
@@ -139,8 +142,11 @@ def score_and_update(
     """
     discriminator, algorithm, phase = run.discriminator, run.config.algorithm, run.phases
     updates = not frozen and step % algorithm.discriminator_every == 0
-    with phase("discriminator"):
-        scores = discriminator.score(groups, backward=updates)
+    scoring = discriminator.scoring(len(groups) * run.config.rollout.group_size, backward=updates)
+    for part in run.sampled(groups):
+        with phase("discriminator"):
+            scoring.add(part)
+    scores = scoring.scores()
     if not updates:
         return scores, None
     with phase("discriminator_update"):

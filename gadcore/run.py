@@ -294,7 +294,8 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     from gadcore.doctor.command import at_start
     from gadcore.plan import disk
     from gadcore.plan.check import Fitted, fit
-    from gadcore.report.page import write_report
+    from gadcore.report.page import in_short, write_report
+    from gadcore.train.ahead import check_elsewhere
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
     from gadcore.train.inputs import describe_plan, planned_steps, read_inputs
@@ -303,8 +304,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
 
     world = job.world
     stages = stages_of(config, command)
-    if world.size > 1 and "soda" in stages:
-        raise UserError("the snapshot that soda learns from is made by one process: start it without torchrun")
+    check_elsewhere(config)
     check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:
@@ -354,6 +354,10 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
         if world.is_first:
             write_report(folder.path)
         trainer.records.finished(summary)
+        sentences = in_short(folder.path)[:2] if world.is_first else []
+    # Once the view is closed.
+    for sentence in sentences:
+        say(sentence)
     return 0
 
 

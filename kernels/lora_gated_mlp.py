@@ -3,7 +3,8 @@ kernels/lora_linear.py on gate, up and down.
 
     g = x G'^T    u = x U'^T    h = silu(g) u    y = h D'^T        G' = G + s B_g A_g, and so on
 
-The frozen G, U and D get no gradient; h is made again in backward, and d g and d u take the places of h and d h.
+The frozen G, U and D, which may be of few bits, get no gradient; h is made again in backward, and d g and d u take the
+places of h and d h.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from gadcore.kernels.cpu.gated_mlp import available
 from gadcore.kernels.cpu.swiglu import swiglu
-from gadcore.kernels.lora_linear import adapted_product, product
+from gadcore.kernels.lora_linear import adapted_product, matrix, product
+from gadcore.kernels.quantised import Quantised
 
 __all__ = ["Adapted", "available", "lora_gated_mlp"]
 
@@ -23,7 +25,7 @@ __all__ = ["Adapted", "available", "lora_gated_mlp"]
 class Adapted(NamedTuple):
     """weight: [N, K], frozen. a: [r, K]; b: [N, r]. scale: of b a."""
 
-    weight: Tensor
+    weight: Tensor | Quantised
     a: Tensor
     b: Tensor
     scale: float
@@ -46,16 +48,19 @@ class _LoRAGatedMlp(torch.autograd.Function):
         t_gate, g = _forward(rows, gate)
         t_up, u = _forward(rows, up)
         t_down, y = _forward(swiglu(g, u), down)
-        tensors = [tensor for part in (gate, up, down) for tensor in part[:3]]
-        ctx.save_for_backward(x, g, u, t_gate, t_up, t_down, *tensors)
+        ctx.bits = [part.weight if isinstance(part.weight, Quantised) else None for part in (gate, up, down)]
+        weights = [part.weight if isinstance(part.weight, Tensor) else None for part in (gate, up, down)]
+        trained = [tensor for part in (gate, up, down) for tensor in (part.a, part.b)]
+        ctx.save_for_backward(x, g, u, t_gate, t_up, t_down, *weights, *trained)
         ctx.scales = gate.scale, up.scale, down.scale
-        return y.view(*x.shape[:-1], len(down.weight))
+        return y.view(*x.shape[:-1], len(down.b))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, t_gate, t_up, t_down, *tensors = ctx.saved_tensors
-        per_part = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.scales, strict=True)
+        weights = [bits or weight for bits, weight in zip(ctx.bits, tensors[:3], strict=True)]
+        per_part = zip(weights, tensors[3::2], tensors[4::2], ctx.scales, strict=True)
         gate, up, down = (Adapted(*part) for part in per_part)
         rows = x.reshape(-1, x.shape[-1])
         h = swiglu(g, u)
@@ -85,4 +90,4 @@ def _of_adapter(grad: Tensor, x: Tensor, t: Tensor, part: Adapted) -> tuple[Tens
 
 
 def _of_input(grad: Tensor, d_t: Tensor, part: Adapted) -> Tensor:
-    return product(grad, part.weight.t()).addmm_(d_t, part.a)
+    return product(grad, matrix(part.weight, grad.dtype).t()).addmm_(d_t, part.a)

@@ -12,6 +12,7 @@ import torch
 
 from bench.paper import toy
 from bench.paper.language import LETTERS, LONGEST, WORDS, Language, generic, policy, scorer
+from bench.paper.language_engine import LanguageEngine
 from gadcore.config.settings import Config, FreshSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, Prompt, Response
 from gadcore.measure.fresh import fresh_discriminator
@@ -23,7 +24,7 @@ from gadcore.rollout.engine import SampleRequest
 DATA, TESTED, WATCHED = 2000, 1000, 200
 SEEN, UNSEEN = LETTERS[:6], LETTERS[6:]  # x1 in the training prompts, and in those out of domain
 SETTINGS: dict[str, dict[str, Any]] = {
-    "student": dict(lr=1e-4, warmup_lr=3e-3, seqkd_lr=3e-3, betas=(0.9, 0.98), grad_clip=1.0),
+    "student": dict(lr=2e-4, warmup_lr=3e-3, seqkd_lr=3e-3, betas=(0.9, 0.98), grad_clip=1.0),
     "discriminator": dict(lr=3e-3, betas=(0.9, 0.95), grad_clip=1.0),
     "rollout": dict(engine="hf", group_size=8, temperature=1.0),
     "data": dict(max_prompt_tokens=8, max_response_tokens=LONGEST),
@@ -102,7 +103,7 @@ class Experiment:
         look: Callable[[dict[str, Any]], None] = lambda row: None,
         rows: Sequence[Group] | None = None,
     ) -> None:
-        toy.run(config, stage, student, scorer, rows or self.train, self.template, look)
+        toy.run(config, stage, student, scorer, rows or self.train, self.template, look, LanguageEngine)
 
     def run(self, arm: str) -> dict[str, Any]:
         """A row: measures, curve, CPU seconds (those of a warmup that arms share are in each of them)."""
@@ -136,6 +137,7 @@ class Experiment:
             "language": self.language.name,
             "arm": arm,
             "seed": self.seed,
+            "student_lr": config.student.lr,
             "seconds": time.process_time() - start + shared,
             "in_domain": self.measure(student, self.test),
             "out_of_domain": self.measure(student, self.elsewhere),
@@ -179,7 +181,7 @@ class Experiment:
     def sampled(self, student: Student, groups: Sequence[Group]) -> list[Group]:
         """The groups with one sample each, by the same random numbers every time."""
         requests = [SampleRequest(g.prompt.token_ids, 1, 77_000 + i) for i, g in enumerate(groups)]
-        engine = toy.ToyEngine(student.model, self.template)
+        engine = LanguageEngine(student.model, self.template)
         drawn = engine.generate(requests, temperature=1.0, max_tokens=LONGEST)
         return [Group(g.prompt, g.teacher, samples) for g, samples in zip(groups, drawn, strict=True)]
 

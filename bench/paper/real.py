@@ -134,15 +134,21 @@ def read(folder: Path) -> Run:
     saved = store.available(folder / "checkpoints")
     if not saved:
         raise UserError(f"{folder} has no checkpoints: train with checkpoint.every, and checkpoint.keep large")
+    done = trained(folder)
+    name = "seqkd" if any(stage == "seqkd" for stage, _ in done.values()) else "gad"
+    points = [Point(name, step, *done[step], path) for step, path in saved.items() if step in done]
+    return Run(name, config, dict(Counter(stage for stage, _ in done.values())), points)
+
+
+def trained(folder: Path) -> dict[int, tuple[str, float]]:
+    """By step of a run, its stage and the seconds of training up to it."""
     # A step that is being written may stand there without its end.
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    seconds, trained = 0.0, {}
+    seconds, found = 0.0, {}
     for row in map(json.loads, lines):
         seconds += sum(row.get(phase, 0.0) for phase in PHASES)
-        trained[row["step"]] = (row["stage"], seconds)
-    name = "seqkd" if any(stage == "seqkd" for stage, _ in trained.values()) else "gad"
-    points = [Point(name, step, *trained[step], path) for step, path in saved.items() if step in trained]
-    return Run(name, config, dict(Counter(stage for stage, _ in trained.values())), points)
+        found[row["step"]] = (row["stage"], seconds)
+    return found
 
 
 def nearest(point: Point, points: Sequence[Point]) -> Point:

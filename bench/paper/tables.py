@@ -24,8 +24,9 @@ Generated from `bench/results/paper.json` and `real.json` by `python -m bench ta
 The toys are trained by `gadcore.algorithm.warmup()`, `gad()` and `seqkd()` through gadcore's own Trainer, Student and
 Discriminator; only the models, the teachers and the sampler are toys. Each arm differs from GAD by one setting
 (`algorithm.freeze_discriminator`, `student_warmup`, `discriminator_warmup`), the oracle by what stands in D's place:
-log p - log q, the exact optimum of the Bradley-Terry loss. Figures are means over seeds with a 95 % t-interval;
-a verdict counts the seeds in which the sentence held. Seconds are CPU time on one thread."""
+log p - log q, the exact optimum of the Bradley-Terry loss. Figures are means over seeds with a 95 %
+t-interval; a verdict counts the seeds in which the sentence held: reproduced is what held in 80 % of them or more.
+Seconds are CPU time on one thread."""
 
 MIXTURE = """One Gaussian over 128 bins learns from 4096 samples of three Gaussians. `skewed`: modes at -.5, .1 and .7
 with weights .7, .2, .1 and sd .1. This geometry was chosen: the Gaussian of maximal likelihood is no local optimum of
@@ -51,12 +52,16 @@ FRESH = """At every point new discriminators learn for 100 steps on half of 200 
 other half, and the other way round. .5: they cannot tell. Healthy is GAD, hacked is GAD with a frozen D. A student
 that keeps to one style can be told from a teacher with two, so .5 is not where a good run ends."""
 
-TUNED = """By hand, mostly on seed 0, starting from the values of a first exploration: the student's learning rate and
-the steps of the GAD stage. Mixture: at a higher rate GAD stays at the saddle before the one-mode optimum in some seeds,
-or comes back to it. Language: at a higher rate valid samples fall deep before they rise. So both take smaller and more
-steps. The discriminator's rates, the gradient clip and the warmups' rates were set once. All arms share `SETTINGS` of
-`bench/paper/mixture_runs.py` and `bench/paper/language_runs.py`; SeqKD runs to its plateau (its curve is in the
-results). All else is gadcore's default, but temperature 1 and, for the language, no KL term."""
+TUNED = """By hand, starting from the values of a first exploration: the student's learning rate and the steps of the
+GAD stage. Mixture: at a higher rate GAD stays at the saddle before the one-mode optimum in some seeds, or comes back to
+it, so it takes small and many steps. Language: at 1e-4, with which seeds 0 to 2 were run, GAD was not done after 500
+steps in every seed, and neither was the oracle (.88 and .91 valid in the slowest seed): both wait at the saddle where
+the styles are mixed, how long is chance, and a frozen D has not been hacked by then. So it is 2e-4 now, chosen on seed
+100, which is not reported. The discriminator's rates, the gradient clip and the warmups' rates were set once.
+All arms share `SETTINGS` of `bench/paper/mixture_runs.py` and `bench/paper/language_runs.py`; SeqKD runs to its plateau
+(its curve is in the results). All else is gadcore's default, but temperature 1 and, for the language, no KL term."""
+# Of rows that do not say it.
+FIRST_RATE = 1e-4
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -160,6 +165,7 @@ def _language(rows: Sequence[Row], language: str) -> list[str]:
     arms = _by_arm(rows, "language", language)
     if not arms:
         return ["Not run."]
+    rates = sorted({r.get("student_lr", FIRST_RATE) for mine in arms.values() for r in mine})
     lines, more = [], []
     for arm, mine in arms.items():
         here, there = [r["in_domain"] for r in mine], [r["out_of_domain"] for r in mine]
@@ -192,7 +198,8 @@ def _language(rows: Sequence[Row], language: str) -> list[str]:
         f"![valid samples](img/findings-{language}.svg)",
         table(header, lines),
         table(grams, more),
-        f"The teacher's responses have {teacher:.1f} tokens.",
+        f"The teacher's responses have {teacher:.1f} tokens. The student's rate is "
+        f"{' and '.join(f'{rate:g}' for rate in rates)}.",
     ]
 
 

@@ -81,7 +81,7 @@ class ToyEngine(Engine):
             [torch.rand(r.n, max_tokens, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
         )
         of_sample = torch.tensor([g for g, r in enumerate(requests) for _ in range(r.n)])
-        hidden = self._states(requests, None, 0)[of_sample]
+        hidden = self._begin(requests)[of_sample]
         tokens: list[Tensor] = []
         logprobs: list[Tensor] = []
         ended = torch.zeros(len(random), dtype=torch.bool)
@@ -103,6 +103,10 @@ class ToyEngine(Engine):
         rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
         samples = iter([self._response(*row) for row in rows])
         return [[next(samples) for _ in range(request.n)] for request in requests]
+
+    def _begin(self, requests: Sequence[SampleRequest]) -> Tensor:
+        """Hidden states [G, H] at the prompts' ends."""
+        return self._states(requests, None, 0)
 
     def _next(self, requests: Sequence[SampleRequest], of_sample: Tensor, token: Tensor, t: int) -> Tensor:
         """Hidden states [S, H] at the samples' last tokens; equal tokens after one prompt go through the model once."""
@@ -190,13 +194,14 @@ def run(
     groups: Sequence[Group],
     template: ChatTemplate,
     look: Callable[[dict[str, Any]], None],
+    engine: type[ToyEngine] = ToyEngine,
 ) -> None:
     """One of gadcore.algorithm's stages by gadcore's own Trainer, with nothing written to a disk.
 
     look: gets the row of metrics of every step, after the step.
     """
     sampler = Sampler(
-        ToyEngine(student.model, template),
+        engine(student.model, template),
         PlainWeights(student.model),
         temperature=config.rollout.temperature,
         max_tokens=config.data.max_response_tokens,

@@ -1,6 +1,7 @@
 """The frozen bases under a run's adapters: a checkpoint holds none of them, and says which they are.
 
-Of every model with adapters: the base by its name and by a checksum of its bits, and what stands on it.
+Of every model with adapters: the base by its name and by a checksum of its bits, as they were loaded; what its matrices
+are kept in; and what stands on it.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from gadcore.errors import UserError
+from gadcore.kernels.bits import bit_sums
+from gadcore.kernels.quantised_linear import Bits, is_part, layers_of_bits
 from gadcore.models.adapter import adapted_layers, base_parameters
-from gadcore.rollout.weights import fingerprint
+from gadcore.rollout.weights import of_sums
 
 Described = dict[str, Any]
 
@@ -28,15 +32,21 @@ def _described(model: PreTrainedModel) -> Described:
     first = next(iter(layers.values()))
     return {
         "base": model.config.name_or_path,
-        "checksum": f"{fingerprint(_bits(model)):032x}",
+        "checksum": f"{of_sums(_sums(model)):032x}",
+        "kept": next((bits.kind for layer in layers.values() if (bits := layer.bits)), "none"),
         "rank": first.rank,
         "scale": first.scale,
         "layers": sorted(layers),
     }
 
 
-def _bits(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, p.detach()) for name, p in base_parameters(model).items()]
+def _sums(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """bit_sums() of all weights of the base; of those in few bits, of what they were made of."""
+    few = {f"{name}.weight": layer.bits for name, layer in layers_of_bits(model).items()}
+    plain = {name: p for name, p in base_parameters(model).items() if name not in few and not is_part(name)}
+    read = torch.stack([bit_sums(p) for p in plain.values()]).tolist()
+    sums: dict[str, tuple[int, int]] = {name: (a, b) for name, (a, b) in zip(plain, read, strict=True)}
+    return sums | {name: bits.sums for name, bits in few.items() if isinstance(bits, Bits)}
 
 
 def check(saved: Mapping[str, Described] | None, here: Mapping[str, Described], names: Mapping[str, str]) -> None:
@@ -54,6 +64,13 @@ def check(saved: Mapping[str, Described] | None, here: Mapping[str, Described], 
             raise UserError(
                 f"the checkpoint is of a run with {owner}.adapter = {had}, this one has {owner}.adapter = {has}: keep "
                 "that of the run"
+            )
+        # Written before there was a choice: none.
+        kept = theirs.get("kept", "none")
+        if kept != ours["kept"]:
+            raise UserError(
+                f"the checkpoint's adapters of the {owner} were trained on a base that is kept in {kept}, this run's "
+                f"{owner}.adapter_base is {ours['kept']}: set {owner}.adapter_base = {kept}, as the run had"
             )
         if theirs["rank"] != ours["rank"]:
             raise UserError(

@@ -35,7 +35,7 @@ SETTINGS = (
     "run.seed",
 )
 # Of a model that was trained by one; the folder adapter/ beside the weights holds it alone.
-ADAPTER = ("adapter", "adapter_rank", "adapter_alpha", "adapter_targets", "adapter_from")
+ADAPTER = ("adapter", "adapter_rank", "adapter_alpha", "adapter_targets", "adapter_base", "adapter_from")
 # (what a run is one of, its tag, its paper).
 GAD = ("Generative Adversarial Distillation", "gad", "2511.10643")
 # By the stage that only a baseline has.

@@ -35,6 +35,11 @@ class Adaptable(Trained):
     adapter_rslora: bool | None = Field(
         None, description="Scale by alpha / sqrt(rank) instead (rsLoRA); none: do not, or as adapter_from does."
     )
+    adapter_base: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="In what the frozen matrices of the decoder layers are kept: none: as they are; int8: 8 bits, a "
+        "scale for every row; nf4: 4 bits, as QLoRA keeps them.",
+    )
     adapter_from: Location | None = Field(
         None, description="Folder of an adapter to start from, in the format of the package peft; none: from zero."
     )
@@ -81,6 +86,7 @@ def check_adapter(name: str, settings: Adaptable) -> None:
     """Raises ValueError for settings of an adapter that contradict each other. name: of their section."""
     keys = ("rank", "alpha", "targets", "rslora", "from")
     chosen = [f"{name}.adapter_{key}" for key in keys if getattr(settings, f"adapter_{key}") is not None]
+    chosen += [f"{name}.adapter_base"] * (settings.adapter_base != "none")
     if settings.adapter == "none":
         if chosen:
             raise ValueError(

@@ -22,6 +22,7 @@ _OF_SODA = (
     "algorithm.soda_samples",
 )
 _OF_SFT = ("student.warmup_lr", "schedule.sft_epochs", "schedule.sft_steps")
+_ENDINGS = tuple(f"curriculum.{name}" for name in ("end_sft", "end_warmup", "patience", "tolerance"))
 _OF_TRAIN = (
     "student.lr",
     "schedule.warmup_epochs",
@@ -29,9 +30,13 @@ _OF_TRAIN = (
     "schedule.gad_epochs",
     "schedule.gad_steps",
     "rollout.group_size",
+    "rollout.parts",
+    "rollout.ahead",
+    "rollout.ahead_by_turns",
     "discriminator.*",
     "gate.*",
     "convergence.*",
+    *_ENDINGS,
     *(
         f"algorithm.{name}"
         for name in AlgorithmSettings.model_fields
@@ -127,6 +132,8 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
     for command, keys in (("seqkd", _OF_SEQKD), ("soda", _OF_SODA)):
         if command not in stages:
             yield f"for the baseline only, the command {command}", keys
+    if not config.curriculum.every:
+        yield "curriculum.every is 0", ("curriculum.*",)
     yield from _of_machine(config, device)
     data = config.data
     if data.eval is None:
@@ -172,10 +179,20 @@ def _of_machine(config: Config, device: str) -> Iterator[Reason]:
 
 def _of_training(config: Config) -> Iterator[Reason]:
     algorithm = config.algorithm
+    if not config.rollout.ahead:
+        yield "rollout.ahead is 0", ("rollout.ahead_by_turns",)
     if not config.gate.enabled:
         yield "gate.enabled is false", ("gate.*",)
     if not config.convergence.enabled:
         yield "convergence.enabled is false", ("convergence.*",)
+    looks = config.curriculum
+    if looks.every and not (looks.end_sft or looks.end_warmup):
+        yield (
+            "neither curriculum.end_sft nor curriculum.end_warmup is set",
+            ("curriculum.patience", "curriculum.tolerance"),
+        )
+    if not config.schedule.has_sft:
+        yield "there is no cross-entropy before the warmup (schedule.sft_epochs)", ("curriculum.end_sft",)
     if not algorithm.normalise_advantage:
         yield "algorithm.normalise_advantage is false", ("algorithm.advantage_std_floor",)
     sft = config.schedule.has_sft

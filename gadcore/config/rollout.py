@@ -29,6 +29,37 @@ class CommonRollout(Section):
         description="Syncs from one to the next whose samples the trainer scores itself, the first one's too, to prove "
         "that the engine has its weights; 0: none. For engines with weights of their own.",
     )
+    parts: Positive = Field(
+        1,
+        description="Of a batch: the discriminator begins with the first one while the others are sampled; needs a "
+        "sampler with devices of its own.",
+    )
+    ahead: Annotated[int, Field(ge=0, le=1)] = Field(
+        0,
+        description="1: the next batch is sampled while this one is learned from, with the weights from before this "
+        "step's update; needs algorithm.importance_cap, and a sampler with devices of its own. 0: never.",
+    )
+    ahead_by_turns: bool = Field(
+        False,
+        description="true: rollout.ahead = 1 with a sampler on the trainer's devices too, where nothing is faster for "
+        "it: to see what samples one step old cost.",
+    )
+
+    def check(self, importance_cap: float | None) -> None:
+        """Raises ValueError where samples would be learned from as if they were of other weights, or come in no order.
+
+        importance_cap: of the algorithm.
+        """
+        if self.ahead and importance_cap is None:
+            raise ValueError(
+                "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
+                "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
+            )
+        if self.ahead and self.parts > 1:
+            raise ValueError(
+                f"rollout.ahead = 1 has a batch before its step begins, rollout.parts = {self.parts} waits for it part "
+                "by part: leave one of them out"
+            )
 
 
 class VLLMSettings(CommonRollout):

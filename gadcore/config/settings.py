@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
 
 from gadcore.config.adapter import Adaptable, check_adapter, check_sampler
+from gadcore.config.curriculum import CurriculumSettings
 from gadcore.config.data import SPLIT, DataSettings
 from gadcore.config.distributed import DistributedSettings
 from gadcore.config.kinds import (
@@ -286,6 +287,7 @@ class Config(Section):
     ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     gate: GateSettings = GateSettings()
     convergence: ConvergenceSettings = ConvergenceSettings()
     memory: MemorySettings = MemorySettings()
@@ -337,6 +339,7 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
+        self.rollout.check(self.algorithm.importance_cap)
         self._ablations()
         for name in ("student", "discriminator"):
             trained = getattr(self, name)
@@ -353,6 +356,7 @@ class Config(Section):
                 raise ValueError(
                     f"{name}.enabled needs held-out prompts, data.eval has none: give some, or switch it off"
                 )
+        self.curriculum.check(held_out=self.data.eval is not None, discriminator=self.algorithm.discriminator_warmup)
         if self.gate.low >= self.gate.high:
             raise ValueError(
                 f"gate.low = {self.gate.low} and gate.high = {self.gate.high} leave no accuracy between them: "

@@ -24,6 +24,7 @@ from gadcore.kernels.cpu import gated_mlp, native
 from gadcore.kernels.cpu.linear import linear, onednn_is_faster
 from gadcore.kernels.cpu.swiglu import swiglu
 from gadcore.kernels.lora_linear import LoRALinear
+from gadcore.kernels.quantised_linear import frozen_weight
 from gadcore.kernels.rms_norm import rms_norm
 
 
@@ -61,10 +62,14 @@ def _whole_mlp(self: nn.Module, x: Tensor, *, in_place: bool) -> Tensor:
 
 def _adapted_mlp(self: nn.Module, x: Tensor) -> Tensor:
     parts: list[LoRALinear] = [self.gate_proj, self.up_proj, self.down_proj]  # type: ignore[list-item]
-    tensors = [x, *(part.lora_A for part in parts), *(part.weight for part in parts)]
+    weights = [frozen_weight(part) for part in parts]
+    tensors = [x, *(part.lora_A for part in parts), *(weight for weight in weights if isinstance(weight, Tensor))]
     if torch.is_autocast_enabled("cpu") or any(tensor.dtype != torch.float32 for tensor in tensors):
         return _gated_mlp(self, x)
-    adapted = (lora_gated_mlp.Adapted(part.weight, part.lora_A, part.lora_B, part.scale) for part in parts)
+    adapted = (
+        lora_gated_mlp.Adapted(weight, part.lora_A, part.lora_B, part.scale)
+        for weight, part in zip(weights, parts, strict=True)
+    )
     return lora_gated_mlp.lora_gated_mlp(x, *adapted)
 
 

@@ -48,7 +48,9 @@ MEASURES = (
     Measure(("rouge_l",), "ROUGE-L", "higher"),
     *(Measure(("ngram_f1", str(n)), f"{n}-gram F1", "higher") for n in range(1, 5)),
     Measure(("style",), "house style", "higher", True, "the share of the rules of style that responses keep"),
-    Measure(("word_range",), "length as the teacher's", "higher", share=True),
+    Measure(
+        ("word_range",), "length as the teacher's", "higher", True, "the share of responses as long as the teacher's"
+    ),
     Measure(("length_ratio",), "length ratio", "near 1"),
     Measure(("words",), "words", "as the teacher"),
     Measure(("repeated",), "say a 3-gram twice", "lower", True, "the share of responses that say a 3-gram twice"),

@@ -130,7 +130,7 @@ class Colocation:
         """
         if holding not in HOLDINGS:
             raise ValueError(f"unknown holding {holding}: use one of {', '.join(HOLDINGS)}")
-        if self.tier == "none" or holding in ALWAYS:
+        if self.tier == "none" or (self.shared and holding in ALWAYS):
             self._staying[holding] = tensors
         elif held := [*tensors(), *aliases]:
             # Else it lies elsewhere, as an optimizer whose masters are the host's.
@@ -146,16 +146,17 @@ class Colocation:
         self._gradients[holding] = list(parameters)
 
     @contextmanager
-    def there(self, holding: Holding) -> Iterator[None]:
-        """Has a holding on the device inside the block, where it moves: for what is set up before the first state."""
-        arena = self._arenas.get(holding)
-        if arena is not None:
+    def there(self, *holdings: Holding) -> Iterator[None]:
+        """Has holdings on the device inside the block, where they move: for what is set up before the first state."""
+        arenas = {holding: self._arenas[holding] for holding in holdings if holding in self._arenas}
+        for holding, arena in arenas.items():
             with self._copying(f"{holding} in", arena.bytes):
                 arena.come()
         yield
-        if arena is not None:
+        for holding, arena in arenas.items():
             with self._copying(f"{holding} out", arena.bytes):
                 arena.leave()
+        if arenas:
             self.meter.give_back()
 
     def begin(self) -> None:

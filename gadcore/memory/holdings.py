@@ -9,7 +9,8 @@
     student_update          its optimizer step
     rest                    nothing is computed on the device: checkpoints, a fresh discriminator, the end of a run
 
-Where weights are frozen under adapters, they are the holding of every state, and those of a model its adapters alone.
+Where weights are frozen under adapters, they are a holding of every state in which one of the models computes, and
+those of a model its adapters alone.
 Moments are there for the step alone, not beside activations; the reference policy not beside G. Gradients live only
 inside their model's two states: the optimizer step clears them. Imports no torch: the planner reads it too.
 """
@@ -51,7 +52,7 @@ _NEEDS: Mapping[State, frozenset[Holding]] = {
     "student_update": frozenset({"student.parameters", "student.gradients", "student.optimizer"}),
     "rest": frozenset(),
 }
-# Of every state: the frozen weights under adapters, which all roles compute with and nobody moves. Without adapters
+# The frozen weights under adapters, which all roles compute with: of every state, but see needs(). Without adapters
 # there are none.
 ALWAYS: frozenset[Holding] = frozenset({"base.parameters"})
 NEEDS: Mapping[State, frozenset[Holding]] = {state: needed | ALWAYS for state, needed in _NEEDS.items()}
@@ -98,9 +99,11 @@ def needs(state: State, *, shared: bool) -> frozenset[Holding]:
     """What must be on the device in a state.
 
     shared: trainer and engine have one copy of the student's weights, so that "engine.weights" is no holding of its
-    own: whoever needs it needs "student.parameters".
+    own: whoever needs it needs "student.parameters". Else it samples without the trainer's base, as large as its own.
     """
     needed = NEEDS[state]
+    if not shared and state == "rollout":
+        return needed - ALWAYS
     if shared and "engine.weights" in needed:
         return needed - {"engine.weights"} | {"student.parameters"}
     return needed

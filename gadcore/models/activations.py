@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from gadcore.data.groups import GroupedBatch, GroupTokens
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
-from gadcore.kernels import lora_linear  # noqa: F401 - registers its op
+from gadcore.kernels import lora_linear  # noqa: F401 - registers its ops
 from gadcore.models.backbone import hidden_states
 from gadcore.models.fused import Recomputables, recomputing
 from gadcore.models.precision import autocast as products_in
@@ -163,4 +163,5 @@ def _products() -> set[Any]:
         torch.ops.mkldnn._linear_pointwise.default,
         torch.ops.gadcore.prefix_attention.default,
         torch.ops.gadcore.lora_product.default,
+        torch.ops.gadcore.lora_product_of_bits.default,
     }

@@ -1,16 +1,21 @@
-"""Low-rank adapters on the frozen weights of a model: where they are put, and which parameters are whose."""
+"""Low-rank adapters on the frozen weights of a model: where they are put, what these weights are kept in, and which
+parameters are whose."""
 
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gadcore.config.adapter import LoRA
+from gadcore.config.adapter import Adaptable, LoRA
 from gadcore.errors import UserError
 from gadcore.kernels.lora_linear import LoRALinear
+from gadcore.kernels.quantised import Kind
+from gadcore.kernels.quantised_linear import QuantisedLinear, layers_of_bits, plain_weight
 from gadcore.models.shallow import decoder_layers
 
 
@@ -47,7 +52,36 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, dtype: torch.dtype, *, owner
 
 def _linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
-    return {n: m for n, m in model.named_modules() if id(m) in inside and type(m) is nn.Linear}
+    plain = (nn.Linear, QuantisedLinear)
+    return {n: m for n, m in model.named_modules() if id(m) in inside and type(m) in plain}
+
+
+def loaded_on(settings: Adaptable, device: torch.device, owner: str) -> torch.device:
+    """Where a model's weights are to be loaded: on the device, or where they will be quantised for it in host memory,
+    since a GPU may have no room for all of them. UserError where the device cannot read them then."""
+    if settings.adapter_base == "none":
+        return device
+    if device.type == "cuda" and settings.adapter_base == "nf4" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"{owner}.adapter_base = nf4 needs the package bitsandbytes on a GPU: pip install 'gadcore[nf4]', or set "
+            f"{owner}.adapter_base = int8"
+        )
+    return torch.device("cpu")
+
+
+def quantise_base(model: PreTrainedModel, settings: Adaptable, device: torch.device, owner: str) -> None:
+    """Keeps the matrices of the decoder layers as `adapter_base` says, one by one, and brings all of the model to the
+    device. Embeddings, norms, biases and the head stay as they are. UserError for a matrix that cannot be kept so."""
+    if settings.adapter_base == "none":
+        return
+    for name, linear in _linears(model).items():
+        if settings.adapter_base == "nf4" and linear.in_features % 2:
+            raise UserError(
+                f"{owner}.adapter_base = nf4 keeps two entries of a row in a byte, and {name} has rows of "
+                f"{linear.in_features}: set {owner}.adapter_base = int8"
+            )
+        model.set_submodule(name, QuantisedLinear(linear, cast(Kind, settings.adapter_base), device))
+    nn.Module.to(model, device)
 
 
 def _named(name: str, target: str) -> bool:
@@ -78,11 +112,19 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in own}
 
 
+def whole_weight(layer: nn.Linear, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight that a layer computes with, its adapter added where it has one, as a plain matrix of `dtype`; default
+    that of the base's weights."""
+    if isinstance(layer, LoRALinear):
+        return layer.merged().to(dtype or layer.plain_dtype)
+    return plain_weight(layer).to(dtype)
+
+
 def merge_adapter(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Makes plain layers of those with an adapter: W + s B A, added up in float32, then cast to `dtype` once; default
-    that of W. The model shares these weights with nobody then."""
-    for name, layer in adapted_layers(model).items():
+    that of W; and of those that are kept in few bits. The model shares these weights with nobody then."""
+    for name, layer in {**layers_of_bits(model), **adapted_layers(model)}.items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(layer.merged().to(dtype or layer.weight.dtype), requires_grad=False)
+        plain.weight = nn.Parameter(whole_weight(layer, dtype), requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)

@@ -20,6 +20,7 @@ from gadcore.data.groups import Cost, GroupedBatch
 from gadcore.kernels.last_token_attention import last_token_attention
 from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
+from gadcore.kernels.quantised_linear import layers_of_bits
 from gadcore.kernels.take_rows import take_rows
 from gadcore.models.shallow import close, decoder_layers, probe_batch, shallow
 
@@ -188,6 +189,10 @@ def _few_tokens_only(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def cost_of(model: PreTrainedModel) -> Cost:
     """Multiply-adds of the layers' matrices per token, and of attention per (query, key) pair."""
     config = model.config.get_text_config()
-    matrices = sum(p.numel() for p in decoder_layers(model).parameters() if p.dim() == 2)
+    layers = decoder_layers(model)
+    matrices = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
+    # Two entries of a matrix may lie in a byte.
+    few = layers_of_bits(layers).values()
+    matrices += sum(layer.in_features * layer.out_features - layer.weight.numel() for layer in few)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Cost(matrices, 2 * config.num_hidden_layers * config.num_attention_heads * head_dim)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,73 +19,16 @@ from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.kernels.bt_score import BTScore, bt_score
-from gadcore.kernels.layout import GroupLayout
 from gadcore.models.activations import Mode
 from gadcore.models.backbone import last_hidden_states
 from gadcore.models.bt_loss import score_penalty, softened_bt_loss
 from gadcore.models.learner import Learner
 from gadcore.models.precision import autocast
-from gadcore.models.readout import Readout, together
+from gadcore.models.readout import together
+from gadcore.models.scores import Scores
 from gadcore.models.shared_base import SharedBase, load_scorer
 from gadcore.models.spec import ModelSpec
 from gadcore.models.text_groups import NO_ROW, Messages, ready, text_group
-
-
-class Scores(Readout):
-    """What one discriminator pass over a batch found, under the weights that it had then.
-
-    loss: the BT loss. accuracy, margin: means over all pairs. tokens: tokens that went through the model.
-    cut, empty: samples that were cut for D, and that had no text. grad_norm: before clipping, of update() alone.
-    """
-
-    loss: float
-    accuracy: float
-    margin: float
-    cut: int = 0
-    empty: int = 0
-    grad_norm: float | None = None
-
-    def __init__(self, scores: Tensor, sizes: Sequence[int], figures: Mapping[str, Tensor], tokens: int) -> None:
-        """scores: [S] of all responses, every group's teacher first. sizes: samples of every group."""
-        super().__init__(figures, scores, tokens=tokens)
-        self.sizes = list(sizes)
-        begin = [0, *accumulate(size + 1 for size in sizes)]
-        self._begin = begin
-        samples = [i for start, size in zip(begin, sizes, strict=False) for i in range(start + 1, start + 1 + size)]
-        # The rewards stay where they were made: a student on the same device waits for no host.
-        self._rewards = scores[torch.tensor(samples, dtype=torch.int64, device=scores.device)]
-
-    @property
-    def sample_scores(self) -> Tensor:
-        """D(x, y_s^i) [R] of all samples, group after group, on D's device: the rewards, ready for GRPO."""
-        return self._rewards
-
-    @property
-    def rewards(self) -> list[list[float]]:
-        """Per group, D(x, y_s^i) of its samples."""
-        values = self.vector()
-        return [values[start + 1 : start + 1 + size] for start, size in zip(self._begin, self.sizes, strict=False)]
-
-    @property
-    def teacher_scores(self) -> list[float]:
-        """Per group, D(x, y_t)."""
-        values = self.vector()
-        return [values[start] for start in self._begin[:-1]]
-
-    @classmethod
-    def of(cls, rewards: Sequence[Sequence[float]], teacher_scores: Sequence[float], tokens: int = 0) -> Scores:
-        """Scores that were made elsewhere, with the BT loss, accuracy and margin that follow from them."""
-        rows = zip(teacher_scores, rewards, strict=True)
-        scores = torch.tensor([s for teacher, group in rows for s in (teacher, *group)], dtype=torch.float64)
-        sizes = [len(group) for group in rewards]
-        layout = GroupLayout.of(sizes, teacher=True)
-        margin = (scores[layout.group_offsets[layout.group_of]] - scores)[layout.paired]
-        figures = {
-            "loss": F.softplus(-margin).mean(),
-            "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).mean(),
-            "margin": margin.mean(),
-        }
-        return cls(scores, sizes, figures, tokens)
 
 
 class Discriminator(Learner):
@@ -240,38 +181,13 @@ class Discriminator(Learner):
         The reward of a sample is the score inside this step's BT loss, so no separate scoring pass is needed;
         the weights do not change until step().
         """
-        tokens, cut, empty = self._fitted(groups)
-        sizes = [len(group.samples) for group in groups]
-        pairs = sum(sizes)
-        zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        figures = {"loss": zero, "accuracy": zero, "margin": zero}
-        # The greatest of all processes' is found; a teacher whose group is split has scores of several.
-        nothing = 0.0 if self.world.size == 1 else -torch.inf
-        scores = torch.full((pairs + len(groups),), nothing, device=self.model.device)
-        for micro in self.packed(tokens, teacher=True):
-            with torch.set_grad_enabled(backward):
-                result = self._score(micro, denominator=pairs)
-            made = result.scores.detach()
-            scores = scores.to(made.dtype)
-            if micro.idle:
-                if backward:
-                    # What the others gather and add up needs everybody: a gradient of 0.
-                    (result.scores.sum() * 0.0).backward()
-                continue
-            if backward:
-                result.loss.backward()
-            found = {
-                "loss": result.loss.detach(),
-                "accuracy": result.accuracy.sum().double() / pairs,
-                "margin": result.margin.sum().double() / pairs,
-            }
-            figures = {name: figures[name] + value for name, value in found.items()}
-            scores = scores.index_copy(0, micro.index, made)
-        figures, everybody = together(self.world, figures, {}, scores)
-        assert everybody is not None
-        passed = Scores(everybody, sizes, figures, tokens=sum(group.tokens for group in tokens))
-        passed.cut, passed.empty = cut, empty
-        return self.later(passed) if backward else passed
+        scoring = self.scoring(sum(len(group.samples) for group in groups), backward=backward)
+        scoring.add(groups)
+        return scoring.scores()
+
+    def scoring(self, pairs: int, *, backward: bool = False) -> Scoring:
+        """score() of a batch that comes in parts. pairs: samples of the whole batch."""
+        return Scoring(self, pairs, backward=backward)
 
     def _score(self, micro: MicroBatch, denominator: int) -> BTScore:
         return fsdp.inside(self.model, lambda: self._scored(micro, denominator))
@@ -374,6 +290,66 @@ class Discriminator(Learner):
             found.append(self.update([groups[i] for i in batch], lr))
             on_step(found[-1])
         return found
+
+
+class Scoring:
+    """A pass over one batch, part after part: what score() finds of the whole, and the same gradient.
+
+    To the bit where parts are cut into the same micro-batches as the whole, else up to the order in which sums are
+    added.
+    """
+
+    def __init__(self, discriminator: Discriminator, pairs: int, *, backward: bool) -> None:
+        """pairs: samples of all parts together."""
+        self._discriminator, self._pairs, self._backward = discriminator, pairs, backward
+        zero = torch.zeros((), dtype=torch.float64, device=discriminator.model.device)
+        self._figures = {"loss": zero, "accuracy": zero, "margin": zero}
+        self._scores: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._tokens = self._cut = self._empty = 0
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Scores every response of the next part of the batch, and with `backward` adds its gradient."""
+        discriminator, pairs, backward = self._discriminator, self._pairs, self._backward
+        tokens, cut, empty = discriminator._fitted(groups)
+        sizes = [len(group.samples) for group in groups]
+        # The greatest of all processes' is found; a teacher whose group is split has scores of several.
+        nothing = 0.0 if discriminator.world.size == 1 else -torch.inf
+        scores = torch.full((sum(sizes) + len(groups),), nothing, device=discriminator.model.device)
+        for micro in discriminator.packed(tokens, teacher=True):
+            with torch.set_grad_enabled(backward):
+                result = discriminator._score(micro, denominator=pairs)
+            made = result.scores.detach()
+            scores = scores.to(made.dtype)
+            if micro.idle:
+                if backward:
+                    # What the others gather and add up needs everybody: a gradient of 0.
+                    (result.scores.sum() * 0.0).backward()
+                continue
+            if backward:
+                result.loss.backward()
+            found = {
+                "loss": result.loss.detach(),
+                "accuracy": result.accuracy.sum().double() / pairs,
+                "margin": result.margin.sum().double() / pairs,
+            }
+            self._figures = {name: self._figures[name] + value for name, value in found.items()}
+            scores = scores.index_copy(0, micro.index, made)
+        self._scores.append(scores)
+        self._sizes += sizes
+        self._tokens += sum(group.tokens for group in tokens)
+        self._cut, self._empty = self._cut + cut, self._empty + empty
+
+    def scores(self) -> Scores:
+        """Of all parts. Raises ValueError where they are not the whole batch."""
+        if sum(self._sizes) != self._pairs:
+            raise ValueError(f"{sum(self._sizes)} of {self._pairs} samples were scored")
+        world = self._discriminator.world
+        figures, everybody = together(world, self._figures, {}, torch.cat(self._scores))
+        assert everybody is not None
+        passed = Scores(everybody, self._sizes, figures, tokens=self._tokens)
+        passed.cut, passed.empty = self._cut, self._empty
+        return self._discriminator.later(passed) if self._backward else passed
 
 
 def _too_long(group: Group, needed: int, context: int) -> str:

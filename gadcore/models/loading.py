@@ -30,7 +30,8 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, cause, foreign
 from gadcore.files import cache_dir, checksum, whole_folder
 from gadcore.kernels.lora_linear import is_adapters
-from gadcore.models.adapter import adapted_layers
+from gadcore.kernels.quantised_linear import is_part, layers_of_bits
+from gadcore.models.adapter import adapted_layers, whole_weight
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
@@ -300,11 +301,10 @@ def save_model(
     parameters = dict(model.named_parameters())
     others = {id(parameters[name]): tensor for name, tensor in (weights or {}).items()}
     state = {name: others.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    if layers := adapted_layers(model):
+    if layers := {**layers_of_bits(model), **adapted_layers(model)}:
         # The adapters become part of the weights that they stand beside: a plain model.
-        state = {name: tensor for name, tensor in state.items() if not is_adapters(name)}
-        for name, layer in layers.items():
-            state[f"{name}.weight"] = layer.merged().to(layer.weight.dtype)
+        state = {name: tensor for name, tensor in state.items() if not is_adapters(name) and not is_part(name)}
+        state |= {f"{name}.weight": whole_weight(layer) for name, layer in layers.items()}
     # On the CPU and contiguous, whatever the parameters are views into.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     try:

@@ -18,7 +18,7 @@ from gadcore.config.adapter import LoRA, lora_of
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, foreign
-from gadcore.models.adapter import add_adapter, base_parameters
+from gadcore.models.adapter import add_adapter, base_parameters, loaded_on, quantise_base
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.loading import fresh_head, load_causal_lm, load_discriminator, set_padding
 from gadcore.models.peft_format import load_adapter, resolved
@@ -39,7 +39,9 @@ class SharedBase:
 
     @classmethod
     def load(cls, spec: ModelSpec, settings: StudentSettings, device: torch.device) -> SharedBase:
-        return cls(load_causal_lm(spec.path, settings.weights_dtype, device), spec.path)
+        model = load_causal_lm(spec.path, settings.weights_dtype, loaded_on(settings, device, "student"))
+        quantise_base(model, settings, device, "student")
+        return cls(model, spec.path)
 
     def policy(self, settings: StudentSettings, *, seed: int = 0) -> PreTrainedModel:
         """The base with the adapter that the settings ask for."""
@@ -98,9 +100,11 @@ def load_scorer(
         return base.scorer(settings, seed=seed, end_id=end_id, tokenizer=tokenizer)
     adapted = lora_of(settings) is not None
     dtype = settings.weights_dtype if adapted else settings.dtype
+    place = loaded_on(settings, device, "discriminator")
     model = load_discriminator(
-        spec.path, dtype, device=device, seed=seed, end_id=end_id, tokenizer=tokenizer, world=world
+        spec.path, dtype, device=place, seed=seed, end_id=end_id, tokenizer=tokenizer, world=world
     )
+    quantise_base(model, settings, device, "discriminator")
     if adapted:
         model.score.to(_dtype(settings))
         _adapt(model, settings, "discriminator", seed)
@@ -110,7 +114,8 @@ def load_scorer(
 def shares_base(student: StudentSettings, discriminator: DiscriminatorSettings, *, same_model: bool) -> bool:
     """Whether student and discriminator compute with one base. same_model: both start from one directory."""
     both = lora_of(student) is not None and lora_of(discriminator) is not None
-    return both and same_model and student.weights_dtype == discriminator.weights_dtype
+    kept = [(model.weights_dtype, model.adapter_base) for model in (student, discriminator)]
+    return both and same_model and kept[0] == kept[1]
 
 
 def _adapt(model: PreTrainedModel, settings: StudentSettings | DiscriminatorSettings, owner: str, seed: int) -> None:

@@ -13,6 +13,16 @@ from gadcore.errors import UserError
 from gadcore.plan.assumptions import Assumption, Assumptions
 
 H100 = re.compile(r"(?:(?P<nodes>[1-9]\d?)x(?P<per_node>[1-8])-)?h100-80gb(?:-x(?P<count>[1-8]))?")
+# One GPU of a workstation: the figures that differ from an H100's. Memory: 23.65 GiB, as torch finds them.
+RTX4090 = "rtx4090-24gb"
+_RTX4090 = {
+    "memory_bytes": 25.39e9,
+    "host_memory_bytes": 64e9,
+    "product_flops_bfloat16": 165e12,
+    "product_flops_float32": 82.6e12,
+    "memory_bandwidth": 1.008e12,
+    "host_link": 25e9,
+}
 _LOGITS = "what the output head's kernels hold at a time (kernels/triton/linear_grpo_loss.py)"
 _PASSES = "over parameters: AdamW reads four and writes three, clipping reads two and writes one"
 # Rows of a decoding step that a CPU's rate is measured at: it depends on them.
@@ -217,11 +227,14 @@ def find(name: str, threads: int, assume: Mapping[str, float] | None = None, *, 
 def _named(name: str) -> Machine:
     if (path := Path(name)).suffix == ".toml":
         return from_file(path)
+    if name == RTX4090:
+        machine = h100(1, 1, name)
+        return replace(machine, figures=machine.figures.replaced(_RTX4090, "NVIDIA's data sheet; host memory assumed"))
     match = H100.fullmatch(name)
     if match is None or (match["nodes"] and match["count"]):
         raise UserError(
             f"plan.machine = {name} is unknown: use here, h100-80gb-x1 to -x8, 2x8-h100-80gb (nodes x accelerators), "
-            "or a TOML file"
+            f"{RTX4090}, or a TOML file"
         )
     if match["nodes"]:
         return h100(int(match["nodes"]), int(match["per_node"]), name)

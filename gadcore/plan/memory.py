@@ -28,6 +28,7 @@ from gadcore.plan.moments import Pass
 from gadcore.plan.roles import ITEM, Precision, Role, role_of
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
+from gadcore.rollout.vllm_adapter import AT_ONCE_BYTES
 from gadcore.train.progress import has_discriminator
 
 STATES: tuple[State, ...] = get_args(State)
@@ -223,7 +224,7 @@ def host_bytes(case: Case, choice: Choice) -> float:
         if case.offload == "pinned"
         and not name.startswith("engine.")
         and not name.endswith(".gradients")
-        and name not in ALWAYS
+        and not (case.shared and name in ALWAYS)
     ]
     return (sum(moved) + master_bytes(case)) * case.machine.per_node
 
@@ -238,21 +239,33 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
     if state == "rollout" and case.engine.holds_memory:
         working["sampler's buffers"] = case.sampler_bytes
     elif state == "synchronise" and not case.shared:
-        # One tensor at a time: gathered, and cast.
-        largest = max(case.student.head, case.student.matrices / 3)
-        whole = case.student_precision.weights if case.machine.ranks > 1 else 0
-        working["a tensor on its way"] = largest * (ITEM[case.sampling_dtype] + whole)
+        if made := case.policy.made:
+            # Some matrices at a time, until they are enough to be brought together.
+            working["matrices made whole"] = AT_ONCE_BYTES + made * case.student_precision.weights
+        if case.machine.ranks > 1 or case.student_precision.weights != ITEM[case.sampling_dtype] or not made:
+            # One tensor at a time: gathered, and cast.
+            largest = max(case.student.head, case.student.matrices / 3)
+            whole = case.student_precision.weights if case.machine.ranks > 1 else 0
+            working["a tensor on its way"] = largest * (ITEM[case.sampling_dtype] + whole)
     elif state == "reference":
-        working |= _reference(case, choice)
+        working |= _reference(case, choice) | _made(case.policy, case.student_precision)
     elif state in ("student", "discriminator"):
         gradients = lies.get(f"{state}.gradients", 0.0)
-        working |= _training(case, choice, state, gradients)
+        of = (
+            (case.policy, case.student_precision) if state == "student" else (case.scorer, case.discriminator_precision)
+        )
+        working |= _training(case, choice, state, gradients) | _made(*of)
     elif state in ("student_update", "discriminator_update") and not on_cpu:
         is_student = state == "student_update"
         if (case.student_precision if is_student else case.discriminator_precision).host:
             d = case.student if is_student else case.discriminator
             working["slices of the masters"] = min(SLICES_BYTES, 12.0 * d.parameters / case.shards)
     return StateMemory(lies, working)
+
+
+def _made(role: Role, precision: Precision) -> dict[str, float]:
+    """A matrix of few bits as a product reads it: one at a time."""
+    return {"a matrix made whole": float(role.made * precision.products)} if role.made else {}
 
 
 def _reference(case: Case, choice: Choice) -> dict[str, float]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gadcore.config.adapter import Adaptable, LoRA, lora_of
 from gadcore.config.kinds import Trained
+from gadcore.kernels.quantised import quantised_bytes
 from gadcore.models.peft_format import resolved
 from gadcore.plan.dimensions import Dimensions
 
@@ -35,11 +36,14 @@ class Precision:
 @dataclass(frozen=True)
 class Role:
     """trained: entries that have gradients and moments. item: bytes of each of them, and of each moment. frozen: bytes
-    of the base under adapters, 0 where all is trained."""
+    of the base under adapters, 0 where all is trained. few: entries of it that are kept in few bits, and
+    made whole for a product; made: of the largest matrix among them."""
 
     trained: int
     item: int
     frozen: int = 0
+    few: int = 0
+    made: int = 0
 
     @property
     def adapted(self) -> bool:
@@ -52,8 +56,13 @@ def role_of(d: Dimensions, settings: Adaptable, owner: str, parameters: int) -> 
     if lora is None:
         return Role(parameters, ITEM[settings.weights_dtype])
     head = d.hidden if owner == "discriminator" else 0
-    frozen = (parameters - head) * ITEM[settings.weights_dtype]
-    return Role(adapter_entries(d, lora) + head, ITEM[settings.dtype], frozen)
+    few, made, kept = 0, 0, 0
+    if settings.adapter_base != "none":
+        sizes = [rows * columns for rows, columns in d.linears.values()]
+        few, made = d.layers * sum(sizes), max(sizes)
+        kept = d.layers * sum(quantised_bytes(settings.adapter_base, *shape) for shape in d.linears.values())
+    frozen = (parameters - head - few) * ITEM[settings.weights_dtype] + kept
+    return Role(adapter_entries(d, lora) + head, ITEM[settings.dtype], frozen, few, made)
 
 
 def adapter_entries(d: Dimensions, lora: LoRA) -> int:

@@ -26,7 +26,8 @@ class PlanSettings(Section):
 
     machine: Location = Field(
         "here",
-        description="here: this machine; h100-80gb-x1 .. h100-80gb-x8; 2x8-h100-80gb: 2 nodes of 8; or a TOML file.",
+        description="here: this machine; h100-80gb-x1 .. h100-80gb-x8; 2x8-h100-80gb: 2 nodes of 8; rtx4090-24gb; or a "
+        "TOML file.",
     )
     gpus: Positive | None = Field(
         None,

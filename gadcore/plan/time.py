@@ -4,7 +4,7 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
             over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
             casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
-head        three products in the policy's pass, one in the reference's, four in the warmup's and in soda's
+head        three products in a pass of the policy or of cross-entropy, one in the reference's, four in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
             at a time
@@ -76,6 +76,11 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
     computing = (layers + attention + head) / machine.ranks
     parameters = role.trained
     micro_batches = max(1, math.ceil(work.tokens / machine.ranks / choice.micro_batch_tokens))
+    if role.few and machine.kind == "cuda":
+        # Read as bits and written as a matrix, for every product with it.
+        passes = 2 + (choice.mode == "full") if work.backward else 1
+        moved = passes * micro_batches * role.few * (1 + precision.products)
+        computing += moved / (figures["memory_bandwidth"] * figures["memory_share"])
     if machine.ranks == 1:
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
     # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
@@ -263,7 +268,7 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     if algorithm.kl_coef > 0:
         reference = Pass(work.student_tokens, work.student_pairs, responses, 1, False)
         g_seconds += pass_seconds(case, choice, case.student, "student", reference)
-    entropy = Pass(work.warmup_tokens, work.warmup_pairs, teacher, 4, True)
+    entropy = Pass(work.warmup_tokens, work.warmup_pairs, teacher, 3, True)
     ce_seconds = pass_seconds(case, choice, case.student, "student", entropy) + g_update
 
     sampling = {

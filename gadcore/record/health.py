@@ -26,6 +26,7 @@ LENGTH_BAND = (0.5, 2.0)
 FINISHED_CORRELATION = 0.8
 CUT_RISE, CUT_HIGH = 0.10, 0.30
 REPETITION = 0.25
+BY_HEART = 0.15
 MISMATCH = 1e-2
 # Of the sampler's KL from the trainer: a growth that counts, and what is too little to count.
 DRIFT_GROWTH, DRIFT_LEAST = 3.0, 1e-4
@@ -257,7 +258,14 @@ def _repetition(rows: Rows) -> Warning | None:
     )
 
 
+def _is_ahead(rows: Rows) -> bool:
+    """Whether samples are of older weights than those that learn from them, so that their log-probs must differ."""
+    return any(row.get("sampler/staleness") for row in rows)
+
+
 def _mismatch(rows: Rows) -> Warning | None:
+    if _is_ahead(rows):
+        return None
     level = _level(rows, "sampler/logprob_diff_mean")
     if level is None or level < MISMATCH:
         return None
@@ -270,6 +278,8 @@ def _mismatch(rows: Rows) -> Warning | None:
 
 
 def _drift(rows: Rows) -> Warning | None:
+    if _is_ahead(rows):
+        return None
     series = _series(rows, "sampler/kl")
     size = _tail(series)
     if len(series) < 2 * size:
@@ -284,8 +294,22 @@ def _drift(rows: Rows) -> Warning | None:
     )
 
 
+def _by_heart(rows: Rows) -> Warning | None:
+    """By the latest look at held-out prompts (gadcore.train.curriculum)."""
+    looks = [row for row in rows if "heldout/accuracy" in row and "heldout/train_accuracy" in row]
+    if not looks or looks[-1]["heldout/train_accuracy"] - looks[-1]["heldout/accuracy"] < BY_HEART:
+        return None
+    trained, held_out = (percent(looks[-1][f"heldout/{name}"]) for name in ("train_accuracy", "accuracy"))
+    return Warning(
+        "The discriminator learns its texts by heart",
+        f"It tells {trained} of the pairs apart that it is trained on, and {held_out} of held-out ones. Give it fewer "
+        "steps before GAD (schedule.warmup_steps, curriculum.end_warmup), more smoothing "
+        "(discriminator.label_smoothing = 0.1), more prompts a step (schedule.batch_size) or more rows.",
+    )
+
+
 CHECKS: tuple[Callable[[Rows], Warning | None], ...] = (
-    _not_finite, _saturated, _guessing, _flat_rewards, _finished_reward, _length_reward, _length_ratio, _cut,
+    _not_finite, _saturated, _guessing, _by_heart, _flat_rewards, _finished_reward, _length_reward, _length_ratio, _cut,
     _repetition, _mismatch, _drift,
 )  # fmt: skip
 

@@ -48,8 +48,11 @@ LEARNING = (
     Spec(
         "Discriminator accuracy",
         "Share of (teacher, student) pairs in which the teacher's response scores higher. Healthy: above one half and "
-        "below 1. Pinned at 100 %: no gradient between samples; at 50 %: rewards are noise.",
-        [("discriminator/accuracy", "accuracy")], unit="%", guides=[(0.5, "guessing")],
+        "below 1. Pinned at 100 %: no gradient between samples; at 50 %: rewards are noise. Where the held-out line "
+        "(curriculum.every) stays far below the other one, it learns its texts by heart.",
+        [("discriminator/accuracy", "training batches"), ("heldout/accuracy", "held-out prompts"),
+         ("heldout/train_accuracy", "training batches since the look before")], unit="%",
+        guides=[(0.5, "guessing")],
     ),
     Spec(
         "Discriminator margin",
@@ -148,7 +151,7 @@ OPTIMISATION = (
     Spec(
         "Student cross-entropy",
         "On the teacher's text, in the supervised stages. It should fall, fast at first.",
-        [("student/ce", "cross-entropy")],
+        [("student/ce", "training batches"), ("heldout/ce", "held-out responses")],
     ),
     Spec(
         "Student policy loss",

@@ -111,6 +111,20 @@ class _Convergence:
 
 
 @dataclass(frozen=True)
+class _Look:
+    stage: str
+    step: Count
+    value: Finite
+    trained: Share | None = None
+
+
+@dataclass(frozen=True)
+class _Curriculum:
+    looks: list[_Look]
+    ends: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Summary:
     run: str | None = None
     started: str | None = None
@@ -125,6 +139,7 @@ class _Summary:
     evaluations: dict[str, _Evaluation] | None = None
     gate: _Gate | None = None
     convergence: _Convergence | None = None
+    curriculum: _Curriculum | None = None
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ ONE_SAMPLE: dict[tuple[str, ...], Callable[[Row], float | None]] = {
     ("accuracy",): lambda row: None if (s := _scores(row)) is None else float(s[0] > s[1]),
     ("margin",): lambda row: None if (s := _scores(row)) is None else s[0] - s[1],
 }
-# What the first sentence looks at: it names those that changed beyond the noise, the one that shows it best first.
-HEADLINES = (("rouge_l",), ("style",), ("repeated",), ("distinct_2",), ("cut_share",))
+# What the first sentences look at: they name those that changed beyond the noise, the one that shows it best first.
+HEADLINES = (("rouge_l",), ("style",), ("word_range",), ("repeated",), ("distinct_2",), ("cut_share",))
+# So many of them beside ROUGE-L are named in a sentence; the table has all.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
         ]
     first, last = evaluations[names[0]], evaluations[names[-1]]
     count = last.get("rows", len(rows.get(names[-1], ())))
-    sentences = [_main(names, evaluations, rows, count), *_power(names, rows)]
+    sentences = [*_of_gad(names, rows), _main(names, evaluations, rows, count), *_power(names, rows)]
     if len(names) > 2:
         steps = [_step(a, b, evaluations, rows) for a, b in pairwise(names)]
         sentences.append("Stage by stage: " + "; ".join(steps) + ".")
@@ -168,13 +170,33 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
     return sentences
 
 
+def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What the GAD stage made better, or that it made nothing better: where it is the last of several stages."""
+    if len(names) < 3 or names[-1] != "after_gad":
+        return []
+    stage = names[-2:]
+    headlines = [measure for measure in MEASURES if measure.path in HEADLINES]
+    found = [between(stage[0], stage[1], rows, measure) for measure in headlines]
+    if not any(each and each.margin is not None for each in found):
+        return []
+    led = _led(stage, rows, headlines)
+    better, worse = ([each for each in led if each[1].change == change] for change in ("better", "worse"))
+    where = f"on {len(rows[stage[1]])} held-out prompts"
+    told = [f"{where} {'; '.join(_others(better[:_NAMED], stage, rows))}"] if better else []
+    told += [f"worse {where}: {'; '.join(_others(worse[:_NAMED], stage, rows))}"] if worse else []
+    if better:
+        return [f"GAD made the student better: {'. But '.join(told)}."]
+    nothing = f"GAD made nothing better that {len(rows[stage[1]])} held-out prompts can show"
+    return [f"{nothing}; {told[0]}." if told else f"{nothing}, and nothing worse."]
+
+
 def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]], count: int) -> str:
     a, b = evaluations[names[0]].get("rouge_l"), evaluations[names[-1]].get("rouge_l")
     if a is None or b is None:
         return f"The evaluation of {count} held-out prompts has no ROUGE-L."
     if len(names) == 1:
         return f"Only one evaluation exists ({pretty(names[0])}): held-out ROUGE-L is {a:.3f} on {count} prompts."
-    led = _led(names, rows)
+    led = _led(names, rows, [m for m in MEASURES if m.path in HEADLINES and m is not ROUGE_L])[:_NAMED]
     found = between(names[0], names[-1], rows)
     if found is None:
         word = "rose" if b > a else "fell" if b < a else "stayed"
@@ -194,10 +216,11 @@ def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, S
     return f"Held-out {'; '.join([*_others(before, names, rows), rouge_l, *_others(behind, names, rows)])}."
 
 
-def _led(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[tuple[Measure, Difference]]:
-    """Of the headlines beside ROUGE-L those that changed beyond the noise of all of them, the most sensitive first."""
-    looked = [measure for measure in MEASURES if measure.path in HEADLINES and measure is not ROUGE_L]
-    found = [(measure, change) for measure in looked if (change := between(names[0], names[-1], rows, measure))]
+def _led(
+    names: Sequence[str], rows: Mapping[str, Sequence[Row]], measures: Sequence[Measure]
+) -> list[tuple[Measure, Difference]]:
+    """Of the measures those that changed beyond the noise of all headlines, the most sensitive first."""
+    found = [(measure, change) for measure in measures if (change := between(names[0], names[-1], rows, measure))]
     return sorted((each for each in found if each[1].leads), key=lambda each: -each[1].sensitivity)
 
 
@@ -227,7 +250,9 @@ def _others(
         if found.margin is None:
             continue
         one, two = (measure.show(fmean(values_of(measure, rows[name]) or [math.nan])) for name in (names[0], names[-1]))
-        change = f"{measure.show(found.mean, signed=True)} ± {measure.show(found.margin)}".translate(MINUS)
+        size, unit = measure.show(found.mean, signed=True), " pp" if measure.share else ""
+        around = f"{100 * found.margin:.1f}" if measure.share else f"{found.margin:.3f}"
+        change = f"{size.removesuffix(unit)} ± {around}{unit}".translate(MINUS)
         word = "rose" if found.mean > 0 else "fell"
         told.append(f"{measure.phrase} {word} from {one} to {two} ({change}{_by_stage(names, measure, found, rows)})")
     return told

@@ -21,6 +21,7 @@ from gadcore.report.files import RunFiles
 from gadcore.report.findings import MINUS, pretty
 from gadcore.report.memory_bars import memory_of
 from gadcore.train.convergence import Convergence
+from gadcore.train.curriculum import Curriculum
 from gadcore.train.gate import Gate
 
 BETTER = {
@@ -109,8 +110,9 @@ def _figures_of(rows: Sequence[Row]) -> Row:
 
 
 def _decisions(run: RunFiles) -> list[str]:
-    """What the gate and the convergence rule decided, once it stands in summary.json."""
-    summary, sentences = run.summary or {}, []
+    """What the curriculum, the gate and the convergence rule decided, once it stands in summary.json."""
+    summary = run.summary or {}
+    sentences = Curriculum.of(summary.get("curriculum") or {}).told()
     if summary.get("gate"):
         gate = Gate.of(summary["gate"])
         sentences.append(gate.message(GateSettings(**run.config.get("gate", {}))))

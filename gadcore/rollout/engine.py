@@ -42,6 +42,29 @@ class SampleRequest:
 
 
 Done = Callable[[int, list[Response]], None]
+
+
+class Pending(ABC):
+    """Samples that an engine has begun to draw, see Engine.begin()."""
+
+    @abstractmethod
+    def responses(self, places: Sequence[int]) -> list[list[Response]]:
+        """Waits for the responses to the requests at these places. Raises WeightsLost as Engine.generate() does."""
+
+    def wait(self) -> None:  # noqa: B027 - mostly all is there already
+        """Returns when the engine is not at work for it any more, whatever came of it."""
+
+
+class Drawn(Pending):
+    """Samples that are there already."""
+
+    def __init__(self, responses: Sequence[list[Response]]) -> None:
+        self._responses = responses
+
+    def responses(self, places: Sequence[int]) -> list[list[Response]]:
+        return [self._responses[place] for place in places]
+
+
 There = Callable[[], AbstractContextManager[None]]
 
 
@@ -100,6 +123,12 @@ class Engine(ABC):
         """Whether a process can make only one, even if it closes it, on a device of type "cpu" or "cuda"."""
         return False
 
+    @classmethod
+    def samples_elsewhere(cls, config: Config, device: str) -> bool:
+        """Whether it samples on devices of its own with these settings, beside a trainer on one of type "cpu" or
+        "cuda"."""
+        return False
+
     @abstractmethod
     def generate(
         self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None
@@ -110,6 +139,13 @@ class Engine(ABC):
         the log-probability of every token under the distribution it was drawn from.
         done: called with a request's place in `requests` and its responses as soon as these are there, in any order.
         """
+
+    def begin(self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int) -> Pending:
+        """Begins on what generate() returns, and has done it already where the trainer's devices are the engine's.
+
+        While it is under way nothing else is to be asked of the engine but to close; see Pending.wait().
+        """
+        return Drawn(self.generate(requests, temperature=temperature, max_tokens=max_tokens))
 
     @abstractmethod
     def update_weights(self, source: WeightSource) -> None:

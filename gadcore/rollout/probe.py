@@ -44,7 +44,7 @@ class Probe:
 
         On several ranks all look at the same samples.
         """
-        shortest = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))[:_SEQUENCES]
+        shortest = _shortest(requests)
         groups = [
             Group(Prompt(-1, (), requests[i].prompt_ids), Response("", (), True), [_beginning(responses[i][0])])
             for i in shortest
@@ -66,6 +66,16 @@ class Probe:
                 f"{bound}: the sampler does not sample from the trainer's weights, and no step since the probe before "
                 "can be trusted"
             )
+
+
+def few(requests: Sequence[SampleRequest]) -> list[SampleRequest]:
+    """One sample of each of those that check() would look at."""
+    return [replace(requests[i], n=1) for i in _shortest(requests)]
+
+
+def _shortest(requests: Sequence[SampleRequest]) -> list[int]:
+    """Places of those with the shortest prompts."""
+    return sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))[:_SEQUENCES]
 
 
 def _beginning(response: Response) -> Response:

@@ -29,9 +29,10 @@ from gadcore.distributed.reshard_sums import differing, trainer_sums
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.memory.holdings import EnginePart
-from gadcore.rollout.engine import Done, Engine, SampleRequest, There, WeightsLost
+from gadcore.rollout.engine import Done, Engine, Pending, SampleRequest, There, WeightsLost
 from gadcore.rollout.probe import check_distribution, sample_for_check
 from gadcore.rollout.server_client import Client, ServerGone
+from gadcore.rollout.server_pending import ServerPending
 from gadcore.rollout.server_process import ServerProcess, arguments, environment
 from gadcore.rollout.weights import PlainWeights, WeightSource
 
@@ -61,6 +62,13 @@ class ServerEngine(Engine):
         return False
 
     @classmethod
+    def samples_elsewhere(cls, config: Config, device: str) -> bool:
+        # One that gadcore starts beside a GPU has the trainer's, and sleeps by turns.
+        rollout = config.rollout
+        assert isinstance(rollout, VLLMServerRollout)
+        return device == "cpu" or (rollout.url is not None and rollout.transfer != "ipc")
+
+    @classmethod
     def dtype(cls, config: Config) -> str:
         return config.vllm.dtype
 
@@ -83,6 +91,7 @@ class ServerEngine(Engine):
         self._sender: Any = None
         self._updates, self._name = 0, secrets.token_hex(4)
         self._current = False
+        self._pending: ServerPending | None = None
         self._source = _source(model, getattr(torch, config.vllm.dtype), whole=self._backend != "memory")
         self._mesh = Mesh.even(1) if world.size == 1 else mesh_of(*next((p, n) for n, p in model.named_parameters()))
         try:
@@ -153,16 +162,13 @@ class ServerEngine(Engine):
     ) -> list[list[Response]] | None:
         """The responses; None where the server was restarted, and is there again."""
         found: list[list[Response]] = [[] for _ in requests]
-        lost = False
+        lost, version = False, self.client.version
 
         def answered(place: int, answer: Mapping[str, Any]) -> None:
             nonlocal lost
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            versions = {span["version"] for choice in choices for span in choice["weight_versions"] or ()}
-            lost = lost or versions != {self.client.version}
-            samples = [self._response(choice) for choice in choices]
-            # Greedily all samples of a prompt are one.
-            found[place] = samples if len(samples) == requests[place].n else samples * requests[place].n
+            samples = self._samples(requests[place], version, answer)
+            lost = lost or samples is None
+            found[place] = samples or []
             if done is not None and not lost:
                 done(place, found[place])
 
@@ -172,6 +178,34 @@ class ServerEngine(Engine):
             self._wait()
             return None
         return None if lost else found
+
+    def begin(self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int) -> Pending:
+        if not self._current:
+            raise RuntimeError("the server has none of the trainer's weights: update them first")
+        client = self.client if self._world.is_first else None
+        version = client.version if client is not None else ""
+        self._pending = ServerPending(
+            client,
+            [self._body(request, temperature, max_tokens) for request in requests],
+            read=lambda place, answer: self._samples(requests[place], version, answer),
+            back=self._wait,
+            lost=self._forget,
+            world=self._world,
+        )
+        return self._pending
+
+    def _forget(self) -> None:
+        """The server has none of the trainer's weights any more."""
+        self._current = False
+
+    def _samples(self, request: SampleRequest, version: str, answer: Mapping[str, Any]) -> list[Response] | None:
+        """The responses to a request; None where they are of other weights than those of this version."""
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if {span["version"] for choice in choices for span in choice["weight_versions"] or ()} != {version}:
+            return None
+        samples = [self._response(choice) for choice in choices]
+        # Greedily all samples of a prompt are one.
+        return samples if len(samples) == request.n else samples * request.n
 
     def _body(self, request: SampleRequest, temperature: float, max_tokens: int) -> dict[str, Any]:
         return {
@@ -278,6 +312,8 @@ class ServerEngine(Engine):
                     self.client.post("/wake_up", tags=part)
 
     def close(self) -> None:
+        if self._pending is not None:
+            self._pending.abandon()
         if self._sender is not None:
             self._sender.shutdown()
         if self._process is not None:

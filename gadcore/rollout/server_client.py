@@ -7,6 +7,7 @@ import base64
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -43,6 +44,7 @@ class Client:
         )
         # Set at the end of an update; the server forgets it as it ends.
         self.version = ""
+        self._end_generate: Callable[[], object] | None = None
 
     def get(self, path: str) -> Any:
         """The JSON that a route gives."""
@@ -109,6 +111,9 @@ class Client:
         """Asks for samples of all bodies at a time. done: told the place and the answer of each as it comes."""
 
         async def ask_all() -> None:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            self._end_generate = lambda: loop.call_soon_threadsafe(task.cancel)
             limits = httpx2.Limits(max_connections=_AT_ONCE, max_keepalive_connections=0)
             timeout = httpx2.Timeout(self._timeout_s, connect=_CONNECT_S, pool=None)
             async with httpx2.AsyncClient(headers=self._headers, timeout=timeout, limits=limits) as client:
@@ -130,6 +135,16 @@ class Client:
         except ExceptionGroup as errors:
             # The first says it: the others were cut off, or say the same.
             raise errors.exceptions[0] from None
+        finally:
+            self._end_generate = None
+
+    def abandon(self) -> None:
+        """Ends a generate() of another thread, which raises CancelledError."""
+        end = self._end_generate
+        # It may have come to its end in between.
+        with suppress(RuntimeError):
+            if end is not None:
+                end()
 
     # vLLM's VLLMWeightSyncClient
 

@@ -22,6 +22,7 @@ from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import foreign
+from gadcore.kernels.quantised_linear import layers_of_bits
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.memory.resident import drop_pages, resident_bytes
 from gadcore.rollout.engine import Done, Engine, SampleRequest, There
@@ -39,7 +40,7 @@ from gadcore.rollout.vllm_classes import TrainersClasses
 from gadcore.rollout.vllm_shards import ShardedWeights
 from gadcore.rollout.vllm_start import check_gpu, check_ranks, import_vllm, start
 from gadcore.rollout.vllm_weights import WholeWeights
-from gadcore.rollout.weights import WeightSource
+from gadcore.rollout.weights import PlainWeights, WeightSource
 
 
 class VLLMEngine(Engine):
@@ -64,8 +65,9 @@ class VLLMEngine(Engine):
 
     @classmethod
     def shares_weights(cls, config: Config, device: str, ranks: int = 1) -> bool:
-        # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own; so it does in shards.
-        same = config.vllm.dtype == config.student.weights_dtype
+        # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own; so it does in shards, and
+        # in bits that vLLM does not read.
+        same = config.vllm.dtype == config.student.weights_dtype and config.student.adapter_base == "none"
         return device == "cpu" and ranks == 1 and same and config.memory.shared_weights
 
     @classmethod
@@ -110,10 +112,10 @@ class VLLMEngine(Engine):
                 classes.restore(engine_models)
         (self.engine_model,) = engine_models
         self.adapter: Adapter | None = None
-        if has_adapter(model):
-            # Before anything looks at the layers. An adapter may wait elsewhere, its base never does.
+        if has_adapter(model) and not slots:
+            # Before anything looks at the layers.
             with there(), foreign(f"vLLM cannot run the model {model_path} with an adapter"):
-                self.adapter = install_adapter(self.llm, model, self.engine_model, slots=slots)
+                self.adapter = install_adapter(self.llm, model, self.engine_model, slots=False)
         if self.on_cpu and self.eager and not slots:
             cpu.adapt_vllm(self.llm)
         self.notes = [] if self.on_cpu else [self._resolved()]
@@ -122,26 +124,48 @@ class VLLMEngine(Engine):
         self._awake: set[EnginePart] = {"weights", "kv_cache"}
         # vLLM's weights are those of the directory, as the trainer's are, which match() sees to.
         self._current = True
+        self.sync: WholeWeights | ShardedWeights
+        # The trainer's are not, where an adapter comes after vLLM has started, or few bits stand for them.
+        few = layers_of_bits(model).keys()
+        brought = slots or bool(few)
+        if brought:
+            with foreign(f"vLLM cannot run the model {model_path} with an adapter"):
+                self._bring(AdaptedWeights(self.engine_model, self.adapter, shared=self.shared, few=few), model, there)
         prompt, tokens = sample_for_check(model, config.context_tokens)
         ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
-            self.sync: WholeWeights | ShardedWeights
             if world.size > 1:
                 self.sync = ShardedWeights(self.engine_model, model, world)
-            elif self.adapter is not None:
+            elif self.adapter is not None and not brought:
                 self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=self.shared)
-            else:
+            elif not brought:
                 self.sync = WholeWeights(self.engine_model, shared=self.shared)
         if not self.on_cpu:
             # The trainer's weights find the room that vLLM had.
             self.sleep()
         with there():
             with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
-                self.sync.match(model)
-            if self.shared:
+                if not brought:
+                    self.sync.match(model)
+            if self.shared and not brought:
                 self._share(model)
             check_distribution(model, model_path, self.dtype(config), prompt, sample)
         self.sleep()
+
+    def _bring(self, sync: AdaptedWeights, model: PreTrainedModel, there: There) -> None:
+        """Gives vLLM the trainer's weights before it has drawn anything, in the order of a step: there may be no room
+        for them and for a key-value cache at a time."""
+        self.sync = sync
+        self.sleep()
+        self.wake("weights")
+        with there():
+            if self.adapter is None:
+                self.adapter = sync.adapter = install_adapter(self.llm, model, self.engine_model, slots=True)
+            sync.match(model)
+            if self.shared:
+                self._share(model)
+            self.update_weights(PlainWeights(model))
+        self.wake("kv_cache")
 
     def _resolved(self) -> str:
         """What settings that the device decides have become."""

@@ -2,12 +2,13 @@
 
 On a CPU they are part of the product that gadcore gives vLLM's linear layers (`cpu_linear`), so that all that computes
 with these layers computes with the adapter; the trainer's own A and B are views into them where weights are shared. On
-CUDA they are vLLM's own (`enable_lora`), in the one slot that it has: its graphs and kernels know where that is.
+CUDA they are vLLM's own (`enable_lora`), in the one slot that it has: its graphs and kernels know where that is. A base
+that the trainer keeps in few bits vLLM has as plain matrices, a copy of its own: those that the trainer computes with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,9 +17,14 @@ from transformers import PreTrainedModel
 
 from gadcore.errors import UserError
 from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
-from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, lay_out
+from gadcore.kernels.quantised_linear import layers_of_bits, plain_weight
+from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, engine_parameters, lay_out
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+# What rounding to 4 bits moves signed sums of rows by, relative to their norm, is .1; another weight's are 1.4 away.
+_ROUNDING = 0.3
+# Of weights that are made of few bits for an update.
+AT_ONCE_BYTES = 256 << 20
 # max_lora_rank of vLLM (config/lora.py).
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -40,6 +46,9 @@ class Adapter(Protocol):
 
     def aliases(self) -> list[Tensor]:
         """The engine's own tensors that look at the trainer's."""
+
+    def renew(self) -> None:
+        """Before an update: what the engine has beside A and B, and may have lost in its sleep, is as it must be."""
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -139,9 +148,16 @@ class AdapterInProducts:
     def aliases(self) -> list[Tensor]:
         return [tensor for product in self._products for tensor in product.aliases()]
 
+    def renew(self) -> None:
+        # Nothing: it is none of what sleeps.
+        return
+
 
 class AdapterInSlot:
-    """On CUDA: vLLM's own LoRA layers, whose one slot is written in place. No adapter is ever in a file."""
+    """On CUDA: vLLM's own LoRA layers, whose one slot is written in place. No adapter is ever in a file.
+
+    Made while vLLM's weights are awake; it computes with the adapter from the first update on.
+    """
 
     shared = False
 
@@ -162,12 +178,17 @@ class AdapterInSlot:
             raise RuntimeError(f"vLLM has no adapter for {missing[0]}, whose trainer's layers have some")
         if self.request.lora_int_id not in manager.list_adapters():
             raise RuntimeError("vLLM did not take the adapter")
-        with torch.no_grad():
-            for layer in self._layers.values():
-                for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
-                    stacked.zero_()
-            for name, held in self.weights().items():
-                held.copy_(self.as_held(name, model.get_parameter(name)))
+        self._manager = manager._adapter_manager
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        # The slot is as wide as one of vLLM's ranks and has places for every member of a fused layer, and vLLM
+        # multiplies by all of it. It lies in the memory of the weights, which sleep level 2 gives back, and so does the
+        # table of which tokens have the adapter, which is written only where it is another one than the last.
+        for layer in self._layers.values():
+            for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                stacked.zero_()
+        self._manager._last_mapping = None
 
     def weights(self) -> dict[str, Tensor]:
         found = {}
@@ -193,37 +214,74 @@ def in_slots(on_cpu: bool) -> bool:
 
 
 def install_adapter(llm: Any, model: PreTrainedModel, engine_model: nn.Module, *, slots: bool) -> Adapter:
-    """Gives vLLM the model's adapters as they are now. slots: it was started with lora_arguments()."""
+    """Gives vLLM a place for the model's adapters. slots: it was started with lora_arguments()."""
     slices = lay_out(model, engine_model)
     return AdapterInSlot(llm, model, slices) if slots else AdapterInProducts(model, engine_model, slices)
+
+
+def _signed_sums(weight: Tensor) -> Tensor:
+    """[rows] float32, of a matrix whose columns have signs by their places."""
+    signs = torch.randint(2, (weight.shape[1],), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (weight.detach() @ signs.to(weight)).float()
 
 
 class AdaptedWeights(WholeWeights):
     """vLLM's parameters, and the adapters beside them."""
 
-    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool) -> None:
+    def __init__(
+        self, engine_model: nn.Module, adapter: Adapter | None, *, shared: bool, few: Collection[str] = ()
+    ) -> None:
+        """adapter: may be set later, before match(). few: the trainer's layers that keep their weights in few bits."""
         super().__init__(engine_model, shared=shared)
-        self._adapter = adapter
+        self.adapter, self._few = adapter, few
+        engine = engine_parameters(engine_model) if few else {}
+        self._signed = {name: _signed_sums(p) for name, p in engine.items() if p.dim() == 2}
+
+    def match(self, model: PreTrainedModel) -> None:
+        """As of WholeWeights. Of what the trainer keeps in few bits a sum over every row is compared, with signs that
+        make it another one of another row: rounding moves it a little."""
+        super().match(model)
+        places = {piece.name: piece for piece in self._slices}
+        for layer, module in layers_of_bits(model).items():
+            piece = places[f"{layer}.weight"]
+            loaded = self._signed[piece.vllm_name][piece.start : piece.end]
+            if not bool(((_signed_sums(plain_weight(module)) - loaded).norm() <= _ROUNDING * loaded.norm()).item()):
+                raise RuntimeError(f"the trainer's {piece.name} is not where it was looked for in vLLM's weights")
 
     def update(self, source: Iterable[tuple[str, Tensor]]) -> None:
-        given = dict(source)
-        adapters = {name: given.pop(name) for name in list(given) if is_adapters(name)}
-        held = self._adapter.weights()
+        adapters: dict[str, Tensor] = {}
+        plain: dict[str, Tensor] = {}
+        made = 0
+        for name, tensor in source:
+            (adapters if is_adapters(name) else plain)[name] = tensor
+            # Made on the way, of few bits: there is no room for all of them at once.
+            made += tensor.nbytes if name.removesuffix(".weight") in self._few else 0
+            if made > AT_ONCE_BYTES:
+                super().update(plain.items())
+                plain, made = {}, 0
+        adapter = self._there
+        held = adapter.weights()
         if missing := sorted(held.keys() ^ adapters.keys()):
             raise RuntimeError(f"the source has not the adapters that vLLM computes with: {missing[0]}")
-        super().update(given.items())
-        triples = [(name, self._adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
-        bring(triples, shared=self._shared and self._adapter.shared)
+        super().update(plain.items())
+        adapter.renew()
+        triples = [(name, adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
+        bring(triples, shared=self._shared and adapter.shared)
+
+    @property
+    def _there(self) -> Adapter:
+        assert self.adapter is not None
+        return self.adapter
 
     def is_view(self, name: str) -> bool:
-        return self._shared and (self._adapter.shared or not is_adapters(name))
+        return self._shared and (self._there.shared or not is_adapters(name))
 
     def aliases(self) -> list[Tensor]:
         # What lies under an adapter stays where it is.
-        return self._adapter.aliases() if self._shared else []
+        return self._there.aliases() if self._shared else []
 
     def named(self) -> dict[str, Tensor]:
-        return super().named() | self._adapter.weights()
+        return super().named() | self._there.weights()
 
 
 def lora_arguments(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gadcore.kernels.bits import row_sums
 from gadcore.kernels.cast_copy import cast_copy
 from gadcore.kernels.lora_linear import is_adapters
-from gadcore.rollout.weights import checksums, row_sums
+from gadcore.kernels.quantised_linear import is_part, layers_of_bits
+from gadcore.rollout.weights import checksums
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ def map_weights(model: PreTrainedModel, engine_model: nn.Module, loaded: Mapping
     """Where each trainer parameter lies inside vLLM's, in the trainer's order.
 
     loaded: row_sums() of vLLM's parameters while they held what the trainer's hold now (both were loaded from the same
-    directory): every row is compared, to the precision of the engine's dtype. vLLM's own values are not looked at, they
-    may be gone. Raises RuntimeError where they do not match.
+    directory): every row is compared, to the precision of the engine's dtype, but those that the trainer keeps in few
+    bits. vLLM's own values are not looked at, they may be gone. Raises RuntimeError where they do not match.
     """
     slices, engine = lay_out(model, engine_model), engine_parameters(engine_model)
+    few = {f"{name}.weight" for name in layers_of_bits(model)}
     for s in slices:
+        if s.name in few:
+            continue
         ours = model.get_parameter(s.name).detach()
         if not torch.equal(loaded[s.vllm_name][s.start : s.end], row_sums(ours.to(engine[s.vllm_name].dtype))):
             raise RuntimeError(f"the trainer's {s.name} is not where it was looked for in vLLM's {s.vllm_name}")
@@ -97,11 +102,11 @@ def engine_parameters(engine_model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def lay_out(model: PreTrainedModel, engine_model: nn.Module) -> list[Slice]:
-    """map_weights() by names and shapes alone. Adapters have no place there: they are no part of vLLM's parameters."""
+    """map_weights() by names and rows alone. Adapters have no place there: they are no part of vLLM's parameters."""
     parts = {part: fused for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items() for part in ps}
     members = {fused: list(ps) for fused, ps in getattr(engine_model, "packed_modules_mapping", {}).items()}
     engine = engine_parameters(engine_model)
-    ours = {name: p for name, p in model.named_parameters() if not is_adapters(name)}
+    ours = {name: p for name, p in model.named_parameters() if not is_adapters(name) and not is_part(name)}
     called = {name: name if name in engine else _in_vllms_words(name, model) for name in ours}
     rows = {called[name]: len(p) for name, p in ours.items()}
     slices = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadcore.distributed.fsdp import reshard_all
+from gadcore.kernels.bits import bit_sums
+from gadcore.kernels.quantised_linear import plain_parameters
 
 
 class WeightSource(Protocol):
@@ -23,7 +25,9 @@ class WeightSource(Protocol):
 
 
 class PlainWeights:
-    """The parameters of a model as they are: whole, or the shards of one that FSDP2 has cut over several ranks."""
+    """The parameters of a model as they are: whole, or the shards of one that FSDP2 has cut over several ranks.
+
+    Those that the model keeps in few bits are made whole one by one, as it computes with them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -31,27 +35,15 @@ class PlainWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         # After a pass without a gradient FSDP2 leaves some parameters whole.
         reshard_all(self.model)
-        return ((name, p.detach()) for name, p in self.model.named_parameters())
-
-
-def row_sums(tensor: Tensor) -> Tensor:
-    """[rows] int64, of the bits of every row, on the tensor's device."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().view(integer).reshape(len(tensor), -1).sum(1, dtype=torch.int64)
+        return plain_parameters(self.model)
 
 
 def checksums(weights: Iterable[tuple[str, Tensor]]) -> Tensor:
     """[n, 2] int64 over the bits of n tensors, on their device: the host waits for none of them.
 
-    Takes the tensors one by one, so they may be made on the way. Sums over rows: they see rows that differ or were
-    exchanged, but not two columns exchanged everywhere.
+    Takes the tensors one by one, so they may be made on the way. What they see: bit_sums() of kernels/bits.py.
     """
-    found = []
-    for _, tensor in weights:
-        rows = row_sums(tensor)
-        numbers = torch.arange(1, len(rows) + 1, device=rows.device)
-        found.append(torch.stack([rows.sum(), (rows * numbers).sum()]))
-    return torch.stack(found)
+    return torch.stack([bit_sums(tensor) for _, tensor in weights])
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> int:
@@ -64,5 +56,9 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> int:
             yield name, tensor
 
     sums = checksums(named()).tolist()
-    total = sum(xxhash.xxh3_128_intdigest(f"{name} {a} {b}".encode()) for name, (a, b) in zip(names, sums, strict=True))
-    return total % 2**128
+    return of_sums({name: (a, b) for name, (a, b) in zip(names, sums, strict=True)})
+
+
+def of_sums(sums: Mapping[str, tuple[int, int]]) -> int:
+    """fingerprint() of weights whose bit_sums() are there, by their names."""
+    return sum(xxhash.xxh3_128_intdigest(f"{name} {a} {b}".encode()) for name, (a, b) in sums.items()) % 2**128

@@ -109,8 +109,10 @@ def build(
                     view.status("loading the discriminator")
                     discriminator = _discriminator(config, inputs, device, student, world)
                     _hand_over(memory, discriminator)
+                if waits:
+                    _hand_over_bases(memory, student, discriminator)
                 view.status(f"starting the sampler ({config.rollout.engine})")
-                there = partial(memory.there, "student.parameters")
+                there = partial(memory.there, "base.parameters", "student.parameters")
                 engine = make_engine(config, inputs.student.path, student.model, inputs.student.template, there, world)
                 stack.callback(engine.close)
                 for note in engine.notes:
@@ -118,7 +120,7 @@ def build(
                 memory.engine = engine
                 if not waits:
                     _hand_over(memory, student, engine.aliases())
-                _hand_over_bases(memory, student, discriminator)
+                    _hand_over_bases(memory, student, discriminator)
                 memory.begin()
             phases.memory = memory
             records = None
@@ -210,7 +212,8 @@ def _hand_over_bases(memory: Colocation, *models: Learner | None) -> None:
     """What lies frozen under adapters, once where several share it."""
     roles = [model.model for model in models if model is not None and is_adapted(model.model)]
     if roles:
-        memory.add("base.parameters", lambda: [p for role in roles for p in base_parameters(role).values()])
+        bases = {id(p): p for role in roles for p in base_parameters(role).values()}
+        memory.add("base.parameters", lambda: bases.values(), frozen=True)
 
 
 def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -> Sampler:

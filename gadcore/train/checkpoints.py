@@ -28,6 +28,7 @@ from gadcore.models.state import copy_into, optimizer_tensors, restore_optimizer
 from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.train.agreement import of_first
+from gadcore.train.drawing import Drawing
 from gadcore.train.progress import Progress, other_stages
 
 # The states in which a model and its optimizer are on the device.
@@ -68,6 +69,8 @@ class Checkpoints:
         if discriminator is not None:
             self._models["discriminator"] = discriminator
         self._reference_saved = False
+        # What may have samples for the next step.
+        self.drawing: Drawing | None = None
 
     def save(self, progress: Progress, keep: int) -> Path:
         """Writes the checkpoint of progress.step, and keeps the `keep` newest and that of the convergence rule's best.
@@ -95,6 +98,9 @@ class Checkpoints:
             "rng": rng.state if self._world.size == 1 else states,
             "bases": self._bases,
         }
+        drawn = None if self.drawing is None else self.drawing.saved()
+        if drawn is not None:
+            tensors["ahead"], state["ahead"] = drawn
         best = progress.convergence.best
         return self._save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
 
@@ -131,12 +137,15 @@ class Checkpoints:
         bases.check(saved.state.get("bases"), self._bases, {n: _called(m) for n, m in self._models.items()})
         self._loader.restore(saved.state["loader"])
         self.restore_models(saved)
+        if self.drawing is not None and "ahead" in saved.state:
+            self.drawing.restore(saved.tensors["ahead"], saved.state["ahead"])
         restore_rng(self._rng(saved))
         return Progress.of(saved.state["progress"])
 
     @cached_property
     def _bases(self) -> dict[str, Any]:
-        """They do not change: read once."""
+        """They do not change: read once, where they are."""
+        self._memory.enter("rest")
         return bases.describe({name: model.model for name, model in self._models.items()})
 
     def _rng(self, saved: Checkpoint) -> RngState:

@@ -38,10 +38,13 @@ def stop_reason(accuracies: Sequence[float], settings: ConvergenceSettings) -> S
     """What the rule says after these measurements, at least one; None: go on. A rise comes before a plateau."""
     if accuracies[-1] >= min(accuracies) + settings.rise:
         return "rise"
-    before, latest = accuracies[: -settings.patience], accuracies[-settings.patience :]
-    if before and min(before) - min(latest) <= settings.tolerance:
-        return "plateau"
-    return None
+    return "plateau" if is_plateau(accuracies, settings.patience, settings.tolerance) else None
+
+
+def is_plateau(values: Sequence[float], patience: int, tolerance: float) -> bool:
+    """Whether the latest `patience` of values that should fall are not below all before them by more than tolerance."""
+    before, latest = values[:-patience], values[-patience:]
+    return bool(before) and min(before) - min(latest) <= tolerance
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from gadcore.measure.fresh import FreshResult
 from gadcore.measure.heldout import evaluate
 from gadcore.memory.colocation import Colocation
 from gadcore.models.discriminator import Discriminator
+from gadcore.models.student import Student
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.convergence import measure
 from gadcore.train.phases import Phases
@@ -39,13 +40,20 @@ class Heldout:
         self.groups, self._samples_each = groups, samples
         self._sampler, self._discriminator, self._phases, self._memory = sampler, discriminator, phases, memory
         self._make_discriminator = make_discriminator
+        self._latest: list[Group] = []
 
-    def evaluate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """(figures of the student, and of D where there is one, as they are now; a row per prompt)."""
+    def evaluate(self, *, scored: bool = True, moved: bool = True) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(figures of the student, and of D where there is one, as they are now; a row per prompt).
+
+        scored: False leaves D out. moved: False, the student is as it was at the evaluation before: so are its samples,
+        and none are drawn where this process has drawn them.
+        """
+        discriminator = self._discriminator if scored else None
         with self._phases("evaluation"):
-            groups = self._samples(n=self._samples_each)
-            with self._phases("discriminator") if self._discriminator else nullcontext():
-                found = evaluate(groups, self._discriminator)
+            if moved or not self._latest:
+                self._latest = self._samples(n=self._samples_each)
+            with self._phases("discriminator") if discriminator else nullcontext():
+                found = evaluate(self._latest, discriminator)
         self._phases.take_step()
         return found
 
@@ -59,6 +67,13 @@ class Heldout:
                 scores = self._discriminator.score(groups, backward=False)
         self._phases.take_step()
         return scores.accuracy
+
+    def cross_entropy(self, student: Student, rows: int) -> float:
+        """The student's on the teacher's responses to the first held-out prompts."""
+        with self._phases("evaluation"), self._phases("student"):
+            value = student.cross_entropy(self.groups[:rows])
+        self._phases.take_step()
+        return value
 
     def fresh(self, settings: ConvergenceSettings, seed: int) -> FreshResult:
         """What a fresh discriminator, trained on some of the pairs, tells of the others."""

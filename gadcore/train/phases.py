@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.holdings import NEEDS
@@ -47,10 +47,21 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        with self._phase(name, self._state):
+            yield
+
+    @contextmanager
+    def without_state(self, name: str) -> Iterator[None]:
+        """A phase in which nothing is done on the device: whoever holds it keeps it."""
+        with self._phase(name, lambda _: nullcontext()):
+            yield
+
+    @contextmanager
+    def _phase(self, name: str, state: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
         if name not in self.seconds:
             raise ValueError(f"unknown phase {name}: use one of {', '.join(PHASES)}")
         if self._current == "evaluation" and name in NEEDS:
-            with self._state(name):
+            with state(name):
                 yield
             return
         if self._current is not None:
@@ -60,7 +71,7 @@ class Phases:
         self._current = name
         start = time.perf_counter()
         try:
-            with self._state(name):
+            with state(name):
                 yield
         except BaseException:
             self._failed = name

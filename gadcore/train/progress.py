@@ -11,6 +11,7 @@ from typing import Any
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.train.convergence import Convergence
+from gadcore.train.curriculum import Curriculum
 from gadcore.train.gate import Gate
 
 TIME_FORMAT = "%Y-%m-%d %H:%M"
@@ -26,7 +27,7 @@ class Progress:
     step: global, over stages. stage, stage_step: the last finished step. done: finished stages.
     lasted: steps of each of them.
     evaluations: held-out results by name. seconds: per phase. tokens: sampled and trained.
-    gate, convergence: what they measured and decided.
+    gate, convergence, curriculum: what they measured and decided.
     """
 
     started: str = field(default_factory=lambda: time.strftime(TIME_FORMAT))
@@ -40,12 +41,14 @@ class Progress:
     tokens: dict[str, int] = field(default_factory=lambda: {"sampled": 0, "trained": 0})
     gate: Gate = field(default_factory=Gate)
     convergence: Convergence = field(default_factory=Convergence)
+    curriculum: Curriculum = field(default_factory=Curriculum)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Progress:
         """From asdict() through JSON."""
         gate, convergence = Gate.of(state.get("gate", {})), Convergence.of(state.get("convergence", {}))
-        return cls(**{**state, "gate": gate, "convergence": convergence})
+        curriculum = Curriculum.of(state.get("curriculum", {}))
+        return cls(**{**state, "gate": gate, "convergence": convergence, "curriculum": curriculum})
 
 
 def stages_of(config: Config, command: str) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ from gadcore.checkpoint import store
 from gadcore.checkpoint.store import Checkpoint
 from gadcore.config.settings import Config
 from gadcore.data.groups import Group
+from gadcore.distributed.world import World
 from gadcore.errors import UserError
 from gadcore.record.run_folder import RunFolder
+from gadcore.train.agreement import of_first
 from gadcore.train.inputs import Inputs
-from gadcore.train.progress import other_stages
+from gadcore.train.progress import Progress, other_stages
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:
@@ -91,3 +93,15 @@ def check(config: Config, data: Mapping[str, str], folder: RunFolder, saved: Che
             "or export the checkpoint and start a new run from it"
         ) from None
     return []
+
+
+def go_back(world: World, folder: RunFolder, progress: Progress) -> list[str]:
+    """What came after the checkpoint that `progress` is of is set aside, so that the run goes on from here whenever it
+    is stopped. The sentence to tell, [] where there was nothing."""
+    step = progress.step
+    aside, kept = of_first(
+        world,
+        lambda: (folder.go_back(step, progress.evaluations), store.abandon_after(folder.checkpoints, step)),
+    )
+    told = ", ".join(map(str, filter(None, (aside, *kept))))
+    return [f"what came after step {step} is set aside: {told}"] if told else []

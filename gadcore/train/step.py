@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gadcore.data.groups import Group
 from gadcore.models.discriminator import Scores
@@ -42,3 +43,20 @@ class StepResult:
         if self.rewards is not None:
             return self.rewards
         return [] if self.scores is None else self.scores.rewards
+
+    def triplet(self, step: int) -> dict[str, Any]:
+        """What samples.jsonl tells of the first group: the prompt, the teacher's response and the best sample. step: of
+        the run. ValueError for a step that scored nothing."""
+        if self.scores is None:
+            raise ValueError(f"step {self.step} of {self.stage} has no scores")
+        group, rewards = self.groups[0], self.rewards_by_group()[0]
+        best = max(range(len(group.samples)), key=lambda i: rewards[i])
+        return {
+            "stage": self.stage,
+            "step": step,
+            "prompt": group.prompt.messages[-1]["content"],
+            "teacher": group.teacher.text,
+            "student": group.samples[best].text,
+            "reward": rewards[best],
+            "teacher_score": self.scores.teacher_scores[0],
+        }

@@ -20,7 +20,6 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
-from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.learner import Learner
 from gadcore.models.score_shaping import shaped
@@ -28,12 +27,15 @@ from gadcore.models.student import Student
 from gadcore.record.run_folder import RunFolder
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.agreement import of_first
+from gadcore.train.ahead import drawing_of
 from gadcore.train.checkpoints import Checkpoints
+from gadcore.train.drawing import Drawing
 from gadcore.train.heldout import Heldout
-from gadcore.train.metrics import sample_traits, step_metrics
+from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
 from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
+from gadcore.train.resuming import go_back
 from gadcore.train.reward import Reward, rewards_by
 from gadcore.train.snapshot import Snapshot
 from gadcore.train.step import StepResult
@@ -85,6 +87,7 @@ class Trainer:
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
+        self._drawing = drawing_of(config, sampler, loader, student.template, self.phases, self.records.message)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(
@@ -99,6 +102,7 @@ class Trainer:
                 asynchronous=config.checkpoint.asynchronous,
                 timeout_s=config.distributed.timeout_s,
             )
+            self._checkpoints.drawing = self._drawing
             self.phases.before_update = self._checkpoints.finish
 
     @property
@@ -132,12 +136,14 @@ class Trainer:
 
     def _length(self, stage: str) -> int:
         """Steps of the stage as far as is known."""
-        return self.stage_steps[stage] + (self.progress.gate.extra if stage == "warmup" else 0)
+        steps = self.progress.curriculum.ends.get(stage, self.stage_steps[stage])
+        return steps + (self.progress.gate.extra if stage == "warmup" else 0)
 
     def is_done(self, stage: str) -> bool:
         return stage in self.progress.done
 
     def end_stage(self, stage: str) -> None:
+        self._drawing.drop()
         self.progress.done.append(stage)
         self.progress.lasted[stage] = self.progress.stage_step
         if self.config.checkpoint.every:
@@ -165,10 +171,13 @@ class Trainer:
         return self.phases.current or self.progress.stage or "setup", self.progress.step + 1
 
     def sample(self, groups: Sequence[Group], stage: str, step: int) -> None:
-        """Draws N samples of the current student for every group of the batch."""
-        n = self.config.rollout.group_size
-        self.records.status(f"sampling {len(groups) * n} responses")
-        self.sampler.draw(groups, n, f"{stage}/{step}")
+        """Draws N samples of the current student for every group of the batch, as rollout.* says when."""
+        self.records.status(f"sampling {len(groups) * self.config.rollout.group_size} responses")
+        self._drawing.draw(groups, stage, step, last=step == self._length(stage))
+
+    def sampled(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        """The batch in parts, each as it has its samples; mostly it is one, which has them already."""
+        return self._drawing.parts(groups)
 
     def rewards(self, groups: Sequence[Group], scores: Scores) -> list[list[float]] | None:
         """What algorithm.score_clip, .length_debias and .reward make of D's scores; None: they are the rewards."""
@@ -194,50 +203,29 @@ class Trainer:
         progress, stage, step = self.progress, result.stage, result.step
         progress.step += 1
         progress.stage_step = step
-        # The end of a stage has a checkpoint of its own.
-        every, last = self.config.checkpoint.every, step == self._length(stage)
-        due = bool(every) and progress.step % every == 0 and not last
         values = step_metrics(result) | sample_traits(result)
+        last = step == self._length(stage)
+        if result.scores is not None:
+            values |= self._drawing.figures()
         if stage == "gad" and (last or step % self.config.convergence.every == 0):
             values |= self._measure_convergence()
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        self.records.step(place, values | self._costs(values))
+        costs = step_costs(
+            values, self.phases.take_step(), self.memory.take_step(), meanwhile=type(self._drawing) is not Drawing
+        )
+        values |= self._look(result)
+        self.records.step(place, values | costs)
         every = self.config.tracking.sample_every
         if result.scores is not None and every and step % every == 0:
-            self.records.sample(self._triplet(result))
+            self.records.sample(result.triplet(progress.step))
         best = progress.convergence.best
-        # The student of the minimum must be there to go back to.
+        # The end of a stage has a checkpoint of its own; the student of the minimum must be there to go back to.
+        every = self.config.checkpoint.every
+        due = bool(every) and progress.step % every == 0 and step != self._length(stage)
         if due or (best and best[0] == progress.step):
             self.save()
-
-    def _costs(self, values: dict[str, float]) -> dict[str, float]:
-        """Memory, seconds and rates of the step."""
-        taken = self.phases.take_step()
-        costs = self.memory.take_step()
-        costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
-        costs["time/total"] = sum(taken.values())
-        work = {"rollout": "sampled", **{model: model for model in WORK_OF}}
-        for name, tokens in work.items():
-            seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
-            if seconds and f"tokens/{tokens}" in values:
-                costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
-        return costs
-
-    def _triplet(self, result: StepResult) -> dict[str, Any]:
-        group, rewards = result.groups[0], result.rewards_by_group()[0]
-        best = max(range(len(group.samples)), key=lambda i: rewards[i])
-        assert result.scores is not None
-        return {
-            "stage": result.stage,
-            "step": self.progress.step,
-            "prompt": group.prompt.messages[-1]["content"],
-            "teacher": group.teacher.text,
-            "student": group.samples[best].text,
-            "reward": rewards[best],
-            "teacher_score": result.scores.teacher_scores[0],
-        }
 
     # Held-out prompts
 
@@ -247,9 +235,28 @@ class Trainer:
             return
         self._stop_if_asked()
         self.records.status(f"evaluating on {len(self.heldout.groups)} held-out prompts")
-        result, rows = self.heldout.evaluate()
+        # A head that no step has trained tells nothing, and costs as much as one that does.
+        blank = self.config.discriminator.model == "student" and self.progress.stage in ("", "sft")
+        moved = name != "after_warmup" or self.config.algorithm.student_warmup
+        result, rows = self.heldout.evaluate(scored=not blank, moved=moved)
         self.progress.evaluations[name] = result
         self.records.evaluation(name, result, rows)
+
+    def _look(self, result: StepResult) -> dict[str, float]:
+        """A look of the curriculum at held-out prompts, where one is due; it may end the stage. For metrics.jsonl."""
+        progress, settings = self.progress, self.config.curriculum
+        progress.curriculum = progress.curriculum.after(None if result.scores is None else result.scores.accuracy)
+        if not settings.every or result.step % settings.every or not self.heldout.groups:
+            return {}
+        self.records.status("looking at held-out prompts")
+        if result.scores is None:
+            value = self.heldout.cross_entropy(self.student, settings.rows)
+        else:
+            value = self.heldout.accuracy(settings.rows)
+        value = self.world.broadcast_object(value)
+        progress.curriculum = progress.curriculum.look(result.stage, progress.step, result.step, value, settings)
+        self.records.message(progress.curriculum.message())
+        return progress.curriculum.looks[-1].metrics
 
     def gate_opens(self) -> bool:
         """Whether the GAD stage may begin; where not, the warmup has become longer.
@@ -317,30 +324,20 @@ class Trainer:
         if saved is not None:
             self.progress = self.checkpoints.restore(saved)
             if self.config.run.resume != "auto":
-                self._go_back()
+                for message in go_back(self.world, self.checkpoints.folder, self.progress):
+                    self.records.message(message)
             for phase, seconds in self.progress.seconds.items():
                 self.phases.seconds[phase] += seconds
         self.records.go_on_after(self.progress.step, self.config)
         for stage, lasted in self.progress.lasted.items():
-            if lasted < self.stage_steps.get(stage, 0) and not self.progress.convergence.stopped:
+            ended = self.progress.convergence.stopped or stage in self.progress.curriculum.ends
+            if lasted < self.stage_steps.get(stage, 0) and not ended:
                 self.records.message(
                     f"stage {stage} has ended after {lasted} steps, and no setting makes it longer: go back to a "
                     "checkpoint before its end, or start a new run from its student"
                 )
         where = f"after step {self.progress.step}" if saved else "no checkpoint yet, starting from the beginning"
         self.records.message(f"resumed: {where}")
-
-    def _go_back(self) -> None:
-        """What came after the checkpoint is set aside, so that the run goes on from here whenever it is stopped."""
-        step, folder = self.progress.step, self.checkpoints.folder
-        aside, kept = of_first(
-            self.world,
-            lambda: (folder.go_back(step, self.progress.evaluations), store.abandon_after(folder.checkpoints, step)),
-        )
-        if aside or kept:
-            self.records.message(
-                f"what came after step {step} is set aside: {', '.join(map(str, filter(None, (aside, *kept))))}"
-            )
 
     def ensure_reference(self) -> None:
         """The reference policy: the student as it was when the GAD stage began.
@@ -392,5 +389,6 @@ class Trainer:
             "evaluations": self.progress.evaluations,
             "gate": asdict(self.progress.gate) if self.progress.gate.measured else None,
             "convergence": self.progress.convergence.summary(),
+            "curriculum": asdict(self.progress.curriculum) if self.progress.curriculum.looks else None,
             "health": [asdict(episode) for episode in self.records.episodes],
         }

@@ -24,6 +24,7 @@ SMALL = {
     "data.max_response_tokens": 32,
     "rollout.group_size": 2,
     "schedule.batch_size": 2,
+    "schedule.sft_steps": 2,
     "schedule.warmup_steps": 2,
     "schedule.gad_steps": 2,
     "checkpoint.every": 0,
@@ -53,13 +54,14 @@ def finished(module_folder):
 def test_run_folder_is_complete(finished) -> None:
     path, done = finished
     summary = json.loads((path / "summary.json").read_text())
-    assert list(summary["evaluations"]) == ["before", "after_warmup", "after_gad"]
-    for evaluation in summary["evaluations"].values():
-        assert {"rouge_l", "ngram_f1", "length_ratio", "margin", "accuracy"} <= evaluation.keys()
-    assert summary["steps"] == {"warmup": 2, "gad": 2} and summary["seconds"]["total"] > 0
+    assert list(summary["evaluations"]) == ["before", "after_sft", "after_warmup", "after_gad"]
+    for name, evaluation in summary["evaluations"].items():
+        assert {"rouge_l", "ngram_f1", "length_ratio", "style"} <= evaluation.keys()
+        assert ({"margin", "accuracy"} <= evaluation.keys()) == (name in ("after_warmup", "after_gad"))
+    assert summary["steps"] == {"sft": 2, "warmup": 2, "gad": 2} and summary["seconds"]["total"] > 0
     rows = records(path)
-    assert [row["stage"] for row in rows] == ["warmup"] * 2 + ["gad"] * 2
-    for row in rows[2:]:
+    assert [row["stage"] for row in rows] == ["sft"] * 2 + ["warmup"] * 2 + ["gad"] * 2
+    for row in rows[4:]:
         assert row["sampler/logprob_diff_max"] < 1e-3 and row["sampler/logprob_diff_mean"] < 1e-4
     assert "<svg" in (path / "report.html").read_text()
     assert "Held-out prompts" in done.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -28,6 +30,7 @@ from gadcore.rollout.weights import PlainWeights
 from tests.engine.test_engine_over_ranks import Trainer, error_of, requests, tokens
 from tests.support.builders import TEMPLATE
 from tests.support.ranks import run_ranks
+from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
 from tests.support.tiny import save_tiny
 
 pytestmark = [pytest.mark.by_hand, pytest.mark.timeout(1800)]
@@ -138,7 +141,7 @@ def test_a_context_that_is_too_short_ends_in_a_sentence(served) -> None:
 def test_an_update_that_is_left_out_is_noticed(served, monkeypatch) -> None:
     def score(groups):
         trainer = Trainer.__new__(Trainer)
-        trainer.model = served.model
+        trainer.model = trainer.whole = served.model
         return trainer.score(groups)
 
     probe = Probe(score, every=1, dtype="float32")
@@ -209,6 +212,40 @@ def test_a_server_of_our_own_that_ends_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the vLLM server ended with exit code -9; it said last"):
         sampler.generate(requests())
     engine.close()
+
+
+def ahead(folder: Path, name: str, *others: str) -> list[str]:
+    settings = {"schedule.batch_size": 8, "rollout.group_size": 8, "algorithm.importance_cap": 2, "rollout.wait_s": 900}
+    chosen = [str(item) for key, value in settings.items() for item in (f"--{key}", value)]
+    return [*tiny_arguments(folder, "vllm-server"), *chosen, "--data.eval", "none", "--run.dir", name, *others]
+
+
+def test_a_run_samples_one_step_ahead_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Beside one that waits for every batch; stopped with a batch on its way."""
+    for name, others in (("now", ()), ("parts", ("--rollout.parts", "4")), ("ahead", ("--rollout.ahead", "1"))):
+        done = run(ahead(tmp_path, name, *others), tmp_path, timeout=1500)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        waited = [row["time/rollout"] for row in rows]
+        totals = [row["time/total"] for row in rows]
+        print(f"\n{name}: seconds of the steps {totals}, of waiting for samples {waited}")
+    for ours, theirs in zip(records(tmp_path / "parts"), records(tmp_path / "now"), strict=True):
+        for key in ("reward/mean", "discriminator/loss", "tokens/sampled"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (ours["step"], key)
+    command = [sys.executable, "-m", "gadcore.run", *ahead(tmp_path, "stopped", "--rollout.ahead", "1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    stopped = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "stopped/metrics.jsonl"
+    while stopped.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 4):
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGTERM)
+    _, said = stopped.communicate(timeout=300)
+    assert stopped.returncode == 128 + signal.SIGTERM, said
+    (kept,) = (tmp_path / "stopped/checkpoints").glob("*/ahead.safetensors")
+    done = run(["--run.dir", "stopped", "--resume", "auto"], tmp_path, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "stopped", tmp_path / "ahead")
+    assert [row["sampler/staleness"] for row in records(tmp_path / "ahead")] == [0, 1, 0, 1, 1, 1]
 
 
 def over_ranks(world: World, path: str) -> dict:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gadcore.kernels.quantised_linear import layers_of_bits, plain_weight
 from gadcore.models import backbone
 from gadcore.models.activations import set_mode
 from gadcore.models.adapter import base_parameters
 from tests.exactness.test_grouped import literal
 from tests.support.adapters import by_chain_rule, merged, on_base, tiny_base
-from tests.support.builders import assert_same_gradients, gradients, groups
+from tests.support.builders import assert_same_gradients, exact_norms, gradients, groups
 from tests.support.naive import bt_loss, grpo_loss, score, token_logprobs
+from tests.support.quantised import int8_values, nf4_values
+from tests.support.tiny import tiny_model
 
 FP64 = dict(rtol=1e-10, atol=1e-12)
 KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
@@ -24,10 +27,10 @@ def plainly(model):
     return literal(plain)
 
 
-def check(kind: str, mode: str, budget: int) -> None:
+def check(kind: str, mode: str, budget: int, kept: str = "none", targets: str | None = None) -> None:
     batch = groups(3, 4, seed=2, ragged=True)
-    base = tiny_base(kind)
-    student, discriminator = on_base(base, mode=mode, micro_batch_tokens=budget)
+    base = tiny_base(kind, kept=kept)
+    student, discriminator = on_base(base, mode=mode, micro_batch_tokens=budget, targets=targets)
     assert backbone.is_pruned(student.model) and backbone.is_pruned(discriminator.model)
     student.freeze_reference()
     # The reference is the student as it was: from here on another one.
@@ -82,6 +85,50 @@ def test_gradients_are_those_of_one_matrix(kind, mode) -> None:
 )
 def test_any_cut_and_a_group_that_had_to_be_split(mode, budget) -> None:
     check("qwen2", mode, budget)
+
+
+def written_out(kind: str, kept: str) -> dict[str, torch.Tensor]:
+    """The weights of the decoder layers' matrices as few bits have them, by their definition."""
+    literal_values = {"int8": int8_values, "nf4": nf4_values}[kept]
+    layers = [(n, m) for n, m in exact_norms(tiny_model(kind).double()).model.layers.named_modules()]
+    return {
+        f"model.layers.{name}": torch.tensor(literal_values(module.weight.tolist()), dtype=torch.float64)
+        for name, module in layers
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "budget", "kept", "targets"),
+    [
+        ("llama", "off", 10**6, "nf4", None),
+        ("qwen2", "selective", 70, "nf4", None),
+        # Layers without an adapter are kept in few bits as well.
+        ("llama", "full", 10**6, "int8", "q_proj,v_proj"),
+        ("gemma3", "off", 10**6, "nf4", "o_proj,up_proj"),
+        *(
+            pytest.param(kind, mode, 10**6, kept, None, marks=pytest.mark.by_hand)
+            for kind in KINDS
+            for mode in ("off", "selective", "full")
+            for kept in ("int8", "nf4")
+        ),
+    ],
+)
+def test_gradients_through_a_base_in_few_bits(kind, mode, budget, kept, targets) -> None:
+    """Loss and gradients of A, B and head are those of plain matrices of what the bits say."""
+    check(kind, mode, budget, kept, targets)
+
+
+@pytest.mark.parametrize("kept", ["int8", "nf4"])
+def test_a_base_in_few_bits_computes_with_what_the_definition_says(kept) -> None:
+    student, _ = on_base(tiny_base("llama", kept=kept), values=False)
+    expected = written_out("llama", kept)
+    layers = layers_of_bits(student.model)
+    assert layers.keys() == expected.keys()
+    for name, layer in layers.items():
+        # A scale that lies between two of its values may be rounded to either.
+        assert (plain_weight(layer) - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+        assert not torch.equal(expected[name], tiny_model("llama").get_submodule(name).weight.double())
 
 
 def test_cross_entropy(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from gadcore.checkpoint import store
 from tests.runs.test_distributed import SCRIPT, arguments, assert_alike, finished, replayed, resumed
-from tests.support.jobs import torchrun
-from tests.support.runs import assert_same_run, run
+from tests.support.jobs import start_job, torchrun
+from tests.support.runs import assert_same_run, records, run
 
 pytestmark = [pytest.mark.by_hand, pytest.mark.timeout(3600)]
 TIMEOUT = 40.0
@@ -57,7 +59,7 @@ def told(text: str) -> list[str]:
 
 FAULTS = [
     ("rollout", 3, "SIGKILL"), ("update", 5, "SIGKILL"), ("checkpoint", 6, "SIGKILL"),
-    ("rollout", 6, "hang"), ("update", 3, "hang"), ("checkpoint", 3, "hang"), ("rollout", 4, "SIGSTOP"),
+    ("rollout", 6, "hang"), ("update", 3, "hang"), ("checkpoint", 8, "hang"), ("rollout", 4, "SIGSTOP"),
 ]  # fmt: skip
 
 
@@ -80,6 +82,11 @@ def test_a_failed_process_ends_the_job_and_the_run_goes_on_to_the_bit(two: Path,
     places = [line for line in told(printed[0]) if re.match(r"gadcore: rank \d \(", line)]
     assert len(places) == 2 and all(", step " in line for line in places)
     assert ("does not answer" in places[1]) == (how != "hang")
+    left = store.latest(two / name / "checkpoints")
+    print("  left:", *sorted(path.name for path in (two / name / "checkpoints").glob("*")))
+    if moment == "checkpoint":
+        # Each writes five files a checkpoint: the fault is in the second one, the first is whole.
+        assert left is not None and left.name == "step-000002" and store.load(left).ranks == 2
     finished(resumed(two, 2, name))
     assert_same_run(two / name, two / "two")
 
@@ -132,6 +139,60 @@ def test_a_checkpoint_of_four_is_resumed_by_two_and_by_one_and_exported(two: Pat
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
         _, info = auto.from_pretrained(two / f"out-{which}", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"], info
+
+
+PROMPTS = [[1 + 7 * i % 200 for i in range(3 + 5 * k)] for k in range(4)]
+GREEDY = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=96, block_size=32)
+parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+drawn = llm.generate([{"prompt_token_ids": p} for p in json.loads(sys.argv[2])], parameters, use_tqdm=False)
+print("tokens", json.dumps([list(one.outputs[0].token_ids) for one in drawn]))
+"""
+
+
+def test_an_export_of_four_is_what_vllm_and_transformers_sample_from(two: Path) -> None:
+    pytest.importorskip("vllm")
+    if not (two / "four").exists():
+        finished(replayed(two, 4, "four"))
+    done = run(["export", "four", "--out", "out-vllm"], two)
+    assert done.returncode == 0, done.stderr
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    variables |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", GREEDY, str(two / "out-vllm"), json.dumps(PROMPTS)]
+    drawn = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=900)
+    (line,) = [line for line in drawn.stdout.splitlines() if line.startswith("tokens ")] or [drawn.stderr[-3000:]]
+    model = AutoModelForCausalLM.from_pretrained(two / "out-vllm", dtype=torch.float32)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(16):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected.append(ids[0, len(prompt) :].tolist())
+    assert json.loads(line.removeprefix("tokens ")) == expected
+
+
+def test_two_processes_that_sample_ahead_go_on_to_the_bit(two: Path) -> None:
+    """With a batch on its way that every process has drawn."""
+    how = ["--rollout.ahead", "1", "--rollout.ahead_by_turns", "true", "--algorithm.importance_cap", "2"]
+    for name in ("ahead", "ahead-stopped"):
+        command = ["-m", "gadcore.run", *arguments(two, "--run.dir", name, *how)]
+        job = start_job(2, command, two / f"out-{name}", cwd=two)
+        if name == "ahead":
+            finished(job)
+            continue
+        metrics = two / name / "metrics.jsonl"
+        while job.processes[0].poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5):
+            time.sleep(0.05)
+        job.signal(1, signal.SIGTERM)
+        assert job.wait(120) == [143] * 2, job.output(0)
+    assert list((two / "ahead-stopped/checkpoints").glob("*/ahead-*.safetensors"))
+    command = ["-m", "gadcore.run", "--run.dir", "ahead-stopped", "--resume", "auto"]
+    finished(start_job(2, command, two / "out-ahead-again", cwd=two))
+    assert_same_run(two / "ahead-stopped", two / "ahead")
+    assert [row["sampler/staleness"] for row in records(two / "ahead")] == [0, 1, 1, 0, 1, 1, 1]
 
 
 def test_fewer_prompts_than_processes(two: Path) -> None:

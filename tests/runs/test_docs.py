@@ -56,7 +56,8 @@ RUN_BY = {"add-an-op.md": "tests/kernels/test_add_an_op.py"}
 
 # What makes a command small, beside what it says itself.
 TRAINING = {
-    "schedule.warmup_steps": 2, "schedule.gad_steps": 2, "schedule.seqkd_steps": 2, "schedule.soda_steps": 2,
+    "schedule.sft_steps": 2, "schedule.warmup_steps": 2, "schedule.gad_steps": 2,
+    "schedule.seqkd_steps": 2, "schedule.soda_steps": 2,
     "gate.rows": 4, "gate.extra_steps": 1, "gate.every": 1, "gate.when_closed": "go_on",
     "convergence.rows": 4, "convergence.steps": 1, "convergence.step_rows": 2, "convergence.every": 2,
     "tracking.monitor_interval": 0,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, StudentSettings
-from gadcore.models.adapter import adapted_layers
+from gadcore.kernels.quantised_linear import layers_of_bits
+from gadcore.models.adapter import adapted_layers, quantise_base, whole_weight
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.shared_base import SharedBase
 from gadcore.models.student import Student
@@ -18,9 +19,20 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 RANK = 4
 
 
-def tiny_base(kind: str = "llama", dtype: torch.dtype = torch.float64, *, kv_heads: int = 1, tied: bool = True):
+def tiny_base(
+    kind: str = "llama",
+    dtype: torch.dtype = torch.float64,
+    *,
+    kv_heads: int = 1,
+    tied: bool = True,
+    kept: str = "none",
+):
+    """kept: in what the matrices of its layers are, as adapter_base says."""
     model = tiny_model(kind, kv_heads=kv_heads, tied=tied).to(dtype)
-    return SharedBase(exact_norms(model) if dtype == torch.float64 else model, "tiny")
+    if dtype == torch.float64:
+        exact_norms(model)
+    quantise_base(model, StudentSettings(adapter="lora", adapter_base=kept), torch.device("cpu"), "student")
+    return SharedBase(model, "tiny")
 
 
 def trained(model, seed: int) -> None:
@@ -52,9 +64,10 @@ def on_base(
     rank: int = RANK,
     lr: float = 1e-3,
     values: bool = True,
+    targets: str | None = None,
 ) -> tuple[Student, Discriminator]:
-    """values: adapters as trained; else new ones, whose B is zero."""
-    common = dict(adapter="lora", adapter_rank=rank, adapter_alpha=2.0 * rank, lr=lr)
+    """values: adapters as trained; else new ones, whose B is zero. targets: the student's."""
+    common = dict(adapter="lora", adapter_rank=rank, adapter_alpha=2.0 * rank, lr=lr, adapter_targets=targets)
     settings = StudentSettings(**common)
     policy = _double(base.policy(settings, seed=1), dtype)
     if values:
@@ -103,9 +116,9 @@ def scorer_on(
 def merged(model):
     """A plain model of its own whose weights are W + s B A, with a gradient for all of them."""
     plain = copy.deepcopy(model)
-    for name, layer in adapted_layers(plain).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
-        linear.weight, linear.bias = nn.Parameter(layer.merged()), layer.bias
+    for name, layer in {**layers_of_bits(plain), **adapted_layers(plain)}.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(whole_weight(layer)), layer.bias
         plain.set_submodule(name, linear)
     for module in plain.modules():
         if hasattr(module, "gate_proj"):

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from gadcore.checkpoint import bases
+from gadcore.config.settings import StudentSettings
 from gadcore.errors import UserError
+from gadcore.models.adapter import quantise_base
+from gadcore.models.shared_base import SharedBase
 from tests.support.adapters import on_base, tiny_base
 from tests.support.tiny import tiny_model
 
@@ -39,6 +42,39 @@ def test_another_base_is_told_by_one_bit() -> None:
         UserError, match=r"adapters of the student were trained on the base .* give the base of the run"
     ):
         bases.check(before, described(base), NAMES)
+
+
+@pytest.mark.parametrize("kept", ["int8", "nf4"])
+def test_a_base_in_few_bits_is_known_by_the_weights_it_was_made_of(kept) -> None:
+    plain, few = described(), described(tiny_base("llama", torch.float32, kept=kept))
+    assert {few[role].pop("kept") for role in few} == {kept}
+    assert {plain[role].pop("kept") for role in plain} == {"none"}
+    assert few == plain
+
+
+def test_a_base_that_is_kept_in_something_else_is_told() -> None:
+    plain, few = described(), described(tiny_base("llama", torch.float32, kept="nf4"))
+    message = r"on a base that is kept in none, this run's student.adapter_base is nf4: set student.adapter_base = none"
+    with pytest.raises(UserError, match=message):
+        bases.check(plain, few, NAMES)
+    # Of before there was a choice.
+    for described_as in plain.values():
+        del described_as["kept"]
+    with pytest.raises(UserError, match=message):
+        bases.check(plain, few, NAMES)
+    bases.check(plain, described(), NAMES)
+
+
+def test_another_base_in_few_bits_is_told_by_what_few_bits_do_not_see() -> None:
+    def kept(change: float):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[3, 5] += change
+        quantise_base(model, StudentSettings(adapter="lora", adapter_base="nf4"), torch.device("cpu"), "student")
+        return SharedBase(model, "tiny")
+
+    with pytest.raises(UserError, match="were trained on the base"):
+        bases.check(described(kept(0.0)), described(kept(1e-6)), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,15 @@ import pytest
 
 from gadcore.config.adapter import LoRA, check_sampler, lora_of
 from gadcore.config.loading import load
+from gadcore.config.settings import Config
 from gadcore.errors import UserError
 
+# The default job's models have adapters.
+WHOLE = ["--student.adapter", "none", "--discriminator.adapter", "none"]
 
-def test_no_adapter_is_the_default() -> None:
-    config = load([])
+
+def test_no_adapter_is_the_default_of_the_settings() -> None:
+    config = Config()
     assert lora_of(config.student) is None and lora_of(config.discriminator) is None
     assert config.student.weights_dtype == "float32"
 
@@ -29,7 +33,10 @@ def test_an_adapter_of_defaults_and_one_of_settings() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student.adapter_rank", "8"], "student.adapter_rank say what an adapter is, and student.adapter = none"),
+        (
+            [*WHOLE, "--student.adapter_rank", "8"],
+            "student.adapter_rank say what an adapter is, and student.adapter = none",
+        ),
         (["--student.adapter", "lora", "--student.master", "host"], "leave one of them out"),
         (["--student.adapter", "lora", "--student.adapter_targets", "q_proj,"], "adapter_targets must be"),
         (["--student.adapter", "dora"], "student.adapter"),
@@ -49,7 +56,7 @@ def test_a_server_that_gets_whole_weights_gets_no_adapter() -> None:
     student = load(["--student.adapter", "lora"]).student
     with pytest.raises(ValueError, match="vllm-server gets whole weights"):
         check_sampler(student, "vllm-server", "float32")
-    check_sampler(load([]).student, "vllm-server", "float32")
+    check_sampler(load(WHOLE).student, "vllm-server", "float32")
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(16.0, True), (64.0, True), (24.0, False), (1.0, True)])

@@ -13,8 +13,13 @@ STAGES = {"train": ("warmup", "gad"), "seqkd": ("seqkd",), "soda": ("soda",)}
 PER_EPOCH = 10
 
 
+# The order of the paper in the default job, and models that are trained as a whole.
+ORDER = ("schedule.sft_epochs=0", "algorithm.student_warmup=true", "student.adapter=none", "discriminator.adapter=none")
+
+
 def told(*settings: str, device: str = "cpu", command: str = "train") -> list[str]:
-    return without_effect(load([f"--{setting}" for setting in settings]), device, STAGES[command], PER_EPOCH)
+    argv = {setting.split("=")[0]: setting for setting in (*ORDER, *settings)}
+    return without_effect(load([f"--{setting}" for setting in argv.values()]), device, STAGES[command], PER_EPOCH)
 
 
 @pytest.mark.parametrize("name", presets())
@@ -42,6 +47,7 @@ def test_a_preset_alone_tells_nothing(name: str, command: str, device: str) -> N
         (["schedule.gad_steps=0"], "student.lr", []),
         (["schedule.gad_epochs=0"], "algorithm.reward", []),
         (["schedule.gad_steps=0"], "algorithm.importance_cap", []),
+        (["rollout.ahead_by_turns=true"], "rollout.ahead_by_turns", ["rollout.ahead=1", "algorithm.importance_cap=2"]),
         (["schedule.gad_steps=0", "schedule.warmup_steps=0"], "discriminator.margin_cap", []),
         (
             ["algorithm.discriminator_warmup=false", "algorithm.freeze_discriminator=true"],
@@ -121,15 +127,15 @@ def test_a_value_that_would_hold_anyway_is_not_told(tmp_path: Path) -> None:
 
 
 def test_epochs_that_a_limit_of_the_preset_cuts_off() -> None:
-    # smollm2-cpu limits the warmup to 10 steps and the GAD stage to 8.
+    # smollm2-cpu limits the warmup to 8 steps and the GAD stage to 20.
     assert told("schedule.gad_epochs=3") == [
-        "schedule.gad_epochs has no effect: the stage ends after 8 of its 30 steps, by schedule.gad_steps; none takes "
+        "schedule.gad_epochs has no effect: the stage ends after 20 of its 30 steps, by schedule.gad_steps; none takes "
         "that limit away"
     ]
-    assert len(told("schedule.gad_epochs=2")) == 1  # the default, and yet not what happens
+    assert len(told("schedule.warmup_epochs=1")) == 1  # the default, and yet not what happens
     assert told("schedule.gad_epochs=3", "schedule.gad_steps=none") == []
     assert told("schedule.gad_epochs=3", "schedule.gad_steps=25") == []  # both were chosen together
-    assert told("schedule.warmup_epochs=1") == []  # the limit is reached as the epoch ends
+    assert told("schedule.gad_epochs=2") == []  # the limit is reached as the epoch ends
     assert told("schedule.seqkd_epochs=7", command="seqkd") == []
 
 

@@ -32,6 +32,12 @@ LATER = {
     "data.eval_columns": "none",
     "data.eval_samples": 1,
     "data.reasoning": "keep",
+    "curriculum.every": 0,
+    "curriculum.rows": 64,
+    "curriculum.end_sft": False,
+    "curriculum.end_warmup": False,
+    "curriculum.patience": 2,
+    "curriculum.tolerance": 0.01,
     "schedule.sft_epochs": 0,
     "schedule.sft_steps": "none",
     "data.template_arguments": {},
@@ -50,16 +56,32 @@ LATER = {
     "rollout.batch_invariant": False,
     "rollout.tensor_parallel": 1,
     "rollout.probe_every": 10,
+    "rollout.parts": 1,
+    "rollout.ahead": 0,
+    "rollout.ahead_by_turns": False,
     "checkpoint.asynchronous": False,
     "distributed.shard": 0,
     "distributed.replicate": 1,
     "distributed.timeout_s": 1800.0,
     **{f"{name}.adapter": "none" for name in ("student", "discriminator")},
+    **{f"{name}.adapter_base": "none" for name in ("student", "discriminator")},
     **{
         f"{name}.adapter_{key}": "none"
         for name in ("student", "discriminator")
         for key in ("rank", "alpha", "targets", "rslora", "from")
     },
+}
+# Presets of the default job, which is not the paper's, with what they have of the settings that came later.
+DEFAULT_JOB = {
+    "smollm2-cpu": {
+        "data.eval_samples": 4,
+        "schedule.sft_epochs": 2,
+        "schedule.sft_steps": 80,
+        "algorithm.length_debias": -0.5,
+        "student.adapter": "lora",
+        "discriminator.adapter": "lora",
+    },
+    "smollm2-gpu": {"data.eval_samples": 8, "schedule.sft_epochs": 8, "algorithm.length_debias": -0.5},
 }
 # What the device decides now, with what it was before, and still is on a CPU.
 LEFT_OPEN = {"rollout.max_num_seqs": 256, "rollout.enforce_eager": True}
@@ -73,8 +95,10 @@ RESOLVED = {
     "qwen2.5-3b-lora": "27edfcb520232983e44d36bc82f03df5bf3cb769686397181c4eba89b6a8eca0",
     "qwen2.5-7b": "f038f3e590b54cf29c09846adfcf28565b9db4c4dd0c252d00b37f55def658a1",
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
-    "smollm2-cpu": "d389b7e7f0c0d8133b5f9c3a7d4997230dd69fd2e3eaa2d324eea9dcc220ea1c",
-    "smollm2-gpu": "7dda9ba6cf2bf6d2bbf7beb68515fb1ed5d5d1d03ebb0a89027a35133146ca2d",
+    "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
+    "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
+    "smollm2-cpu": "b79ecaae9c26e01c8598f3ba89ee18604fe9c5180b548baeef44945015943982",
+    "smollm2-gpu": "d242478888a9b636a43a7616ce152686951ef3d5b06cbdd57376a269e95731e7",
 }
 
 
@@ -325,8 +349,10 @@ def test_a_dump_names_every_setting() -> None:
 def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> None:
     settings = tomllib.loads(dump(load(["--preset", name])))
     of_adapters = {"adapter": "lora", "adapter_rank": 64} if name.endswith("-lora") else {}
+    if name.endswith("-qlora"):
+        of_adapters = {"adapter": "lora", "adapter_rank": 16, "adapter_base": "nf4"}
     chosen = {f"{section}.{key}": v for section in ("student", "discriminator") for key, v in of_adapters.items()}
-    for key, value in (LATER | chosen).items():
+    for key, value in (LATER | chosen | DEFAULT_JOB.get(name, {})).items():
         section, _, setting = key.partition(".")
         assert settings[section].pop(setting) == value
     for key, value in LEFT_OPEN.items():
@@ -401,13 +427,16 @@ def test_an_engine_refuses_settings_of_another(toml) -> None:
     )
 
 
+PRESET = load(["--preset", "smollm2-cpu"])
+
+
 def test_another_engine_leaves_the_former_ones_settings_behind(toml) -> None:
-    assert load(["--rollout.engine", "hf"]).rollout == HFRollout(group_size=4)
+    assert load(["--rollout.engine", "hf"]).rollout == HFRollout(group_size=PRESET.rollout.group_size)
     path = toml(f"{VLLM}\nrollout.block_size = 16\nrollout.group_size = 3")
     assert load(["--config", path, "--rollout.engine=hf"]).rollout == HFRollout(group_size=3)
     path = toml(f'base = "smollm2-cpu"\n{HF}')
     config = load(["--config", path])
-    assert config.rollout == HFRollout(group_size=4)
+    assert config.rollout == HFRollout(group_size=PRESET.rollout.group_size)
     assert load(["--config", toml(dump(config))]) == config
     assert load(["--config", path, "--rollout.engine=vllm", "--rollout.block_size=16"]).vllm.block_size == 16
 
@@ -541,10 +570,19 @@ def test_loading_settings_imports_no_torch() -> None:
     [
         (["algorithm.discriminator_steps=2", "algorithm.discriminator_every=2"], "leave one of them at 1"),
         (["algorithm.critic_warmup=2", "algorithm.student_warmup=false"], "never does: set one of them back"),
-        (["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false"], "would update nothing"),
+        (
+            ["algorithm.critic_warmup=2", "algorithm.discriminator_warmup=false", "algorithm.student_warmup=true"],
+            "would update nothing",
+        ),
         (["gate.enabled=true", "algorithm.discriminator_warmup=false"], "keeps from learning"),
         (["gate.enabled=true", "data.eval=none"], "gate.enabled needs held-out prompts"),
         (["convergence.enabled=true", "data.eval=none"], "convergence.enabled needs held-out prompts"),
+        (["curriculum.every=2", "data.eval=none"], "curriculum.every = 2 needs held-out prompts"),
+        (["curriculum.end_sft=true"], "curriculum.end_sft read what a look"),
+        (
+            ["curriculum.every=2", "curriculum.end_warmup=true", "algorithm.discriminator_warmup=false"],
+            "set one of them",
+        ),
         (["gate.low=0.9", "gate.high=0.9"], "leave no accuracy between them"),
         (["discriminator.label_smoothing=0.5"], "discriminator.label_smoothing = 0.5"),
         (["discriminator.margin_cap=0"], "discriminator.margin_cap = 0"),
@@ -564,11 +602,13 @@ def test_the_papers_settings_stay_the_defaults() -> None:
     for name in presets():
         config = load(["--preset", name])
         algorithm, judge = config.algorithm, config.discriminator
-        assert algorithm.student_warmup and algorithm.discriminator_warmup and not algorithm.freeze_discriminator
+        # The default job's student has its cross-entropy before the warmup.
+        assert algorithm.student_warmup or (name in DEFAULT_JOB and config.schedule.has_sft)
+        assert algorithm.discriminator_warmup and not algorithm.freeze_discriminator
         assert (algorithm.discriminator_steps, algorithm.discriminator_every) == (1, 1)
         assert algorithm.advantage_std_floor == 1e-6
         assert (judge.label_smoothing, judge.margin_cap) == (0, None)
-        assert not config.gate.enabled and not config.convergence.enabled
+        assert not config.gate.enabled and not config.convergence.enabled and not config.curriculum.every
 
 
 @pytest.mark.parametrize(

@@ -484,12 +484,30 @@ def test_out_of_memory_is_told_with_the_holders(monkeypatch, error: Exception) -
         raise RuntimeError("another")
 
 
-def test_the_base_under_adapters_never_moves(monkeypatch) -> None:
+def test_the_base_under_adapters_stays_where_the_sampler_computes_with_it(monkeypatch) -> None:
     """Every state needs it: where others wait in a tier it stays, and is counted in every state."""
     machine = Machine(monkeypatch)
+    machine.memory.shared = True
     base = torch.zeros(1000)
     address = base.data_ptr()
     machine.memory.add("base.parameters", lambda: [base])
     for state in ("student", "synchronise", "rollout", "rest"):
         machine.enter(state)
         assert machine.memory.ledger.held["base.parameters"] == 4000 and base.data_ptr() == address
+
+
+def test_the_base_under_adapters_is_away_while_a_sampler_has_its_own(monkeypatch) -> None:
+    """And is stored once: nobody changes it."""
+    machine = Machine(monkeypatch, prefetch=False)
+    # As few bits are: of several dtypes.
+    base = [torch.arange(16, dtype=torch.uint8), torch.arange(4.0)]
+    machine.memory.add("base.parameters", lambda: base, frozen=True)
+    with machine.memory.there("base.parameters", "student.parameters"):
+        assert base[0].sum() == 120
+    assert base[0].numel() == 0
+    assert "base.parameters in" in machine.enter("student_update")
+    assert "base.parameters out" not in machine.enter("synchronise")
+    assert "base.parameters out" not in machine.enter("rollout") and base[0].numel() == 0
+    for state in ("discriminator", "reference", "student", "rest"):
+        machine.enter(state)
+        assert base[0].tolist() == list(range(16)) and base[1].tolist() == [0, 1, 2, 3]

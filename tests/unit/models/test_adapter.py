@@ -14,11 +14,13 @@ from gadcore.data.groups import GroupedBatch
 from gadcore.errors import UserError
 from gadcore.kernels import lora_gated_mlp
 from gadcore.kernels.lora_linear import LoRALinear, is_adapters, lora_linear, lora_linear_reference
-from gadcore.models import backbone
+from gadcore.kernels.quantised_linear import layers_of_bits
+from gadcore.models import adapter, backbone
 from gadcore.models.adapter import adapted_layers, add_adapter, base_parameters, own_parameters
 from gadcore.models.shared_base import shares_base
 from gadcore.rollout.engine import SampleRequest
 from gadcore.rollout.hf import HFEngine
+from gadcore.rollout.weights import PlainWeights
 from tests.support.adapters import merged, on_base, scorer_on, tiny_base
 from tests.support.builders import TEMPLATE, assert_same_gradients, gradients, groups
 from tests.support.tiny import tiny_model
@@ -75,12 +77,14 @@ def test_the_gated_mlp_equals_its_three_layers() -> None:
         torch.testing.assert_close(ours, t.grad, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["off", "selective", "full"])
-def test_in_float32_every_mode_gives_the_gradients_of_float64(mode) -> None:
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("off", "none"), ("selective", "none"), ("full", "none"), ("off", "nf4"), ("selective", "int8")]
+)
+def test_in_float32_every_mode_gives_the_gradients_of_float64(mode, kept) -> None:
     """Where gated MLPs are one function, and where results of products are kept (an addition in place would break)."""
     batch = groups(3, 3)
     roles = {
-        dtype: on_base(tiny_base("llama", dtype), dtype=dtype, mode=m, kl_coef=0.0)
+        dtype: on_base(tiny_base("llama", dtype, kept=kept), dtype=dtype, mode=m, kl_coef=0.0)
         for dtype, m in ((torch.float32, mode), (torch.float64, "off"))
     }
     for student, discriminator in roles.values():
@@ -149,6 +153,14 @@ def test_the_engine_of_hugging_face_samples_with_the_students_adapter_after_a_pa
     assert ours == theirs and ours != other
 
 
+def test_the_engine_of_hugging_face_knows_its_model_on_a_base_in_few_bits() -> None:
+    one, other = (on_base(tiny_base("llama", torch.float32, kept="nf4"), dtype=torch.float32)[0] for _ in range(2))
+    engine = HFEngine(Config(), "", one.model, TEMPLATE)
+    engine.update_weights(PlainWeights(one.model))
+    with pytest.raises(RuntimeError, match="samples from the model it was built with"):
+        engine.update_weights(PlainWeights(other.model))
+
+
 @pytest.mark.native
 def test_layers_with_adapters_are_pruned_and_fused() -> None:
     for learner in on_base(tiny_base("llama", torch.float32), dtype=torch.float32):
@@ -184,6 +196,52 @@ def test_no_gradient_of_the_base_is_ever_made(dtype) -> None:
         student.grpo_backward(batch, [[0.0, 1.0, 2.0]] * 3)
     assert not shapes & made.shapes and not {s[::-1] for s in shapes} & made.shapes
     assert all(p.grad is None for p in frozen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["off", "selective"])
+def test_no_backward_pass_keeps_a_matrix_that_was_made_of_few_bits(dtype, mode) -> None:
+    batch = groups(3, 3)
+    student, _ = on_base(tiny_base("qwen2", dtype, kept="nf4"), dtype=dtype, mode=mode, kl_coef=0.0, targets="q_proj")
+    shapes = {(layer.out_features, layer.in_features) for layer in layers_of_bits(student.model).values()}
+    kept: set[tuple[int, ...]] = set()
+
+    def keep(tensor):
+        kept.add(tuple(tensor.shape))
+        return tensor
+
+    made = _NewShapes(())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), made:
+        student.seqkd_backward(batch)
+    # They are made, and none of them waits for the backward pass.
+    assert shapes <= made.shapes and not {*shapes, *(s[::-1] for s in shapes)} & kept
+
+
+def test_few_bits_have_the_cost_of_the_matrices_they_stand_for() -> None:
+    """Packed groups are cut by it: as they are cut without."""
+    costs = [backbone.cost_of(tiny_base("llama", torch.float32, kept=k)._model) for k in ("none", "int8", "nf4")]
+    assert costs[0] == costs[1] == costs[2]
+
+
+def test_four_bits_on_a_gpu_without_their_package_are_told(monkeypatch) -> None:
+    settings = StudentSettings(adapter="lora", adapter_base="nf4")
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"student.adapter_base = nf4 needs the package bitsandbytes on a GPU: pip "):
+        adapter.loaded_on(settings, torch.device("cuda"), "student")
+    # Quantised where there is room for all of it.
+    monkeypatch.setattr(adapter, "find_spec", lambda name: object())
+    assert adapter.loaded_on(settings, torch.device("cuda"), "student") == torch.device("cpu")
+    assert adapter.loaded_on(StudentSettings(adapter="lora"), torch.device("cuda"), "student").type == "cuda"
+
+
+def test_a_matrix_that_has_no_four_bits_is_told() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.o_proj = torch.nn.Linear(63, 64)
+    settings = DiscriminatorSettings(adapter="lora", adapter_base="nf4")
+    with pytest.raises(
+        UserError, match=r"discriminator.adapter_base = nf4 .* model.layers.1.self_attn.o_proj has rows"
+    ):
+        adapter.quantise_base(model, settings, torch.device("cpu"), "discriminator")
 
 
 def test_steps_reach_every_adapter_and_leave_the_base_alone() -> None:
@@ -264,6 +322,9 @@ def test_who_shares_a_base() -> None:
     assert not shares_base(student, scorer, same_model=False)
     assert not shares_base(StudentSettings(), scorer, same_model=True)
     assert not shares_base(student, DiscriminatorSettings(**lora, autocast="bfloat16"), same_model=True)
+    few = DiscriminatorSettings(**lora, adapter_base="nf4")
+    assert not shares_base(student, few, same_model=True)
+    assert shares_base(StudentSettings(**lora, adapter_base="nf4"), few, same_model=True)
 
 
 def test_under_autocast_adapters_are_float32_on_a_base_in_bfloat16() -> None:

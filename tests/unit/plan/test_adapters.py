@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gadcore.config.adapter import LoRA, lora_of
 from gadcore.config.loading import load
+from gadcore.config.settings import StudentSettings
+from gadcore.kernels.quantised_linear import layers_of_bits
 from gadcore.memory.holdings import NEEDS
-from gadcore.models.adapter import add_adapter, base_parameters, own_parameters
+from gadcore.models.adapter import add_adapter, base_parameters, own_parameters, quantise_base
 from gadcore.plan.dimensions import find_config, read_dimensions
 from gadcore.plan.disk import disk_of
 from gadcore.plan.memory import Choice, holdings, state_memory
-from gadcore.plan.roles import adapter_entries
+from gadcore.plan.planning import make_plan
+from gadcore.plan.roles import adapter_entries, role_of
+from gadcore.plan.time import Pass, pass_seconds
 from tests.support.plan_cases import preset_case
 
 H100 = "h100-80gb-x1"
@@ -37,13 +43,13 @@ def test_entries_are_those_of_the_real_model(targets) -> None:
     assert sum(p.numel() for p in base_parameters(model).values()) == whole
 
 
-def test_the_base_is_held_once_by_every_state() -> None:
+def test_the_base_is_held_once_by_every_state_but_that_of_a_sampler_with_its_own() -> None:
     case = preset_case("qwen2.5-14b-lora", H100)
     choice = Choice("full", 4096, 1e9)
     base = 2.0 * case.student.parameters
     assert lora_of(case.config.student) == LoRA(64, 128.0)
     for state in NEEDS:
-        assert state_memory(case, choice, state).held["base.parameters"] == base
+        assert state_memory(case, choice, state).held.get("base.parameters", 0) == base * (state != "rollout")
     sizes = holdings(case, choice)
     # float32 A and B, their gradients and both moments; the reference is a copy of A and B.
     a = 4.0 * adapter_entries(case.student, LoRA(64, 128.0))
@@ -52,6 +58,51 @@ def test_the_base_is_held_once_by_every_state() -> None:
     assert sizes["discriminator.parameters"] == a + 4 * case.student.hidden
     # vLLM's copy of the base on CUDA.
     assert sizes["engine.weights"] == base
+
+
+@pytest.mark.parametrize("kept", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-3B-Instruct"])
+def test_bytes_of_a_base_in_few_bits_are_those_of_the_real_model(name, kept) -> None:
+    config = AutoConfig.from_pretrained(str(find_config(name)))
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2] if config.layer_types else None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    d = read_dimensions(name)
+    left_out = sum(p.numel() for p in model.model.layers[0].parameters()) * (d.layers - 2)
+    settings = StudentSettings(adapter="lora", autocast="bfloat16", adapter_base=kept)
+    quantise_base(model, settings, torch.device("meta"), "student")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gadcore.kernels.lora_linear.LoRALinear.draw", lambda self, generator: None)
+        add_adapter(model, LoRA(16, 32.0), torch.float32, owner="student")
+    role = role_of(replace(d, layers=2), settings, "student", d.parameters - left_out)
+    assert sum(p.nbytes for p in base_parameters(model).values()) == role.frozen
+    widest = max(layer.in_features * layer.out_features for layer in layers_of_bits(model).values())
+    assert role.made == widest and 0 < role.few < sum(p.numel() for p in model.parameters()) * 2
+
+
+def test_a_7b_trains_on_a_card_of_24_gb_with_a_base_in_4_bits() -> None:
+    case = preset_case("qwen2.5-7b-qlora", "rtx4090-24gb")
+    found = make_plan(case)
+    assert found.fits
+    states = found.memory
+    base = states["student"].held["base.parameters"]
+    assert 5.4e9 < base < 5.7e9
+    # vLLM has a copy in bfloat16, beside which there is no room for the trainer's while it samples.
+    assert "base.parameters" not in states["rollout"].held
+    assert states["rollout"].held["engine.weights"] == 2 * case.student.parameters
+    whole = preset_case("qwen2.5-7b-lora", "rtx4090-24gb")
+    assert not make_plan(whole).fits
+    made = states["student"].working["a matrix made whole"]
+    assert made == 2 * case.student.hidden * case.student.mlp
+
+
+def test_making_matrices_whole_takes_time() -> None:
+    few, plain = (preset_case("qwen2.5-7b-lora", H100, "--student.adapter_base", kept) for kept in ("nf4", "none"))
+    work = Pass(1e5, 1e7, 0, 0, True)
+    choice = Choice("full", 4096, 1e9)
+    seconds = [pass_seconds(case, choice, case.student, "student", work) for case in (few, plain)]
+    # 25 micro-batches, three passes, 3 bytes for each of 6.5e9 entries at 2.7e12 bytes/s.
+    assert seconds[0] - seconds[1] == pytest.approx(25 * 3 * 3 * 6.525e9 / (0.8 * 3.35e12), rel=0.01)
 
 
 def test_two_bases_are_two() -> None:

@@ -39,13 +39,16 @@ def _means(config: Config) -> tuple[float, float]:
     return min(110.0, config.data.max_prompt_tokens / 2), min(320.0, config.data.max_response_tokens / 2)
 
 
+WHOLE = ["--student.adapter", "none", "--discriminator.adapter", "none"]
+
+
 def fitted(*arguments: str, stages=STAGES) -> Fitted:
     config = load(arguments)
     return fit(config, config.student.model, groups(3), stages)
 
 
 def test_a_run_that_fits_stays_as_it_is(monkeypatch) -> None:
-    config = load([])
+    config = load([*WHOLE, "--algorithm.kl_coef", "0.001"])
     same = fit(config, config.student.model, groups(3), STAGES)
     assert same.config == config and same.notes == []
     assert len(same.lines) == 9 and all(line.startswith("memory, predicted, ") for line in same.lines)
@@ -57,9 +60,15 @@ def test_a_run_that_fits_stays_as_it_is(monkeypatch) -> None:
 @pytest.mark.parametrize("figures", [{}, GB24], ids=["80 GB", "24 GB"])
 def test_every_preset_fits_or_is_refused_with_advice(monkeypatch, name, figures) -> None:
     on_gpu(monkeypatch, **figures)
-    fits = {"smollm2-gpu", "smollm2-cpu", "qwen2.5-3b-lora", *([] if figures else ["qwen2.5-3b", "llama-3.2-3b"])}
+    fits = {
+        "smollm2-gpu",
+        "smollm2-cpu",
+        "qwen2.5-3b-lora",
+        "qwen2.5-3b-qlora",
+        *([] if figures else ["qwen2.5-3b", "llama-3.2-3b"]),
+    }
     if not figures:
-        fits |= {name for name in presets() if name.endswith("-lora")}
+        fits |= {name for name in presets() if name.endswith(("-lora", "-qlora"))}
     if name in fits | {"paper", "soda"}:
         done = fitted("--preset", name)
         assert done.config.schedule.activation_checkpointing != "auto" and done.lines

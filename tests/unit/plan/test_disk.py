@@ -14,14 +14,16 @@ from gadcore.plan.dimensions import read_dimensions
 from tests.support.runs import run, tiny_arguments
 
 SMOL = "smollm2-135m-instruct"
+WHOLE = ["--student.adapter", "none", "--discriminator.adapter", "none"]
 
 
 def test_the_default_job() -> None:
-    found = disk.predict(load([]), SMOL, {"warmup": 10, "gad": 8})
-    assert found is not None
+    found, adapters = (disk.predict(load(given), SMOL, {"warmup": 10, "gad": 8}) for given in (WHOLE, []))
+    assert found is not None and adapters is not None
+    assert adapters.checkpoint < found.checkpoint / 20
     # Weights and two moments of two models of 134.5 million parameters in float32.
     assert found.checkpoint == pytest.approx(2 * 3 * 4 * 134.515e6, rel=0.01)
-    assert found.checkpoints == 1 and found.peak > found.left > found.checkpoint
+    assert found.checkpoints == 2 and found.peak >= found.left > found.checkpoint
     assert f"about {found.left / 1e9:.1f} GB" in found.sentence()
 
 
@@ -39,12 +41,12 @@ def test_checkpoints_that_stay(every: int, keep: int, steps: tuple[int, int], ke
 
 def test_seqkd_and_smaller_items_take_less() -> None:
     d = read_dimensions(SMOL)
-    whole = disk.disk_of(load(["--algorithm.kl_coef", "0"]), d, d, (4,))
-    alone = disk.disk_of(load([]), d, None, (4,))
-    half = disk.disk_of(load(["--student.dtype", "bfloat16"]), d, None, (4,))
+    whole = disk.disk_of(load([*WHOLE, "--algorithm.kl_coef", "0"]), d, d, (4,))
+    alone = disk.disk_of(load(WHOLE), d, None, (4,))
+    half = disk.disk_of(load([*WHOLE, "--student.dtype", "bfloat16"]), d, None, (4,))
     assert whole.models == alone.models + 4 * d.scalar_parameters
     assert alone.models == 2 * half.models == 4 * d.parameters
-    with_reference = disk.disk_of(load(["--algorithm.kl_coef", "0.1"]), d, d, (4,))
+    with_reference = disk.disk_of(load([*WHOLE, "--algorithm.kl_coef", "0.1"]), d, d, (4,))
     assert with_reference.models == whole.models + 4 * d.parameters
 
 

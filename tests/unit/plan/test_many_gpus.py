@@ -82,7 +82,7 @@ def test_a_number_of_gpus_is_a_machine(capsys, monkeypatch) -> None:
 def test_the_processes_of_a_cpu_share_its_memory() -> None:
     machine = cpu("a CPU", 16e9).with_ranks(4)
     assert machine.figures["memory_bytes"] == 4e9 and machine.ranks == 4 and "4 processes" in machine.name
-    config = loading.load([])
+    config = loading.load(["--student.adapter", "none", "--discriminator.adapter", "none"])
     alone, _ = build_case(config, PlanSettings(), 1)
     four, _ = build_case(config, PlanSettings(), 1, processes=4)
     assert four.machine.figures["memory_bytes"] == pytest.approx(alone.machine.figures["memory_bytes"] / 4)

@@ -103,15 +103,18 @@ def test_activations_follow_the_mode_and_the_micro_batch() -> None:
     assert part_tokens(case, 1024, True) == 2048 + 1536 and part_tokens(case, 1024, False) == 2048 + 2 * 1536
 
 
+WHOLE = ("--student.adapter", "none", "--discriminator.adapter", "none", "--rollout.group_size", "4")
+
+
 def test_gradients_come_as_activations_go_in_a_single_micro_batch() -> None:
-    case = preset_case("smollm2-cpu", "here")
+    case = preset_case("smollm2-cpu", "here", *WHOLE)
     tokens, gradients = case.work.discriminator_tokens, 4 * case.discriminator.scalar_parameters
     last = tokens * (4 * (576 + 128) + 12)
     malloc = peak(case, Choice("off", 4096, 0.0))["discriminator"]
     # What activations leave is not given back while the pass goes on. Norms and gated activations are not among them.
     again = 4 * (2 * 576 + 1536)
     assert malloc.working["activations and head"] == pytest.approx((33836 - again) * 30 * tokens + last, rel=1e-6)
-    gpu = replace(case, machine=preset_case("smollm2-cpu", "h100-80gb-x1").machine)
+    gpu = replace(case, machine=preset_case("smollm2-cpu", "h100-80gb-x1", *WHOLE).machine)
     one, many = (peak(gpu, Choice("off", cut, 0.0))["discriminator"] for cut in (4096, 256))
     assert one.held == many.held
     # The fullest moment is that of all activations, before the first gradient. The last layer keeps its input, the norm

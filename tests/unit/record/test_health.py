@@ -114,6 +114,12 @@ def test_a_sampler_that_is_as_far_off_as_ever_does_not_drift() -> None:
     assert watched(rows).episodes == []
 
 
+def test_samples_of_older_weights_must_have_other_log_probs() -> None:
+    rows = [row | {"sampler/kl": 1e-3 * i, "sampler/logprob_diff_mean": 0.1} for i, row in enumerate(healthy())]
+    assert {e.warning.title.split()[-1] for e in watched(rows).episodes} == {"disagree", "apart"}
+    assert watched([row | {"sampler/staleness": 1} for row in rows]).episodes == []
+
+
 @pytest.mark.parametrize(
     "key", ["reward/length_corr", "reward/finished_corr", "length/cut_share", "samples/repetition"]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from statistics import fmean
 from typing import Any
 
@@ -10,7 +11,7 @@ from gadcore.measure.power import rows_needed
 from gadcore.report import findings
 from gadcore.report.findings import HEADLINES
 
-BASE = {"rouge_l": 0.2, "style": 0.7, "repeated": 0.1, "distinct_2": 0.9, "cut_share": 0.05}
+BASE = {"rouge_l": 0.2, "style": 0.7, "word_range": 0.6, "repeated": 0.1, "distinct_2": 0.9, "cut_share": 0.05}
 
 
 def answers(seed: int, noise: float = 0.05, count: int = 60, **changed: float) -> list[dict[str, Any]]:
@@ -45,8 +46,40 @@ def test_so_many_measures_do_not_lead_by_chance() -> None:
     wrong = [
         not told(before=answers(i), after_gad=answers(1000 + i))[0].startswith("Held-out ROUGE-L") for i in range(200)
     ]
-    assert sum(wrong) <= 18  # of 10 expected; each of the four alone at 95 % would say so in 38
-    assert len(HEADLINES) == 5
+    assert sum(wrong) <= 18  # of 10 expected; each of the five alone at 95 % would say so in 45
+    assert {path[0] for path in HEADLINES} == set(BASE)
+
+
+def test_the_first_sentence_is_what_gad_did_where_stages_came_before_it() -> None:
+    before, sft = answers(1), answers(2, rouge_l=0.4, style=0.85)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85, repeated=0.0))
+    assert said[0].startswith(
+        "GAD made the student better: on 60 held-out prompts the share of responses that say a 3-gram twice fell from "
+    )
+    assert re.search(r"fell from 1?\d\.\d % to -?\d\.\d % \(−\d+\.\d ± \d\.\d pp\)\.$", said[0])
+    assert "ROUGE-L" not in said[0] and said[1].startswith("Held-out ROUGE-L rose") and "by SFT" in said[1]
+
+
+def test_the_first_sentence_says_plainly_that_gad_made_nothing_better() -> None:
+    before, sft = answers(1), answers(2, rouge_l=0.4, style=0.85)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85))
+    assert said[0] == "GAD made nothing better that 60 held-out prompts can show, and nothing worse."
+    assert said[1].startswith("Held-out ROUGE-L rose")
+    shorter = answers(3, rouge_l=0.4, style=0.85, word_range=0.3)
+    said = told(before=before, after_sft=sft, after_gad=shorter)
+    assert said[0].startswith(
+        "GAD made nothing better that 60 held-out prompts can show; worse on 60 held-out prompts: "
+    )
+    assert "the share of responses as long as the teacher's fell from " in said[0]
+    mixed = answers(3, rouge_l=0.4, style=0.85, word_range=0.3, distinct_2=0.99)
+    said = told(before=before, after_sft=sft, after_gad=mixed)
+    assert re.match(r"GAD made the student better: on 60 .* distinct-2 rose .*\. But worse on 60 .* fell from", said[0])
+
+
+def test_of_gad_nothing_is_said_by_rows_that_do_not_show_it() -> None:
+    one = told(before=answers(1, count=1), after_sft=answers(2, count=1), after_gad=answers(3, count=1))
+    assert not any("GAD made" in sentence for sentence in one)
+    assert not any("GAD made" in s for s in told(before=answers(1), after_sft=answers(2), after_warmup=answers(3)))
 
 
 def test_what_the_prompts_could_have_shown_and_how_many_it_takes() -> None:

@@ -340,11 +340,12 @@ def test_help_says_what_report_takes(capsys) -> None:
 def test_every_number_of_the_metrics_has_a_curve() -> None:
     rows = metrics(**{"memory/new_gib": 3.0, "student/loss": 0.1, "new/figure": 1})
     names = {s.name for group in groups_of(rows) for chart in group.charts for s in chart.series}
-    assert {"memory/new_gib", "new/figure", "accuracy", "loss"} <= names
+    assert {"memory/new_gib", "new/figure", "training batches", "loss"} <= names
 
 
 def test_the_figures_of_steps_and_machine_have_charts_that_say_how_to_read_them() -> None:
-    keys = ["convergence/accuracy", "reward/finished_corr", "reward/finished_gap", "samples/repetition",
+    keys = ["convergence/accuracy", "heldout/accuracy", "heldout/train_accuracy", "heldout/ce",
+            "reward/finished_corr", "reward/finished_gap", "samples/repetition",
             "machine/cpu_load", "machine/rss_gib", "machine/major_faults", "machine/minor_faults", "machine/energy_j",
             "machine/gpu_util", "machine/gpu_memory_used_gib", "machine/gpu_power_w", "machine/gpu_sm_clock_mhz",
             "machine/gpu_throttled_share", "machine/gpu_energy_j", "energy/j_per_sampled_token", "memory/moving_s",
@@ -457,15 +458,16 @@ def measured(rouge_l: float, repeated: float, seed: int) -> list[dict[str, Any]]
     return rows
 
 
-def first_sentence(**evaluations: list[dict[str, Any]]) -> str:
+def sentences(**evaluations: list[dict[str, Any]]) -> list[str]:
     figures = {name: {"rouge_l": fmean(row["rouge_l"] for row in rows)} for name, rows in evaluations.items()}
-    return findings.verdict(figures, evaluations)[0]
+    return findings.verdict(figures, evaluations)
 
 
-def test_the_first_sentence_says_what_changed_and_by_which_stage() -> None:
-    said = first_sentence(
+def test_the_first_sentences_say_what_changed_and_by_which_stage() -> None:
+    gad, said, *_ = sentences(
         before=measured(0.15, 0.08, 1), after_sft=measured(0.22, 0.08, 2), after_gad=measured(0.22, 0.02, 3)
     )
+    assert gad.startswith("GAD made the student better: on 40 held-out prompts the share of responses that say a 3-")
     assert re.match(r"Held-out ROUGE-L rose from 0.15\d to 0.22\d \(\+0.0\d+ ± .*, by SFT\); ", said)
     assert re.search(r"; the share of responses that say a 3-gram twice fell from 8.\d % to 2.\d % \(−", said)
     assert said.endswith(", by GAD).")
@@ -473,7 +475,7 @@ def test_the_first_sentence_says_what_changed_and_by_which_stage() -> None:
 
 def test_the_first_sentence_without_a_change_of_rouge_l() -> None:
     quiet, same = measured(0.2, 0.08, 1), measured(0.2, 0.08, 2)
-    assert first_sentence(before=quiet, after_gad=same).startswith("Held-out ROUGE-L did not change measurably")
-    said = first_sentence(before=quiet, after_gad=measured(0.2, 0.02, 3))
+    assert sentences(before=quiet, after_gad=same)[0].startswith("Held-out ROUGE-L did not change measurably")
+    said = sentences(before=quiet, after_gad=measured(0.2, 0.02, 3))[0]
     assert said.startswith("Held-out the share of responses that say a 3-gram twice fell from 8")
     assert "; ROUGE-L did not change measurably" in said

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from gadcore.kernels.bits import row_sums
 from gadcore.rollout.vllm_weights import Slice, map_weights
-from gadcore.rollout.weights import row_sums
 from tests.support.tiny import tiny_model
 
 

@@ -10,7 +10,7 @@ import torch
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.memory.colocation import Colocation
-from gadcore.rollout.engine import ENGINES, Engine, WeightsLost, engine_class, make_engine
+from gadcore.rollout.engine import ENGINES, Engine, Pending, WeightsLost, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights, checksums, fingerprint
 from tests.support.builders import TEMPLATE, groups
@@ -131,6 +131,64 @@ def test_the_probe_looks_where_it_is_due_in_the_trainers_state(echo) -> None:
     assert echo.log[-3:] == ["generate", "enter student", "probe of 3, 3"]
     made.draw(groups(3, 0), 4, "gad/2")
     assert echo.log[-1] == "generate"
+
+
+class Beside(Echo):
+    """Has what it begins when it is asked for it."""
+
+    def begin(self, requests, *, temperature, max_tokens):
+        self.log.append(f"begin {len(requests)}")
+        return Asked(self, [[Response("x", r.prompt_ids[:max_tokens], False, (0.0,) * 3)] * r.n for r in requests])
+
+
+class Asked(Pending):
+    def __init__(self, engine: Beside, drawn) -> None:
+        self._engine, self._drawn = engine, drawn
+
+    def responses(self, places):
+        self._engine.log.append(f"responses {list(places)}")
+        return [self._drawn[place] for place in places]
+
+    def wait(self) -> None:
+        self._engine.log.append("wait")
+
+
+def test_what_is_begun_ends_before_the_weights_are_updated_again() -> None:
+    engine = Beside(Config(), "", tiny_model(), TEMPLATE)
+
+    @contextmanager
+    def states(name):
+        engine.log.append(f"enter {name}")
+        yield
+
+    made = sampler(engine, states=states, probe=Looks(engine.log, False, True, False))
+    batch = groups(5, 0)
+    pending = made.begin(batch, 4, "gad/2")
+    begun = ["enter synchronise", "wake weights", "update", "enter rollout", "wake kv_cache"]
+    assert ["update" if entry.startswith("update") else entry for entry in engine.log] == [*begun, "begin 5"]
+    engine.log.clear()
+    made.give(batch, made.awaited(pending, range(5)))
+    assert engine.log == ["enter rollout", "responses [0, 1, 2, 3, 4]"]
+    assert all(len(group.samples) == 4 for group in batch)
+    engine.log.clear()
+    # The probe's samples are drawn before, and looked at while the batch is drawn.
+    made.begin(batch, 4, "gad/3")
+    assert engine.log[:3] == ["enter rollout", "wait", "enter synchronise"]
+    assert engine.log[-5:] == ["wake kv_cache", "generate", "begin 5", "enter student", "probe of 4, 4"]
+    assert set(engine.seeds) < {request.seed for request in made.requests(batch, 4, "gad/3")}
+    engine.log.clear()
+    made.draw(batch, 4, "evaluation")
+    assert engine.log[:3] == ["enter rollout", "wait", "enter synchronise"] and engine.log[-1] == "generate"
+
+
+def test_an_engine_with_the_trainers_devices_has_all_of_it_at_once(echo) -> None:
+    made = sampler(echo)
+    batch = groups(3, 0)
+    pending = made.begin(batch, 4, "gad/2")
+    assert echo.log[-1] == "generate" and not type(echo).samples_elsewhere(Config(), "cpu")
+    made.give(batch, made.awaited(pending, range(3)))
+    made.draw(other := groups(3, 0), 4, "gad/2")
+    assert [group.samples for group in batch] == [group.samples for group in other]
 
 
 def test_a_device_that_others_share_wakes_a_part_once(echo, tmp_path) -> None:

@@ -110,7 +110,9 @@ class Rows(Records):
         self.messages.append(text)
 
 
-def trainer(tmp_path, *, schedule: dict | None = None, eval_samples: int = 1, **algorithm) -> Trainer:
+def trainer(
+    tmp_path, *, schedule: dict | None = None, curriculum: dict | None = None, eval_samples: int = 1, **algorithm
+) -> Trainer:
     """A whole run of tiny models in memory: no folder, no stand-ins."""
     steps = {"batch_size": 2, "warmup_steps": 1, "gad_steps": 2, "activation_checkpointing": "off"}
     config = Config.model_validate(
@@ -119,6 +121,7 @@ def trainer(tmp_path, *, schedule: dict | None = None, eval_samples: int = 1, **
             "rollout": {"engine": "hf", "group_size": 3},
             "schedule": {**steps, **(schedule or {})},
             "algorithm": algorithm,
+            "curriculum": curriculum or {},
             "checkpoint": {"every": 0},
         }
     )
@@ -218,4 +221,23 @@ def test_an_evaluation_draws_as_many_samples_as_it_is_told(tmp_path) -> None:
     run.evaluate("before")
     figures = run.progress.evaluations["before"]
     assert (figures["rows"], figures["samples"]) == (3, 3)
-    assert 0 <= figures["accuracy"] <= 1
+    assert "accuracy" not in figures, "nothing has trained the discriminator's head yet"
+    STAGES["warmup"](run)
+    run.evaluate("after_warmup")
+    assert 0 <= run.progress.evaluations["after_warmup"]["accuracy"] <= 1
+
+
+def test_a_student_that_stood_still_is_not_sampled_again(tmp_path) -> None:
+    drawn = []
+    for student_warmup in (False, True):
+        run = trainer(tmp_path, schedule={"sft_epochs": 1, "sft_steps": 1}, student_warmup=student_warmup)
+        draw, purposes = run.sampler.draw, []
+        run.sampler.draw = lambda g, n, why, draw=draw, p=purposes: (p.append(why), draw(g, n, why))  # type: ignore
+        for stage in ("sft", "warmup"):
+            STAGES[stage](run)
+            run.evaluate(f"after_{stage}")
+        drawn.append(purposes.count("evaluation"))
+        sft, warmup = (run.progress.evaluations[f"after_{stage}"] for stage in ("sft", "warmup"))
+        assert "accuracy" not in sft and "accuracy" in warmup
+        assert (sft["style_checks"] == warmup["style_checks"]) or student_warmup
+    assert drawn == [1, 2]

@@ -24,6 +24,8 @@ def test_gates_count_the_seeds_in_which_they_hold() -> None:
     assert gates.verdict({0: True}) == "reproduced (1 of 1 seeds)"
     assert gates.verdict({0: False}) == "did not reproduce (0 of 1 seeds)"
     assert gates.verdict(gates.outcomes(gate, [])) == "not run"
+    for held, word in ((10, "reproduced"), (8, "reproduced"), (7, "mixed"), (3, "mixed"), (2, "did not reproduce")):
+        assert gates.verdict({s: s < held for s in range(10)}) == f"{word} ({held} of 10 seeds)"
 
 
 def test_a_gate_that_compares_arms_needs_all_of_them() -> None:
@@ -60,3 +62,5 @@ def test_drawings_are_well_formed_and_keep_to_their_area() -> None:
 def test_the_command_refuses_what_it_does_not_have(capsys) -> None:
     assert command.main(["paper", "poetry"]) == 2
     assert "mixture, language, fresh" in capsys.readouterr().err
+    assert command.main(["paper", "language", "--arms", "gad,ppo"]) == 2
+    assert "no arm ppo of the language: there are before, seqkd, gad" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from bench.paper import language, language_runs, mixture, mixture_runs, toy
+from bench.paper import language, language_engine, language_runs, mixture, mixture_runs, toy
 from gadcore.config.settings import FreshSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, Response
 from gadcore.models.student import Student
@@ -129,6 +129,22 @@ def test_the_sampler_draws_from_the_student_by_a_requests_seed_alone() -> None:
         found = language_runs.log_q(student, [Group(group.prompt, s) for s in samples])
         assert [sum(s.logprobs) for s in samples] == pytest.approx(found, abs=1e-3)
         assert all(len(s.token_ids) <= 9 and s.finished == (s.token_ids[-1] == WORDS.end_id) for s in samples)
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(3, 4), (70, 1), (70, 2)])
+def test_the_languages_own_sampler_draws_what_the_model_itself_would(prompts, samples) -> None:
+    """Few prompts: by words at several positions at once; many: a token a sample."""
+    model = language.policy(WORDS, seed=0)
+    student_of(model)
+    groups = STYLES.groups(WORDS, prompts, 5, first=language.LETTERS)
+    requests = [SampleRequest(g.prompt.token_ids, samples, 10 + i) for i, g in enumerate(groups)]
+    slow, fast = (
+        engine(model, WORDS).generate(requests, temperature=1.0, max_tokens=language.LONGEST)
+        for engine in (toy.ToyEngine, language_engine.LanguageEngine)
+    )
+    assert [[s.token_ids for s in row] for row in slow] == [[s.token_ids for s in row] for row in fast]
+    for one, other in zip(itertools.chain(*slow), itertools.chain(*fast), strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_arms_that_share_a_warmup_begin_where_it_ended(monkeypatch) -> None:

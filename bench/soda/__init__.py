@@ -1,0 +1,1 @@
+"""SODA's step beside TRL's DPOTrainer."""
