@@ -312,10 +312,15 @@ def _suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {choice}?" if choice else ""
 
 
+def _bounded(message: str) -> str:
+    """A message that quotes a value, which may be of any length, with its beginning and its end."""
+    return message if len(message) <= 1000 else f"{message[:700]} .. {message[-200:]}"
+
+
 def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """One sentence for one validation error."""
     if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
+        message = _bounded(str(error["ctx"]["error"]))
         named = [f"{key}: {origin}" for key, origin in origins.items() if re.search(rf"{re.escape(key)}\b", message)]
         if not named and (key := ".".join(map(str, error["loc"][:2]))) in origins:
             named = [f"{key}: {origins[key]}"]

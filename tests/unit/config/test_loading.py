@@ -494,6 +494,12 @@ def test_presets_of_the_paper(name: str) -> None:
     assert config.data.train == "ytz20/LMSYS-Chat-GPT-5-Chat-Response"
 
 
+def test_a_long_value_makes_no_long_sentence() -> None:
+    sentence = error_of("--data.template_arguments", "9" * 5000)
+    assert sentence.startswith("data.template_arguments must be a table") and len(sentence) < 1200
+    assert sentence.endswith("(data.template_arguments: command line)")
+
+
 def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load(["--schedule.batch_size", "77", "--help"])
