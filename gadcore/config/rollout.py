@@ -45,19 +45,21 @@ class CommonRollout(Section):
         "it: to see what samples one step old cost.",
     )
 
+    def check(self, importance_cap: float | None) -> None:
+        """Raises ValueError where samples would be learned from as if they were of other weights, or come in no order.
 
-def check_drawing(rollout: CommonRollout, importance_cap: float | None) -> None:
-    """Raises ValueError where samples would be learned from as if they were of other weights, or come in no order."""
-    if rollout.ahead and importance_cap is None:
-        raise ValueError(
-            "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
-            "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
-        )
-    if rollout.ahead and rollout.parts > 1:
-        raise ValueError(
-            f"rollout.ahead = 1 has a batch before its step begins, rollout.parts = {rollout.parts} waits for it part "
-            "by part: leave one of them out"
-        )
+        importance_cap: of the algorithm.
+        """
+        if self.ahead and importance_cap is None:
+            raise ValueError(
+                "rollout.ahead = 1 learns from samples of the weights before the last update, which only importance "
+                "weights set right: set algorithm.importance_cap, for example to 2, or rollout.ahead = 0"
+            )
+        if self.ahead and self.parts > 1:
+            raise ValueError(
+                f"rollout.ahead = 1 has a batch before its step begins, rollout.parts = {self.parts} waits for it part "
+                "by part: leave one of them out"
+            )
 
 
 class VLLMSettings(CommonRollout):

@@ -28,14 +28,7 @@ from gadcore.config.kinds import (
     Share,
     anywhere,
 )
-from gadcore.config.rollout import (
-    BY_ENGINE,
-    HFRollout,
-    VLLMRollout,
-    VLLMServerRollout,
-    VLLMSettings,
-    check_drawing,
-)
+from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
 
 
 class RunSettings(Section):
@@ -346,7 +339,7 @@ class Config(Section):
                 "rollout.group_size = 1 leaves no group to compare with: every advantage would be 0 (0 / 0 when "
                 "algorithm.normalise_advantage is set): use 2 or more samples per prompt"
             )
-        check_drawing(self.rollout, self.algorithm.importance_cap)
+        self.rollout.check(self.algorithm.importance_cap)
         self._ablations()
         for name in ("student", "discriminator"):
             trained = getattr(self, name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
 
 from gadcore.measure.diversity import repetition
+from gadcore.memory.holdings import WORK_OF
 from gadcore.models.preference import PreferenceStats
 from gadcore.models.student import PolicyStats, SeqKDStats
 from gadcore.train.step import StepResult
@@ -61,6 +62,21 @@ def step_metrics(result: StepResult) -> dict[str, float]:
             trained += scores.tokens
     values["tokens/trained"] = trained
     return values
+
+
+def step_costs(
+    values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, meanwhile: bool
+) -> dict[str, float]:
+    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. meanwhile: of a sampler
+    that works beside the trainer the rollout's seconds are those that were waited for it, which are no rate."""
+    costs = {**memory, **{f"time/{name}": seconds for name, seconds in taken.items()}}
+    costs["time/total"] = sum(taken.values())
+    work = {**({} if meanwhile else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
+    for name, tokens in work.items():
+        seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
+        if seconds and f"tokens/{tokens}" in values:
+            costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
+    return costs
 
 
 def _sample_metrics(result: StepResult) -> dict[str, float]:

@@ -20,7 +20,6 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import Interrupted, UserError
 from gadcore.files import whole_folder
 from gadcore.memory.colocation import Colocation
-from gadcore.memory.holdings import WORK_OF
 from gadcore.models.discriminator import Discriminator, Scores
 from gadcore.models.learner import Learner
 from gadcore.models.score_shaping import shaped
@@ -32,7 +31,7 @@ from gadcore.train.ahead import drawing_of
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.drawing import Drawing
 from gadcore.train.heldout import Heldout
-from gadcore.train.metrics import sample_traits, step_metrics
+from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
 from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
@@ -213,7 +212,9 @@ class Trainer:
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        costs = self._costs(values)
+        costs = step_costs(
+            values, self.phases.take_step(), self.memory.take_step(), meanwhile=type(self._drawing) is not Drawing
+        )
         values |= self._look(result)
         self.records.step(place, values | costs)
         every = self.config.tracking.sample_every
@@ -225,21 +226,6 @@ class Trainer:
         due = bool(every) and progress.step % every == 0 and step != self._length(stage)
         if due or (best and best[0] == progress.step):
             self.save()
-
-    def _costs(self, values: dict[str, float]) -> dict[str, float]:
-        """Memory, seconds and rates of the step."""
-        taken = self.phases.take_step()
-        costs = self.memory.take_step()
-        costs |= {f"time/{name}": seconds for name, seconds in taken.items()}
-        costs["time/total"] = sum(taken.values())
-        # Where a sampler works meanwhile, the rollout's seconds are those that were waited for it.
-        drawn = {"rollout": "sampled"} if type(self._drawing) is Drawing else {}
-        work = {**drawn, **{model: model for model in WORK_OF}}
-        for name, tokens in work.items():
-            seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
-            if seconds and f"tokens/{tokens}" in values:
-                costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
-        return costs
 
     # Held-out prompts
 

@@ -141,7 +141,7 @@ def test_a_context_that_is_too_short_ends_in_a_sentence(served) -> None:
 def test_an_update_that_is_left_out_is_noticed(served, monkeypatch) -> None:
     def score(groups):
         trainer = Trainer.__new__(Trainer)
-        trainer.model = served.model
+        trainer.model = trainer.whole = served.model
         return trainer.score(groups)
 
     probe = Probe(score, every=1, dtype="float32")
@@ -236,7 +236,7 @@ def test_a_run_samples_one_step_ahead_and_goes_on_to_the_bit(tmp_path: Path) -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     stopped = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "stopped/metrics.jsonl"
-    while stopped.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5):
+    while stopped.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 4):
         time.sleep(0.02)
     stopped.send_signal(signal.SIGTERM)
     _, said = stopped.communicate(timeout=300)
@@ -245,7 +245,7 @@ def test_a_run_samples_one_step_ahead_and_goes_on_to_the_bit(tmp_path: Path) -> 
     done = run(["--run.dir", "stopped", "--resume", "auto"], tmp_path, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "stopped", tmp_path / "ahead")
-    assert [row["sampler/staleness"] for row in records(tmp_path / "ahead")] == [0, 1, 1, 0, 1, 1, 1]
+    assert [row["sampler/staleness"] for row in records(tmp_path / "ahead")] == [0, 1, 0, 1, 1, 1]
 
 
 def over_ranks(world: World, path: str) -> dict:

@@ -187,6 +187,7 @@ def measured(world: World, case: Case, layers: int | None = None) -> tuple[dict[
 
 
 @pytest.mark.by_hand
+@pytest.mark.timeout(3600)
 @pytest.mark.native
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_of_14b_takes_what_is_planned(world, monkeypatch, capsys) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.models.discriminator import Scores
 from gadcore.models.student import PolicyStats, SeqKDStats
-from gadcore.train.metrics import correlation, step_metrics
+from gadcore.train.metrics import correlation, step_costs, step_metrics
 from gadcore.train.step import StepResult
 
 
@@ -125,3 +125,13 @@ def test_a_seqkd_step_needs_no_samples() -> None:
 def test_correlation(a: list[float], b: list[float], expected: float) -> None:
     value = correlation(a, b)
     assert type(value) is float and value == pytest.approx(expected, abs=1e-12)
+
+
+def test_rates_are_of_the_phases_that_work_took() -> None:
+    taken = {"rollout": 2.0, "discriminator": 1.0, "student": 3.0, "student_update": 1.0}
+    tokens = {"tokens/sampled": 100, "tokens/student": 200}
+    costs = step_costs(tokens, taken, {"memory/x": 1.0}, meanwhile=False)
+    assert costs["memory/x"] == 1.0 and costs["time/total"] == 7.0 and costs["perf/rollout_tokens_per_s"] == 50.0
+    assert costs["perf/student_tokens_per_s"] == 50.0 and "perf/discriminator_tokens_per_s" not in costs
+    # Of a sampler that works meanwhile only the waiting is known.
+    assert "perf/rollout_tokens_per_s" not in step_costs(tokens, taken, {}, meanwhile=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from gadcore.train import phases as module
@@ -88,3 +90,26 @@ def test_every_phase_is_told_once_at_its_end_also_where_it_fails(clock: Clock) -
         clock.now += 3.0
         raise ZeroDivisionError
     assert spans == [("rollout", 100.0, 102.0), ("student", 112.0, 115.0)]
+
+
+def test_who_holds_the_device_keeps_it_while_another_phase_is_waited_for(clock: Clock) -> None:
+    class Memory:
+        entered: list[str] = []
+
+        def explained(self):
+            return nullcontext()
+
+        def enter(self, state: str) -> None:
+            self.entered.append(state)
+
+        def finish_work(self) -> None: ...
+
+    phases = Phases()
+    phases.memory = memory = Memory()  # type: ignore[assignment]
+    spend(phases, "discriminator", clock, 2.0)
+    with phases.without_state("rollout"):
+        clock.now += 3.0
+        with pytest.raises(RuntimeError, match="phase student begins inside phase rollout"), phases("student"):
+            pytest.fail("the inner phase began")
+    assert memory.entered == ["discriminator"]
+    assert phases.take_step() == {"rollout": 3.0, "discriminator": 2.0}
