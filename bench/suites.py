@@ -57,6 +57,11 @@ SUITES = {
         "SeqKD, SODA and GAD's variants from one start, at equal data and at equal seconds; hours, resumable",
         passes_on="settings",
     ),
+    "adapters": Suite(
+        "bench.adapters.suite",
+        "the GAD step with all weights trained, and with adapters on one base: seconds, memory, tokens per second",
+        threads=True,
+    ),
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,9 +45,13 @@ def environment(threads: int, *, native: bool = True) -> dict[str, str]:
 class Worker:
     """A side in a process of its own; ready when it is entered."""
 
-    def __init__(self, side: str, problem: Path, threads: int, findings: Path) -> None:
+    def __init__(
+        self, side: str, problem: Path, threads: int, findings: Path, *, process: Sequence[str] | None = None
+    ) -> None:
+        """process: its module and arguments, where it is no side of MODULES."""
         self.side = side
-        command = [sys.executable, "-m", MODULES[side], str(problem), str(threads), str(findings)]
+        arguments = [MODULES[side], str(problem), str(threads), str(findings)] if process is None else process
+        command = [sys.executable, "-m", *arguments]
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             command,

@@ -58,6 +58,7 @@ def test_sigkill_and_resume_with_vllm(tmp_path) -> None:
 
 
 @pytest.mark.by_hand
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_a_base_in_few_bits(tmp_path, capsys, engine) -> None:
     """Resumed to the bit, exported as it was saved, and refused where the base is kept in something else."""
