@@ -85,7 +85,7 @@ def test_help_names_the_command_and_needs_nothing(capsys) -> None:
         load(["--help"], CollectConfig)
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert "usage: python -m gadcore.run collect" in out and "--endpoint.price_input" in out
+    assert "usage: gadcore collect" in out and "--endpoint.price_input" in out
 
 
 def test_settings_import_neither_torch_nor_the_client() -> None:
