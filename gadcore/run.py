@@ -30,20 +30,29 @@ from gadcore.text import say
 if TYPE_CHECKING:
     from gadcore.train.job import Job
 
-TRAINING = ("train", "seqkd", "soda")
-
 
 class Command(NamedTuple):
     """usage: what may follow the name. function: "module:name", imported when it is asked for; it takes the arguments
     and, where `prepared`, prepare(settings), to be called before torch is loaded. "": a training run. own_help: it
-    knows --help itself, and lists settings or options."""
+    knows --help itself, and lists settings or options. details: what --help adds for one that does not."""
 
     usage: str
     summary: str
     function: str = ""
     prepared: bool = False
     own_help: bool = True
+    details: str = ""
 
+
+DOCTOR_D = """\
+  RUN_FOLDER       of a run with held-out rows (data.eval) and a discriminator; it need not have finished
+  --noise          trains two more discriminators of other seeds on the held-out pairs and compares their rewards;
+                   takes as long as two measurements of the convergence rule (convergence.steps)
+
+It reads the samples and scores of the last held-out evaluation and the metrics, and asks the discriminator that the run
+left, or that of its newest checkpoint: does one text get one score whoever wrote it, does the end marker decide, are
+rows that it was trained on known by heart, is it length that it scores. A line a check says what was found, and which
+setting mends it. The figures go into doctor-d.json and into the run's report. Exit code 1: something is wrong."""
 
 COMMANDS = {
     "train": Command("[settings]", "train a student; without a command this one is meant"),
@@ -83,12 +92,17 @@ COMMANDS = {
         "the table of the sheets that came back",
         "gadcore.evaluate.human_command:tally_main",
         own_help=False,
+        details="""\
+  KEY.json         which model stands on which side: sheet wrote it beside the page
+  ANSWERS.json     what a rater's page has saved; give all of them""",
     ),
     "report": Command(
         "[RUN_FOLDER] [OTHER_RUN_FOLDER]",
         f"write report.html of a run again (default {LATEST}), or two runs on one page",
         "gadcore.run:report_main",
         own_help=False,
+        details="""\
+Two folders: the page is report-beside-RUN.html in the second one, with the curves of both laid over each other.""",
     ),
     "export": Command(
         "RUN_FOLDER --out FOLDER [--step N] [--model student|discriminator]",
@@ -100,6 +114,7 @@ COMMANDS = {
         f"what is wrong with a run's discriminator, and the setting that mends it (default {LATEST})",
         "gadcore.run:doctor_d_main",
         own_help=False,
+        details=DOCTOR_D,
     ),
     "serve": Command(
         "[RUN_FOLDER] [--port N]", "the student behind vLLM's OpenAI server", "gadcore.evaluate.serve_command:main"
@@ -139,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = loading.nearest(command, COMMANDS)
             hint = f"did you mean {near}?" if near else f"use one of {', '.join(COMMANDS)}, or --help"
             raise UserError(f"unknown command {command!r}: {hint}")
-        if command not in TRAINING:
+        if command not in loading.TRAINING:
             if several_processes():
                 raise UserError(f"{command} is a command of one process: start it without torchrun")
             return _other(command, arguments)
@@ -154,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sentence(error: BaseException, command: str, signals: StopSignals | None) -> tuple[str, int] | None:
     """(what the user is told of what ended a command, the exit code); None for an error of the program."""
     # What goes on with a run that has begun is said where its folder is known (gadcore.record.run_folder).
-    goes_on = "give the same command again" if command in TRAINING else "the same command goes on"
+    goes_on = "give the same command again" if command in loading.TRAINING else "the same command goes on"
     stopped = 128 + ((signals and signals.received) or signal.SIGINT)
     if isinstance(error, UserError):
         return str(error), 2
@@ -210,7 +225,8 @@ def _other(name: str, arguments: list[str]) -> int:
     """A command that trains nothing."""
     command = COMMANDS[name]
     if not command.own_help and any(argument in HELP for argument in arguments):
-        print(f"gadcore {name} {command.usage}\n\n{command.summary[0].upper()}{command.summary[1:]}.")
+        details = f"\n\n{command.details}" if command.details else ""
+        print(f"gadcore {name} {command.usage}\n\n{command.summary[0].upper()}{command.summary[1:]}.{details}")
         return 0
     module, _, function = command.function.partition(":")
     call: Callable[..., int] = getattr(importlib.import_module(module), function)
@@ -251,7 +267,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
     arguments += _restarted(arguments)
     saved = _saved_config(arguments)
     default = loading.DEFAULT_PRESET if saved else default_preset(arguments)
-    config = loading.load(arguments, saved=saved, default=default)
+    config = loading.load(arguments, saved=saved, default=default, command=command)
     if default == GPU_PRESET and os.environ.get("RANK", "0") == "0":
         say(
             f"gadcore: no preset is named and there is a GPU: --preset {GPU_PRESET}; --run.device cpu means "
@@ -278,7 +294,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     from gadcore.doctor.command import at_start
     from gadcore.plan import disk
     from gadcore.plan.check import Fitted, fit
-    from gadcore.report.page import write_report
+    from gadcore.report.page import in_short, write_report
     from gadcore.train.ahead import check_elsewhere
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
@@ -338,6 +354,10 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
         if world.is_first:
             write_report(folder.path)
         trainer.records.finished(summary)
+        sentences = in_short(folder.path)[:2] if world.is_first else []
+    # Once the view is closed.
+    for sentence in sentences:
+        say(sentence)
     return 0
 
 

@@ -98,9 +98,9 @@ _TINY = {
     "student.grad_clip": 1.0, "discriminator.lr": 3e-3, "discriminator.grad_clip": 1.0,
     "algorithm.kl_coef": 0.0, "rollout.engine": "hf", "rollout.group_size": 8, "rollout.temperature": 1.0,
     "schedule.batch_size": 16, "schedule.micro_batch_tokens": 100_000,
-    "data.max_prompt_tokens": 8, "data.max_response_tokens": 10,
+    "data.max_prompt_tokens": 8, "data.max_response_tokens": 16,
 }  # fmt: skip
-_TINY_LENGTHS = Lengths(cross_entropy=500, discriminator=50, gad=200)
+_TINY_LENGTHS = Lengths(cross_entropy=300, discriminator=100, gad=300)
 
 RECIPES = {
     "house": Recipe(
@@ -113,7 +113,7 @@ RECIPES = {
         {**_SMOLLM2, "data.max_prompt_tokens": 256, "data.max_response_tokens": 128},
         samples=4, primary="style", core_minutes=90,
     ),
-    "orders": Recipe("designed: orders", TINY, _TINY_LENGTHS, _TINY, samples=8, primary="right", core_minutes=4),
+    "manners": Recipe("designed: manners", TINY, _TINY_LENGTHS, _TINY, samples=8, primary="right", core_minutes=4),
     "copies": Recipe("designed: copies", TINY, _TINY_LENGTHS, _TINY, samples=8, primary="right", core_minutes=4),
 }  # fmt: skip
 

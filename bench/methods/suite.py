@@ -96,7 +96,8 @@ class Comparison:
         student, discriminator = self.recipe.model, "student"
         if self.recipe.model == TINY:
             words = sorted({word for each in (data.TRAIN, *data.SETS) for word in _words(where / f"rows/{each}.jsonl")})
-            student = str(tiny.save(where / "models/student", words, 0))
+            window = data.DESIGNS[name].window if name in data.DESIGNS else None
+            student = str(tiny.save(where / "models/student", words, 0, window=window))
             discriminator = str(tiny.save(where / "models/discriminator", words, 1, hidden=64, layers=2))
         evaluation = {"fresh.steps": 1, "fresh.batch_size": 2} if quick else {}
         self.place = training.Place(where, name, student, discriminator, threads, settings, evaluation)

@@ -35,9 +35,10 @@ ABOUT = {
     "was trained on.",
     "real": "Published responses of a closed model to AlpacaEval's prompts (no part of this project), SmolLM2-135M. "
     "The other domain: Vicuna's prompts.",
-    "orders": "Student: a random Llama of one layer, 32 wide, trained from nothing; D: two layers, 64 wide. The other "
-    "domain: two words in one prompt that no training prompt holds together.",
-    "copies": "Models, settings and prompts as in `orders`.",
+    "manners": "Student: a random Mistral of one layer, 32 wide, whose attention reaches three tokens back, trained "
+    "from nothing; D: a Llama of two layers, 64 wide. The other domain: two letters in one prompt that no training "
+    "prompt holds together.",
+    "copies": "Prompts and settings as in `manners`; the student is a Llama of the same size that sees all.",
 }
 WORDS = {
     "style": "house style", "word_range": "length as the teacher's", "right": "right by the rule", "rouge_l": "ROUGE-L",

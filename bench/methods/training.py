@@ -15,6 +15,7 @@ from bench.methods import data
 from bench.paper.real import START, trained
 from gadcore.evaluate.measure import teacher_values, values_of
 from gadcore.evaluate.responses import by_prompt, read_responses
+from gadcore.files import write_whole
 from gadcore.record.reading import read_json
 
 TEACHER = "teacher"
@@ -71,7 +72,10 @@ def train(place: Place, name: str, command: str, settings: Mapping[str, Any], se
         "tracking.view": "plain",
         **({"discriminator.model": place.discriminator} if command == "" else {}),
     }
-    given = arguments({**settings, **own}) + list(place.settings)
+    # Without a file the default job's preset would lie below, which is tuned for another purpose, and changes.
+    defaults = place.folder / "defaults.toml"
+    write_whole(defaults, "# Nothing: what is not on the command line has gadcore's defaults.\n")
+    given = [f"--config={defaults}", *arguments({**settings, **own}), *place.settings]
     if (folder / "config.toml").is_file():
         given.append("--run.resume=auto")
     _run([*([command] if command else []), *given], f"training {name}")

@@ -25,7 +25,10 @@ WHOLE: dict[str, tuple[str, ...]] = {
 # Lines that no rehearsal can execute, by file and text, with the reason.
 _NO_GPU = "said where there is no GPU: tests/unit/config"
 _NO_LIBRARY = "needs what nvcc builds: tests/kernels/test_cuda_emulator.py runs it on a CPU"
+_NO_PACKAGE = "needs bitsandbytes: tests/kernels/test_quantised.py computes so on a CPU where it is installed"
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("kernels/quantised.py", "return _dense_by_library(weight, dtype)"): _NO_PACKAGE,
+    ("gadcore/models/adapter.py", "raise UserError("): "said where bitsandbytes is missing: tests/unit/models",
     (
         "gadcore/config/device.py",
         'raise UserError(f"run.device = {config.run.device!r}, but torch sees no CUDA device: use cpu or auto")',

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from bench.offline.vllm_standin_lora import LoRAManager, LoRARequest
 from bench.offline.vllm_standin_model import Cache, Model
 
 # The models whose memory the process's allocator knows.
@@ -34,14 +35,17 @@ _models: list[weakref.ref[nn.Module]] = []
 @contextmanager
 def installed() -> Iterator[None]:
     """Inside, this module is vllm."""
-    before = sys.modules.get("vllm")
-    sys.modules["vllm"] = sys.modules[__name__]
+    requests = ModuleType("vllm.lora.request")
+    requests.LoRARequest = LoRARequest  # type: ignore[attr-defined]
+    ours = {"vllm": sys.modules[__name__], "vllm.lora": ModuleType("vllm.lora"), "vllm.lora.request": requests}
+    before = {name: sys.modules[name] for name in ours if name in sys.modules}
+    sys.modules |= ours
     try:
         yield
     finally:
-        del sys.modules["vllm"]
-        if before is not None:
-            sys.modules["vllm"] = before
+        for name in ours:
+            del sys.modules[name]
+        sys.modules |= before
 
 
 @dataclass
@@ -85,6 +89,10 @@ class LLM:
         disable_log_stats: bool,
         use_tqdm_on_load: bool,
         gpu_memory_utilization: float,
+        enable_lora: bool = False,
+        max_loras: int = 1,
+        max_lora_rank: int = 16,
+        lora_target_modules: list[str] | None = None,
     ) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
             raise RuntimeError("vLLM would run in a process of its own, and its weights could not be seen from here")
@@ -110,6 +118,9 @@ class LLM:
         config.update(hf_overrides)
         self._model: Model | None = Model(config, getattr(torch, dtype), max_model_len)
         self._model.load(Path(model))
+        self._lora: LoRAManager | None = None
+        if enable_lora:
+            self._lora = LoRAManager(self._model, lora_target_modules or [], max_loras, max_lora_rank)
         _models.append(weakref.ref(self._model))
         blocks = self._blocks(wanted, config, block_size, max_model_len)
         self._cache = Cache(self._model, blocks, block_size, enabled=enable_prefix_caching)
@@ -131,7 +142,7 @@ class LLM:
         """Blocks of the KV cache: what is left of the memory, without what a real vLLM needs for activations and
         graphs (Worker.determine_available_memory() in v1/worker/gpu_worker.py)."""
         model = self._live()
-        left = wanted - sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        left = wanted - sum(t.nbytes for t in [*model.parameters(), *model.buffers(), *self._slot()])
         heads, width = config.num_key_value_heads, model.head_dim
         size = 2 * len(model.model.layers) * block_size * heads * width * model.dtype.itemsize
         # _check_enough_kv_cache_memory() in v1/core/kv_cache_utils.py
@@ -146,7 +157,11 @@ class LLM:
         return [function(self._live())]
 
     def collective_rpc(self, method: Callable[[Any], Any]) -> list[Any]:
-        return [method(SimpleNamespace(model_runner=SimpleNamespace(kv_caches=self._cache.tensors)))]
+        runner = SimpleNamespace(kv_caches=self._cache.tensors, lora_manager=self._lora)
+        return [method(SimpleNamespace(model_runner=runner))]
+
+    def _slot(self) -> list[Tensor]:
+        return [] if self._lora is None else list(self._lora.tensors())
 
     def reset_prefix_cache(self) -> bool:
         # BlockPool.reset_prefix_cache() in v1/core/block_pool.py: not while a request holds blocks.
@@ -167,7 +182,9 @@ class LLM:
             return
         # Worker.sleep() in v1/worker/gpu_worker.py: buffers are kept, parameters are not.
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        _unmap([*model.parameters(), *model.buffers()])
+        _unmap([*model.parameters(), *model.buffers(), *self._slot()])
+        if self._lora is not None:
+            self._lora.sleep()
         if "kv_cache" not in self._asleep:
             _unmap(self._cache.tensors)
         # CuMemAllocator.sleep() in device_allocator/cumem.py
@@ -183,7 +200,7 @@ class LLM:
         for tag in tags or sorted(self._asleep):
             if tag == "weights":
                 # CuMemAllocator.wake_up() in device_allocator/cumem.py: memory with anything in it.
-                _map([*model.parameters(), *model.buffers()])
+                _map([*model.parameters(), *model.buffers(), *self._slot()])
                 # Worker.wake_up() in v1/worker/gpu_worker.py
                 for name, buffer in model.named_buffers():
                     buffer.copy_(self._buffers[name])
@@ -194,8 +211,16 @@ class LLM:
         return not self._asleep
 
     def generate(
-        self, prompts: Sequence[dict[str, list[int]]], params: Sequence[SamplingParams], use_tqdm: bool
+        self,
+        prompts: Sequence[dict[str, list[int]]],
+        params: Sequence[SamplingParams],
+        use_tqdm: bool,
+        lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
+        if lora_request is not None and self._lora is None:
+            # InputProcessor._validate_lora() in v1/engine/input_processor.py
+            raise ValueError(f"Got lora_request {lora_request} but LoRA is not enabled!")
+        self._lora_request = lora_request
         if self._asleep:
             # EngineCore.wake_up() in v1/engine/core.py resumes the scheduler once all is awake: until then no request
             # is ever finished, and LLM.generate() does not return.
@@ -230,6 +255,8 @@ class LLM:
             while len(output.token_ids) < settings.max_tokens and len(tokens) < self._max_model_len:
                 # Sampler.sample() in v1/worker/gpu/sample/sampler.py: float32, divided by the temperature; the
                 # log-probs are those of what was sampled from.
+                if self._lora is not None:
+                    self._lora.set_active_adapters(self._lora_request, len(tokens) - sequence.computed)
                 logits = self._live()(tokens, sequence).float() / (settings.temperature or 1.0)
                 noise = -torch.empty_like(logits).exponential_(generator=generator).log()
                 token = int((logits + noise if settings.temperature else logits).argmax())
@@ -241,7 +268,7 @@ class LLM:
         return output
 
     def _captured(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._live().parameters()]
+        return [tensor.data_ptr() for tensor in [*self._live().parameters(), *self._slot()]]
 
     def _live(self) -> Model:
         if self._model is None:
@@ -253,7 +280,7 @@ class LLM:
         if self._asleep:
             raise RuntimeError("CUDA Error: invalid argument at csrc/cumem_allocator.cpp")
         # GPUModelRunner.shutdown() in v1/worker/gpu/model_runner.py
-        self._model = None
+        self._model = self._lora = None
         self._cache.tensors.clear()
 
 

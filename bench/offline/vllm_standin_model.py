@@ -95,8 +95,12 @@ def _weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool = False, widths: tuple[int, ...] = ()
+    ) -> None:
+        """widths: outputs of each of the layers that are one here."""
         super().__init__()
+        self.widths = widths or (outputs,)
         self.weight = _weight(outputs, inputs, dtype=dtype)
         self.bias = _weight(outputs, dtype=dtype) if bias else None
 
@@ -126,15 +130,16 @@ class Layer(nn.Module):
         hidden, width = config.hidden_size, self.heads * head_dim
         qwen2 = config.model_type == "qwen2"
         bias, mlp_bias = qwen2 or config.attention_bias, not qwen2 and config.mlp_bias
-        outputs = width + 2 * self.kv_heads * head_dim
+        widths = width, self.kv_heads * head_dim, self.kv_heads * head_dim
+        middle = config.intermediate_size
         self.input_layernorm = Norm(hidden, config.rms_norm_eps, dtype)
         self.self_attn = nn.Module()
-        self.self_attn.qkv_proj = Linear(hidden, outputs, dtype, bias=bias)
+        self.self_attn.qkv_proj = Linear(hidden, sum(widths), dtype, bias=bias, widths=widths)
         self.self_attn.o_proj = Linear(width, hidden, dtype, bias=bias and not qwen2)
         self.post_attention_layernorm = Norm(hidden, config.rms_norm_eps, dtype)
         self.mlp = nn.Module()
-        self.mlp.gate_up_proj = Linear(hidden, 2 * config.intermediate_size, dtype, bias=mlp_bias)
-        self.mlp.down_proj = Linear(config.intermediate_size, hidden, dtype, bias=mlp_bias)
+        self.mlp.gate_up_proj = Linear(hidden, 2 * middle, dtype, bias=mlp_bias, widths=(middle, middle))
+        self.mlp.down_proj = Linear(middle, hidden, dtype, bias=mlp_bias)
 
     def forward(self, x: Tensor, turned: tuple[Tensor, Tensor], sequence: Text) -> Tensor:
         new = len(x)

@@ -10,6 +10,7 @@ from bench import options, record
 from gadcore.errors import UserError
 
 EXPERIMENTS = ("mixture", "language", "fresh")
+PARITY_ARMS = ("before", "seqkd", "gad", "oracle")
 SEEDS = 10
 # Seeds below were looked at when the settings were chosen.
 FIRST = 10
@@ -21,19 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first", type=options.count, default=FIRST, help=f"the first one, default {FIRST}; a later one goes on there"
     )
+    parser.add_argument("--arms", type=options.names, help="of the language, default all: gad,frozen for instance")
 
 
-def run(quick: bool, what: str | None = None, seeds: int = SEEDS, first: int = FIRST) -> Iterator[dict[str, Any]]:
+def run(
+    quick: bool, what: str | None = None, seeds: int = SEEDS, first: int = FIRST, arms: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """A row an arm and seed, as soon as it is there. quick: a twentieth of the steps, one seed; for tests, its results
     say nothing.
 
     what: one of EXPERIMENTS, default all. fresh: of the language, only the arms that fresh discriminators follow;
-    language has them too. Raises UserError for an experiment that there is not.
+    language has them too. arms: of the language, default all. Raises UserError for an experiment or an arm that there
+    is not.
     """
     if what not in (None, *EXPERIMENTS):
         raise UserError(f"no experiment {what}: there are {', '.join(EXPERIMENTS)}")
     import torch
 
+    from bench.paper.language_runs import ARMS, WITH_FRESH
+
+    chosen = ARMS if arms is None else tuple(arms)
+    if unknown := [arm for arm in chosen if arm not in ARMS]:
+        raise UserError(f"no arm {unknown[0]} of the language: there are {', '.join(ARMS)}")
     experiments = EXPERIMENTS if what is None else (what,)
     torch.set_num_threads(1)
     shorter = 20 if quick else 1
@@ -41,11 +51,9 @@ def run(quick: bool, what: str | None = None, seeds: int = SEEDS, first: int = F
         if "mixture" in experiments:
             yield from _mixture(seed, shorter)
         if "language" in experiments:
-            yield from _language("styles", seed, shorter)
-            yield from _language("parity", seed, shorter, ("before", "seqkd", "gad", "oracle"))
+            yield from _language("styles", seed, shorter, chosen)
+            yield from _language("parity", seed, shorter, [arm for arm in PARITY_ARMS if arm in chosen])
         elif "fresh" in experiments:
-            from bench.paper.language_runs import WITH_FRESH
-
             yield from _language("styles", seed, shorter, WITH_FRESH)
 
 
@@ -62,12 +70,14 @@ def _mixture(seed: int, shorter: int) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _language(name: Any, seed: int, shorter: int, arms: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def _language(name: Any, seed: int, shorter: int, arms: Sequence[str]) -> Iterator[dict[str, Any]]:
     from bench.paper import language_runs
     from bench.paper.language import Language
 
+    if not arms:
+        return
     experiment = language_runs.Experiment(Language(name), seed, shorter=shorter)
-    for arm in arms or language_runs.ARMS:
+    for arm in arms:
         row = experiment.run(arm)
         record.say(
             f"language {name} {arm} seed {seed}: valid {row['in_domain']['valid']:.3f}, "

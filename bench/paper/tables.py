@@ -56,8 +56,8 @@ TUNED = """By hand, starting from the values of a first exploration: the student
 GAD stage. Mixture: at a higher rate GAD stays at the saddle before the one-mode optimum in some seeds, or comes back to
 it, so it takes small and many steps. Language: at 1e-4, with which seeds 0 to 2 were run, GAD was not done after 500
 steps in every seed, and neither was the oracle (.88 and .91 valid in the slowest seed): both wait at the saddle where
-the styles are mixed, how long is chance, and a frozen D has not been hacked by then. So it is 2e-4 now, chosen on seeds
-100 and 101, which are not reported. The discriminator's rates, the gradient clip and the warmups' rates were set once.
+the styles are mixed, how long is chance, and a frozen D has not been hacked by then. So it is 2e-4 now, chosen on seed
+100, which is not reported. The discriminator's rates, the gradient clip and the warmups' rates were set once.
 All arms share `SETTINGS` of `bench/paper/mixture_runs.py` and `bench/paper/language_runs.py`; SeqKD runs to its plateau
 (its curve is in the results). All else is gadcore's default, but temperature 1 and, for the language, no KL term."""
 # Of rows that do not say it.

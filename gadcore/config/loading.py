@@ -1,14 +1,8 @@
 """Settings come from a preset or a TOML file, and from the command line.
 
-    --config FILE.toml | --preset NAME      default: --preset smollm2-gpu where there is a GPU, else smollm2-cpu
-    --section.key VALUE, --section.key=VALUE
-
-A later value replaces an earlier one: defaults, then the file, then the command line from left to right. A file may
-begin with `base = "NAME"`, a preset that it changes. Values on the command line are written as in TOML, except that
-text needs no quotes. TOML has no null, so `none` unsets a setting that may be unset (data.eval, run.resume, ..), in a
-file as "none" and on the command line as none. Held-out rows of a preset belong to its training rows: whoever names
-others, and no data.eval, gets data.eval = "split". Where the command line, or a file over its base, chooses another
-engine, settings that only the former engine has are left behind.
+A later value replaces an earlier one: defaults, then the file, then the command line from left to right. Held-out rows
+of a preset belong to its training rows: whoever names others, and no data.eval, gets data.eval = "split". Where the
+command line, or a file over its base, chooses another engine, settings that only the former engine has are left behind.
 
 Commands with settings of their own (collect, eval) pass their model of sections; presets are for training runs only, so
 these start from the model's defaults.
@@ -25,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -40,8 +34,28 @@ from gadcore.errors import UserError
 
 Root = TypeVar("Root", bound=Section)
 
+TRAINING = ("train", "seqkd", "soda")
 DEFAULT_PRESET = "smollm2-cpu"
 _PRESETS = Path(__file__).parents[1] / "configs"
+# What --help says above the settings.
+_VALUES = """\
+Values are written as in TOML, but text needs no quotes; none unsets a setting that may be unset. Of a setting that is
+given twice the last value counts; the command line counts more than a file."""
+_BASES = """\
+    --preset NAME             settings to start from; default smollm2-gpu where there is a GPU, else smollm2-cpu
+    --config FILE.toml        or a file of yours, which may begin with base = "NAME", a preset that it changes
+    --SECTION.KEY VALUE       a setting of those below, on top of either; also --SECTION.KEY=VALUE"""
+_STARTS = """
+    --dry-run                 what would run, and the memory and disk that it is predicted to take
+    --resume auto             go on with the newest run, or that of --run.dir; --resume step-000003 goes back"""
+_OWN_ROWS = """\
+Training rows of your own bring their own held-out ones: a share of them is kept apart (data.eval_share) where data.eval
+names none."""
+_OF_COMMANDS = f"""\
+    --config FILE.toml        settings from a file
+    --SECTION.KEY VALUE       a setting of those below, on top of it; also --SECTION.KEY=VALUE
+
+{_VALUES}"""
 # Begins the origin of a preset's settings.
 _PRESET = "preset "
 _SENTENCES = {
@@ -71,17 +85,24 @@ def presets() -> list[str]:
 
 
 @overload
-def load(argv: Sequence[str], *, saved: Path | None = None, default: str = DEFAULT_PRESET) -> Config: ...
+def load(
+    argv: Sequence[str], *, saved: Path | None = None, default: str = DEFAULT_PRESET, command: str = "train"
+) -> Config: ...
 @overload
 def load(argv: Sequence[str], model: type[Root]) -> Root: ...
 def load(
-    argv: Sequence[str], model: type[Section] = Config, *, saved: Path | None = None, default: str = DEFAULT_PRESET
+    argv: Sequence[str],
+    model: type[Section] = Config,
+    *,
+    saved: Path | None = None,
+    default: str = DEFAULT_PRESET,
+    command: str = "train",
 ) -> Section:
     """The settings of a command line (without program and sub-command).
 
     model: a Section whose fields are Sections of plain settings, or unions of such by their `engine`; its `title` is
     the command's name. saved: the config.toml of a run, to start from where argv names no file and no preset; default:
-    the preset to start from where neither says so.
+    the preset to start from where neither says so. command: of those that take a training run's settings, for --help.
     In the result, model_fields_set of a section are the settings that stand in the user's file or on the command line.
 
     `--help` prints every setting with its value and raises SystemExit(0). Raises UserError for an unknown setting, a
@@ -102,9 +123,7 @@ def load(
     except ValidationError as error:
         raise UserError(_sentence(error.errors()[0], values, origins)) from None
     if any(item in HELP for item in argv):
-        named = f"Presets: {', '.join(presets())}." if isinstance(config, Config) else config.__doc__
-        print_help(config, f"{__doc__}\n{named}")
-        raise SystemExit(0)
+        _help(config, command)
     chosen = {key for layer in layers if layer.chosen for key in layer.values}
     for section in model.model_fields:
         settings: Section = getattr(config, section)
@@ -112,6 +131,18 @@ def load(
             [n for n in settings.model_fields_set if f"{section}.{n}" in chosen]
         )
     return config
+
+
+def _help(config: Section, command: str) -> NoReturn:
+    """--help of a command: its name and what it is for, how settings are given, every one of them."""
+    if isinstance(config, Config):
+        starts = _STARTS if command in TRAINING else ""
+        about = f"{_BASES}{starts}\n\n{_VALUES} {_OWN_ROWS}\n\nPresets: {', '.join(presets())}."
+    else:
+        command = str(config.model_config.get("title", command))
+        about = f"{config.__doc__}\n\n{_OF_COMMANDS}"
+    print_help(config, f"gadcore {command}", about)
+    raise SystemExit(0)
 
 
 def dump(config: Section) -> str:

@@ -34,8 +34,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:90]}.. ({len(text)} characters)"
 
 
-def print_help(config: Section, introduction: str) -> None:
-    """Prints the introduction, and every setting with its type, its value in `config` and what it is."""
+def print_help(config: Section, program: str, introduction: str) -> None:
+    """Prints the call of `program`, the introduction, and every setting with its type, value in `config` and use."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -58,8 +58,8 @@ def print_help(config: Section, introduction: str) -> None:
         type(config),
         args=["--help"],
         default=config,
-        prog=f"python -m gadcore.run {config.model_config.get('title') or ''}".rstrip(),
-        description=f"{introduction}\nBelow: every setting, with the value it would have.",
+        prog=program,
+        description=f"{introduction}\n\nBelow: every setting, with the value it would have.",
         use_underscores=True,
         registry=registry,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

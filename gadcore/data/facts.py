@@ -23,6 +23,11 @@ _REFUSAL = re.compile(
     r"|I(?:['’]m| am) (?:not able|unable)|as an AI\b|unfortunately,? I can)",
     re.IGNORECASE,
 )
+_HTML = re.compile(
+    r"</(?:a|b|code|div|em|h[1-6]|i|li|ol|p|pre|span|strong|table|td|tr|u|ul)>|<br ?/?>"
+    r"|&(?:nbsp|amp|lt|gt|quot|#\d{2,5});",
+    re.IGNORECASE,
+)
 _SCRIPTS = {
     "Han": "\u3400-\u9fff",
     "Kana": "\u3040-\u30ff",
@@ -67,8 +72,8 @@ class Facts:
 
     prompt, response: in the student's tokens, headers and end markers included. repeated_prompts, repeated_rows: rows
     beyond the first with an equal prompt, or with the response equal as well. turns: messages by their roles.
-    refusals: responses that begin as (English) refusals do. markers: rows with the marker of a template in a text.
-    scripts: responses by the script that they are written in.
+    refusals: responses that begin as (English) refusals do. html: those with tags or entities of HTML. markers: rows
+    with the marker of a template in a text. scripts: responses by the script that they are written in.
     """
 
     rows: int
@@ -77,6 +82,7 @@ class Facts:
     repeated_prompts: int
     repeated_rows: int
     refusals: int
+    html: int
     turns: dict[str, int]
     markers: dict[str, int]
     scripts: dict[str, int]
@@ -96,7 +102,7 @@ class Survey:
     def __init__(self) -> None:
         self._prompt, self._response = array("q"), array("q")
         self._prompts, self._rows = array("Q"), array("Q")
-        self._refusals = 0
+        self._refusals = self._html = 0
         self._turns, self._markers, self._scripts = Counter[str](), Counter[str](), Counter[str]()
 
     def add(self, row: RawRow, prompt_tokens: int, response_tokens: int) -> None:
@@ -108,6 +114,7 @@ class Survey:
         self._rows.append(xxhash.xxh3_64_intdigest(row.teacher_response.encode(), seed=key))
         self._turns.update(message["role"] for message in row.messages)
         self._refusals += _REFUSAL.match(row.teacher_response) is not None
+        self._html += _HTML.search(row.teacher_response) is not None
         self._scripts[script_of(row.teacher_response)] += 1
         texts = [row.teacher_response, *(message["content"] for message in row.messages)]
         self._markers.update({marker for text in texts for marker in _markers(text)})
@@ -120,6 +127,7 @@ class Survey:
             len(self._prompts) - len(np.unique(np.asarray(self._prompts))),
             len(self._rows) - len(np.unique(np.asarray(self._rows))),
             self._refusals,
+            self._html,
             dict(self._turns),
             dict(self._markers.most_common(8)),
             dict(self._scripts.most_common()),

@@ -12,10 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field, TypeAdapter
-from pydantic.dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gadcore.config import loading
 from gadcore.config.settings import Config, FreshSettings
@@ -23,7 +20,7 @@ from gadcore.errors import UserError
 from gadcore.evaluate.doctor_d import Evidence, FromModel, examine
 from gadcore.evaluate.doctor_d_page import lines, write
 from gadcore.files import temporary
-from gadcore.record.reading import Figure, fitting
+from gadcore.record.evaluations import paths, read
 from gadcore.record.run_folder import CONFIG, LATEST, RunFolder
 from gadcore.record.tracking import Row, scan
 from gadcore.text import say
@@ -35,27 +32,6 @@ if TYPE_CHECKING:
 
 # Rows that the model is asked about, of those trained on and of those held out.
 ROWS = 64
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    text: str
-    finished: bool
-    score: Figure | None = None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What is read of a row of an evaluation; one of an older gadcore holds no samples."""
-
-    prompt: str
-    teacher: str
-    teacher_score: Figure | None = None
-    teacher_finished: bool = True
-    samples: Annotated[list[_Drawn], Field(min_length=1)] | None = None
-
-
-_ANSWER = TypeAdapter(_Answer)
 
 
 def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> tuple[Path, bool]:
@@ -70,7 +46,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> tuple[P
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run folder (it has no {CONFIG}): give the folder of a run")
     config = loading.load(["--config", str(folder / CONFIG)])
-    evidence = Evidence.of(_evaluations(folder), _metrics(folder))
+    evidence = Evidence.of({name: read(path).rows for name, path in paths(folder).items()}, _metrics(folder))
     if evidence is None:
         raise UserError(
             f"{folder} has no held-out evaluation with samples and a discriminator's scores of them: it needs held-out "
@@ -83,17 +59,6 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> tuple[P
     for line in lines(findings):
         say(line)
     return folder, any(finding.status == "wrong" for finding in findings)
-
-
-def _evaluations(folder: Path) -> dict[str, list[Row]]:
-    """Rows by name, in the order in which they were made."""
-    paths = sorted((folder / "evaluations").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    found = {}
-    for path in paths:
-        found[path.stem] = scan(path).rows
-        for line, row in enumerate(found[path.stem], 1):
-            fitting(_ANSWER, row, f"{path}, line {line}", "mend or delete that line")
-    return found
 
 
 def _metrics(folder: Path) -> list[Row]:

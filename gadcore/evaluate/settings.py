@@ -152,7 +152,7 @@ class FreshModelSettings(FreshSettings):
 
 
 class EvalConfig(Section):
-    """All settings of `python -m gadcore.run eval`."""
+    """Samples from models on held-out rows, beside the teacher's responses and with figures of each."""
 
     model_config = ConfigDict(title="eval")
 

@@ -36,6 +36,7 @@ from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
 from gadcore.models.generation import read_generation_config
+from gadcore.models.load_report import report_of_what_is_unexpected
 from gadcore.models.sharded import load_sharded, parameters_on_meta
 
 # name -> (Python package that carries the weights, file inside it)
@@ -151,7 +152,7 @@ def _load(
             model.generation_config = generation
         _try_to_save(model, path)
         return model, info
-    with foreign(f"cannot load the model {path}"), _naming(config):
+    with foreign(f"cannot load the model {path}"), _naming(config), report_of_what_is_unexpected() as found:
         model, info = auto.from_pretrained(
             path,
             config=config,
@@ -164,6 +165,7 @@ def _load(
             ignore_mismatched_sizes=True,
             generation_config=GenerationConfig(),
         )
+        found.update(info)
     check_weights(model, info, path)
     if model.can_generate():
         model.generation_config = generation

@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter
 
 from gadcore.config.settings import GateSettings
 from gadcore.errors import UserError
+from gadcore.record import evaluations as evaluated
 from gadcore.record.reading import Count, Figure, Finite, fitting, read_json
 from gadcore.record.tracking import Row, scan
 
@@ -164,42 +165,8 @@ class _Sample:
     teacher_score: Figure | None = None
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """One of a prompt's samples."""
-
-    text: str
-    finished: bool
-    score: Figure | None = None
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Of evaluations/<name>.jsonl; older runs hold fewer of the figures."""
-
-    prompt: str
-    teacher: str
-    student: str
-    rouge_l: Share
-    length_ratio: Annotated[Finite, Field(ge=0)]
-    teacher_score: Figure | None = None
-    student_score: Figure | None = None
-    teacher_finished: bool | None = None
-    samples: list[_Drawn] | None = None
-    ngram_f1: dict[str, Figure] | None = None
-    cut_share: Figure | None = None
-    repeated: Figure | None = None
-    distinct_2: Figure | None = None
-    style: Figure | None = None
-    word_range: Figure | None = None
-    style_checks: dict[str, Figure] | None = None
-    words: Figure | None = None
-    accuracy: Figure | None = None
-    margin: Figure | None = None
-
-
 _CONFIG, _SUMMARY = TypeAdapter(_Config), TypeAdapter(_Summary)
-_STEP, _SAMPLE, _ANSWER, _FIGURE = TypeAdapter(_Step), TypeAdapter(_Sample), TypeAdapter(_Answer), TypeAdapter(Figure)
+_STEP, _SAMPLE, _FIGURE = TypeAdapter(_Step), TypeAdapter(_Sample), TypeAdapter(Figure)
 
 
 @dataclass(frozen=True)
@@ -230,11 +197,12 @@ def load(run_dir: Path) -> RunFiles:
     if summary is not None:
         fitting(_SUMMARY, summary, path, advice)
     torn: list[str] = []
-    paths = {path.stem: path for path in sorted((folder / "evaluations").glob("*.jsonl"))}
-    evaluated = list((summary or {}).get("evaluations") or ())
-    order = [*evaluated, *KNOWN_ORDER, *sorted(paths, key=lambda name: paths[name].stat().st_mtime)]
+    paths = evaluated.paths(folder)
+    order = [*((summary or {}).get("evaluations") or ()), *KNOWN_ORDER, *paths]
     names = [name for name in dict.fromkeys(order) if name in paths]
-    evaluations = {name: _rows(paths[name], _ANSWER, torn) for name in names}
+    read = {name: evaluated.read(paths[name]) for name in names}
+    torn += [str(paths[name]) for name in names if read[name].torn]
+    evaluations = {name: read[name].rows for name in names}
     for name in names:
         for line, row in enumerate(evaluations[name], 1):
             if (row.get("teacher_score") is None) != (row.get("student_score") is None):

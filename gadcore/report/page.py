@@ -10,8 +10,9 @@ from pathlib import Path
 from gadcore.files import file_name, write_whole
 from gadcore.record.html import standalone
 from gadcore.report.files import RunFiles, load
+from gadcore.report.findings import verdict
 from gadcore.report.overlay import overlay_of
-from gadcore.report.parts import parts_of
+from gadcore.report.parts import figures_of, parts_of
 
 
 def write_report(run_dir: Path) -> Path:
@@ -23,6 +24,13 @@ def write_report(run_dir: Path) -> Path:
     target = Path(run_dir) / "report.html"
     write_whole(target, render(run), errors="replace")
     return target
+
+
+def in_short(run_dir: Path) -> list[str]:
+    """The sentences on the held-out prompts with which the report begins, of a run without evaluations none; raises as
+    above."""
+    run = load(run_dir)
+    return verdict(figures_of(run), run.evaluations) if run.evaluations else []
 
 
 def write_overlay(one: Path, two: Path) -> Path:

@@ -112,10 +112,10 @@ class VLLMEngine(Engine):
                 classes.restore(engine_models)
         (self.engine_model,) = engine_models
         self.adapter: Adapter | None = None
-        if has_adapter(model):
-            # Before anything looks at the layers. An adapter may wait elsewhere, its base never does.
+        if has_adapter(model) and not slots:
+            # Before anything looks at the layers.
             with there(), foreign(f"vLLM cannot run the model {model_path} with an adapter"):
-                self.adapter = install_adapter(self.llm, model, self.engine_model, slots=slots)
+                self.adapter = install_adapter(self.llm, model, self.engine_model, slots=False)
         if self.on_cpu and self.eager and not slots:
             cpu.adapt_vllm(self.llm)
         self.notes = [] if self.on_cpu else [self._resolved()]
@@ -125,42 +125,45 @@ class VLLMEngine(Engine):
         # vLLM's weights are those of the directory, as the trainer's are, which match() sees to.
         self._current = True
         self.sync: WholeWeights | ShardedWeights
-        # What the trainer computes with is no longer the directory's, where it is kept in few bits.
+        # The trainer's are not, where an adapter comes after vLLM has started, or few bits stand for them.
         few = layers_of_bits(model).keys()
-        rounded = self.adapter is not None and bool(few)
-        if rounded:
-            assert self.adapter is not None
-            with foreign(f"vLLM cannot run the model {model_path} with adapter_base"):
-                self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=False, few=few)
-                self._bring(model, there)
+        brought = slots or bool(few)
+        if brought:
+            with foreign(f"vLLM cannot run the model {model_path} with an adapter"):
+                self._bring(AdaptedWeights(self.engine_model, self.adapter, shared=self.shared, few=few), model, there)
         prompt, tokens = sample_for_check(model, config.context_tokens)
         ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
             if world.size > 1:
                 self.sync = ShardedWeights(self.engine_model, model, world)
-            elif self.adapter is not None and not rounded:
+            elif self.adapter is not None and not brought:
                 self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=self.shared)
-            elif not rounded:
+            elif not brought:
                 self.sync = WholeWeights(self.engine_model, shared=self.shared)
         if not self.on_cpu:
             # The trainer's weights find the room that vLLM had.
             self.sleep()
         with there():
             with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
-                if not rounded:
+                if not brought:
                     self.sync.match(model)
-            if self.shared:
+            if self.shared and not brought:
                 self._share(model)
             check_distribution(model, model_path, self.dtype(config), prompt, sample)
         self.sleep()
 
-    def _bring(self, model: PreTrainedModel, there: There) -> None:
-        """Gives vLLM the trainer's weights before it has drawn anything, in the order of a step: there is no room for
-        those and for a key-value cache at a time."""
+    def _bring(self, sync: AdaptedWeights, model: PreTrainedModel, there: There) -> None:
+        """Gives vLLM the trainer's weights before it has drawn anything, in the order of a step: there may be no room
+        for them and for a key-value cache at a time."""
+        self.sync = sync
         self.sleep()
         self.wake("weights")
         with there():
-            self.sync.match(model)
+            if self.adapter is None:
+                self.adapter = sync.adapter = install_adapter(self.llm, model, self.engine_model, slots=True)
+            sync.match(model)
+            if self.shared:
+                self._share(model)
             self.update_weights(PlainWeights(model))
         self.wake("kv_cache")
 

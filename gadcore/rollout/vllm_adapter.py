@@ -47,6 +47,9 @@ class Adapter(Protocol):
     def aliases(self) -> list[Tensor]:
         """The engine's own tensors that look at the trainer's."""
 
+    def renew(self) -> None:
+        """Before an update: what the engine has beside A and B, and may have lost in its sleep, is as it must be."""
+
 
 def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, LoRALinear) for module in model.modules())
@@ -145,9 +148,16 @@ class AdapterInProducts:
     def aliases(self) -> list[Tensor]:
         return [tensor for product in self._products for tensor in product.aliases()]
 
+    def renew(self) -> None:
+        # Nothing: it is none of what sleeps.
+        return
+
 
 class AdapterInSlot:
-    """On CUDA: vLLM's own LoRA layers, whose one slot is written in place. No adapter is ever in a file."""
+    """On CUDA: vLLM's own LoRA layers, whose one slot is written in place. No adapter is ever in a file.
+
+    Made while vLLM's weights are awake; it computes with the adapter from the first update on.
+    """
 
     shared = False
 
@@ -168,12 +178,17 @@ class AdapterInSlot:
             raise RuntimeError(f"vLLM has no adapter for {missing[0]}, whose trainer's layers have some")
         if self.request.lora_int_id not in manager.list_adapters():
             raise RuntimeError("vLLM did not take the adapter")
-        with torch.no_grad():
-            for layer in self._layers.values():
-                for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
-                    stacked.zero_()
-            for name, held in self.weights().items():
-                held.copy_(self.as_held(name, model.get_parameter(name)))
+        self._manager = manager._adapter_manager
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        # The slot is as wide as one of vLLM's ranks and has places for every member of a fused layer, and vLLM
+        # multiplies by all of it. It lies in the memory of the weights, which sleep level 2 gives back, and so does the
+        # table of which tokens have the adapter, which is written only where it is another one than the last.
+        for layer in self._layers.values():
+            for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                stacked.zero_()
+        self._manager._last_mapping = None
 
     def weights(self) -> dict[str, Tensor]:
         found = {}
@@ -199,7 +214,7 @@ def in_slots(on_cpu: bool) -> bool:
 
 
 def install_adapter(llm: Any, model: PreTrainedModel, engine_model: nn.Module, *, slots: bool) -> Adapter:
-    """Gives vLLM the model's adapters as they are now. slots: it was started with lora_arguments()."""
+    """Gives vLLM a place for the model's adapters. slots: it was started with lora_arguments()."""
     slices = lay_out(model, engine_model)
     return AdapterInSlot(llm, model, slices) if slots else AdapterInProducts(model, engine_model, slices)
 
@@ -213,10 +228,12 @@ def _signed_sums(weight: Tensor) -> Tensor:
 class AdaptedWeights(WholeWeights):
     """vLLM's parameters, and the adapters beside them."""
 
-    def __init__(self, engine_model: nn.Module, adapter: Adapter, *, shared: bool, few: Collection[str] = ()) -> None:
-        """few: layers of the trainer's whose weights are kept in few bits."""
+    def __init__(
+        self, engine_model: nn.Module, adapter: Adapter | None, *, shared: bool, few: Collection[str] = ()
+    ) -> None:
+        """adapter: may be set later, before match(). few: the trainer's layers that keep their weights in few bits."""
         super().__init__(engine_model, shared=shared)
-        self._adapter, self._few = adapter, few
+        self.adapter, self._few = adapter, few
         engine = engine_parameters(engine_model) if few else {}
         self._signed = {name: _signed_sums(p) for name, p in engine.items() if p.dim() == 2}
 
@@ -242,22 +259,29 @@ class AdaptedWeights(WholeWeights):
             if made > AT_ONCE_BYTES:
                 super().update(plain.items())
                 plain, made = {}, 0
-        held = self._adapter.weights()
+        adapter = self._there
+        held = adapter.weights()
         if missing := sorted(held.keys() ^ adapters.keys()):
             raise RuntimeError(f"the source has not the adapters that vLLM computes with: {missing[0]}")
         super().update(plain.items())
-        triples = [(name, self._adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
-        bring(triples, shared=self._shared and self._adapter.shared)
+        adapter.renew()
+        triples = [(name, adapter.as_held(name, tensor), held[name]) for name, tensor in adapters.items()]
+        bring(triples, shared=self._shared and adapter.shared)
+
+    @property
+    def _there(self) -> Adapter:
+        assert self.adapter is not None
+        return self.adapter
 
     def is_view(self, name: str) -> bool:
-        return self._shared and (self._adapter.shared or not is_adapters(name))
+        return self._shared and (self._there.shared or not is_adapters(name))
 
     def aliases(self) -> list[Tensor]:
         # What lies under an adapter stays where it is.
-        return self._adapter.aliases() if self._shared else []
+        return self._there.aliases() if self._shared else []
 
     def named(self) -> dict[str, Tensor]:
-        return super().named() | self._adapter.weights()
+        return super().named() | self._there.weights()
 
 
 def lora_arguments(model: PreTrainedModel) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class AskingConfig(Section):
 
 
 class CollectConfig(AskingConfig):
-    """All settings of `python -m gadcore.run collect`."""
+    """Responses of a teacher to your prompts, over an OpenAI-compatible API."""
 
     model_config = ConfigDict(title="collect")
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
 
     prepare: called with the settings before torch is loaded.
     """
-    config = loading.load(_with_file(arguments))
+    config = loading.load(_with_file(arguments), command="data FILE")
     prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.train.inputs import read_inputs
@@ -117,6 +117,8 @@ def _counts(facts: Facts) -> Iterator[str]:
     repeated = f"{facts.repeated_prompts}, with the same response {facts.repeated_rows}"
     yield f"rows with a prompt that was there before: {repeated}"
     yield f"responses that begin like a refusal: {facts.refusals}"
+    if facts.html:
+        yield f"responses with tags or entities of HTML, which the student learns to write: {facts.html}"
     if facts.markers:
         yield f"rows with the marker of a chat template in a text: {_listed(facts.markers)}"
 

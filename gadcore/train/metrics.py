@@ -64,6 +64,21 @@ def step_metrics(result: StepResult) -> dict[str, float]:
     return values
 
 
+def step_costs(
+    values: Mapping[str, float], taken: Mapping[str, float], memory: Mapping[str, float], *, meanwhile: bool
+) -> dict[str, float]:
+    """Memory, seconds and rates of a step. values: step_metrics(). taken: its seconds by phase. meanwhile: of a sampler
+    that works beside the trainer the rollout's seconds are those that were waited for it, which are no rate."""
+    costs = {**memory, **{f"time/{name}": seconds for name, seconds in taken.items()}}
+    costs["time/total"] = sum(taken.values())
+    work = {**({} if meanwhile else {"rollout": "sampled"}), **{model: model for model in WORK_OF}}
+    for name, tokens in work.items():
+        seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
+        if seconds and f"tokens/{tokens}" in values:
+            costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
+    return costs
+
+
 def _sample_metrics(result: StepResult) -> dict[str, float]:
     groups, by_group = result.groups, result.rewards_by_group()
     tokens = [len(s.token_ids) for g in groups for s in g.samples]
@@ -88,22 +103,6 @@ def lengths(result: StepResult) -> dict[str, float]:
         "length/ratio": student / teacher,
         "length/cut_share": fmean(not sample.finished for sample in samples),
     }
-
-
-def cost_metrics(taken: Mapping[str, float], values: Mapping[str, float], *, rollout: bool) -> dict[str, float]:
-    """Seconds of a step, and tokens a second of those who worked in them.
-
-    taken: seconds by phase. values: of the step, with its tokens. rollout: whether the sampler worked in its phase
-    alone.
-    """
-    costs = {f"time/{name}": seconds for name, seconds in taken.items()}
-    costs["time/total"] = sum(taken.values())
-    work = {**({"rollout": "sampled"} if rollout else {}), **{model: model for model in WORK_OF}}
-    for name, tokens in work.items():
-        seconds = sum(taken.get(phase, 0.0) for phase in WORK_OF.get(name, (name,)))
-        if seconds and f"tokens/{tokens}" in values:
-            costs[f"perf/{name}_tokens_per_s"] = values[f"tokens/{tokens}"] / seconds
-    return costs
 
 
 def sample_traits(result: StepResult) -> dict[str, float]:

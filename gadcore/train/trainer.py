@@ -31,7 +31,7 @@ from gadcore.train.ahead import drawing_of
 from gadcore.train.checkpoints import Checkpoints
 from gadcore.train.drawing import Drawing
 from gadcore.train.heldout import Heldout
-from gadcore.train.metrics import cost_metrics, sample_traits, step_metrics
+from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
 from gadcore.train.progress import TIME_FORMAT, Progress, command_of, stage_steps
 from gadcore.train.records import Records
@@ -212,7 +212,9 @@ class Trainer:
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        costs = self._costs(values)
+        costs = step_costs(
+            values, self.phases.take_step(), self.memory.take_step(), meanwhile=type(self._drawing) is not Drawing
+        )
         values |= self._look(result)
         self.records.step(place, values | costs)
         every = self.config.tracking.sample_every
@@ -224,13 +226,6 @@ class Trainer:
         due = bool(every) and progress.step % every == 0 and step != self._length(stage)
         if due or (best and best[0] == progress.step):
             self.save()
-
-    def _costs(self, values: dict[str, float]) -> dict[str, float]:
-        """Memory, seconds and rates of the step."""
-        taken = self.phases.take_step()
-        # Where a sampler works meanwhile, the rollout's seconds are those that were waited for it.
-        by_turns = type(self._drawing) is Drawing
-        return self.memory.take_step() | cost_metrics(taken, values, rollout=by_turns)
 
     # Held-out prompts
 

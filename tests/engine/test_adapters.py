@@ -62,7 +62,11 @@ CASES = {
     # vLLM has a copy of what the bits say, never of what they were made of.
     "four bits": ("qwen2", False, {"adapter_base": "nf4"}),
     "some of four bits": ("llama", False, {"adapter_base": "nf4", "adapter_targets": "q_proj,v_proj,down_proj"}),
-    "some of eight bits in a slot": ("llama", True, {"adapter_base": "int8", "adapter_targets": "q_proj,down_proj"}),
+    "some of eight bits in a slot": (
+        "llama",
+        True,
+        {"adapter_base": "int8", "adapter_targets": "q_proj,v_proj,down_proj"},
+    ),
 }
 
 

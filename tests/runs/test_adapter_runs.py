@@ -31,9 +31,9 @@ def whole(module_folder: Path) -> Path:
     return module_folder
 
 
-def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str) -> None:
+def killed_then_resumed(whole: Path, folder: Path, moment: str, count: int, engine: str, *more: str) -> None:
     killer = [sys.executable, str(ROOT / "tests/support/killed_run.py"), moment, str(count), "--"]
-    killed = run([*arguments(whole, engine), "--run.dir", str(folder / "run")], folder, command=killer)
+    killed = run([*arguments(whole, engine), *more, "--run.dir", str(folder / "run")], folder, command=killer)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run(["--run.dir", "run", "--resume", "auto"], folder)
     assert resumed.returncode == 0, resumed.stderr
@@ -55,6 +55,31 @@ def test_sigkill_and_resume_with_vllm(tmp_path) -> None:
         folder.mkdir()
         killed_then_resumed(tmp_path, folder, moment, count, "vllm")
         assert_same_run(folder / "run", tmp_path / "whole")
+
+
+@pytest.mark.by_hand
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_base_in_few_bits(tmp_path, capsys, engine) -> None:
+    """Resumed to the bit, exported as it was saved, and refused where the base is kept in something else."""
+    pytest.importorskip(engine.replace("hf", "torch"))
+    more = ("--student.adapter_base", "nf4", "--discriminator.adapter_base", "int8")
+    done = run([*arguments(tmp_path, engine), *more, "--run.dir", "whole"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "again").mkdir()
+    killed_then_resumed(tmp_path, tmp_path / "again", "update", 6, engine, *more)
+    assert_same_run(tmp_path / "again/run", tmp_path / "whole")
+    assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "out")]) == 0
+    ours, theirs = (load_file(p / "model.safetensors") for p in (tmp_path / "out", tmp_path / "whole/student"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # What the bits say, with the adapter: no longer the model's own weights, and loaded as any model is.
+    base, student = (AutoModelForCausalLM.from_pretrained(tmp_path / p) for p in ("model", "whole/student"))
+    far = [(a - b).norm() / a.norm() for a, b in zip(base.parameters(), student.parameters(), strict=True)]
+    assert 0.05 < max(far) < 0.3
+    (tmp_path / "whole/summary.json").unlink()
+    last = newest(tmp_path / "whole").name
+    changed = ["--run.dir", str(tmp_path / "whole"), "--resume", last, "--student.adapter_base", "none"]
+    assert main(changed) != 0
+    assert "on a base that is kept in nf4" in " ".join(capsys.readouterr().err.split())
 
 
 def newest(run_folder: Path) -> Path:

@@ -72,6 +72,6 @@ def test_a_run_without_samples_and_rows_that_changed(run, tmp_path, capsys) -> N
     assert main(["doctor-d", str(tmp_path / "run")]) == 2
     assert "was evaluated on 4 held-out rows" in capsys.readouterr().err
     for path in (tmp_path / "run/evaluations").iterdir():
-        path.write_text('{"prompt": "a", "teacher": "b", "student": "c"}\n')
+        path.write_text('{"prompt": "a", "teacher": "b", "student": "c", "rouge_l": 0.1, "length_ratio": 1.0}\n')
     assert main(["doctor-d", str(tmp_path / "run")]) == 2
     assert "has no held-out evaluation with samples and a discriminator's scores of them" in capsys.readouterr().err

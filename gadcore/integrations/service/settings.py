@@ -94,7 +94,7 @@ class ServiceMachine(Section):
 
 
 class ServiceConfig(Section):
-    """All settings of `python -m gadcore.run serve-discriminator`."""
+    """A discriminator that other trainers ask for rewards, and train, over HTTP."""
 
     model_config = ConfigDict(title="serve-discriminator")
 

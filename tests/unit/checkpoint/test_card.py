@@ -21,7 +21,9 @@ def test_a_baseline_is_called_by_its_name_and_paper() -> None:
 
 
 def test_adapters_are_named_where_the_model_has_them() -> None:
-    config = loading.load(["--student.adapter", "lora", "--student.adapter_rank", "8"])
+    config = loading.load(
+        ["--student.adapter", "lora", "--student.adapter_rank", "8", "--discriminator.adapter", "none"]
+    )
     card = model_card(config, "student", progress("gad"))
     assert "| `student.adapter` | `lora` |" in card and "| `student.adapter_rank` | `8` |" in card
     assert "adapter" not in model_card(config, "discriminator", progress("gad"))

@@ -20,6 +20,7 @@ from gadcore.models.adapter import adapted_layers, add_adapter, base_parameters,
 from gadcore.models.shared_base import shares_base
 from gadcore.rollout.engine import SampleRequest
 from gadcore.rollout.hf import HFEngine
+from gadcore.rollout.weights import PlainWeights
 from tests.support.adapters import merged, on_base, scorer_on, tiny_base
 from tests.support.builders import TEMPLATE, assert_same_gradients, gradients, groups
 from tests.support.tiny import tiny_model
@@ -150,6 +151,14 @@ def test_the_engine_of_hugging_face_samples_with_the_students_adapter_after_a_pa
         [r[0].token_ids for r in e.generate(requests, temperature=0.0, max_tokens=12)] for e in (engine, plain, without)
     )
     assert ours == theirs and ours != other
+
+
+def test_the_engine_of_hugging_face_knows_its_model_on_a_base_in_few_bits() -> None:
+    one, other = (on_base(tiny_base("llama", torch.float32, kept="nf4"), dtype=torch.float32)[0] for _ in range(2))
+    engine = HFEngine(Config(), "", one.model, TEMPLATE)
+    engine.update_weights(PlainWeights(one.model))
+    with pytest.raises(RuntimeError, match="samples from the model it was built with"):
+        engine.update_weights(PlainWeights(other.model))
 
 
 @pytest.mark.native

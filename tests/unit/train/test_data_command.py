@@ -19,6 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"instruction": f"Count to {i}.", "input": "", "output": "1 2 3 " * (i + 1)} for i in range(20)]
     rows[3] = rows[2]
     rows[4] |= {"output": "I'm sorry, but I cannot count.<|im_end|>"}
+    rows[6] |= {"output": "1 2 3<br>4 &amp; 5"}
     rows[5] |= {"output": "\u65e5\u672c\u8a9e\u3002", "instruction": "\x1b[31m[bold]red[/bold]"}
     (folder / "mine.json").write_text(json.dumps(rows))
     return folder
@@ -39,6 +40,7 @@ def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
         "responses by script: Latin 19, Han 1",
         "rows with a prompt that was there before: 1, with the same response 1",
         "responses that begin like a refusal: 1",
+        "responses with tags or entities of HTML, which the student learns to write: 1",
         "rows with the marker of a chat template in a text: <|im_end|> 1",
         "turns: user 20;",
         "1 of 20 teacher responses ended in the text of an end marker, which was taken off",
@@ -100,7 +102,9 @@ def test_a_pipe_that_speaks_ascii_alone(folder: Path, monkeypatch) -> None:
 def test_help_names_the_command(capsys) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(["data", "--help"])
-    assert leaving.value.code == 0 and "--data.bad_rows" in capsys.readouterr().out.replace("_", "_")
+    said = capsys.readouterr().out
+    assert leaving.value.code == 0 and "--data.bad_rows" in said
+    assert said.startswith("usage: gadcore data FILE") and "--dry-run" not in said
 
 
 def test_every_bad_row_has_a_line(folder: Path, capsys) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.models.discriminator import Scores
 from gadcore.models.student import PolicyStats, SeqKDStats
-from gadcore.train.metrics import correlation, cost_metrics, step_metrics
+from gadcore.train.metrics import correlation, step_costs, step_metrics
 from gadcore.train.step import StepResult
 
 
@@ -130,8 +130,8 @@ def test_correlation(a: list[float], b: list[float], expected: float) -> None:
 def test_rates_are_of_the_phases_that_work_took() -> None:
     taken = {"rollout": 2.0, "discriminator": 1.0, "student": 3.0, "student_update": 1.0}
     tokens = {"tokens/sampled": 100, "tokens/student": 200}
-    costs = cost_metrics(taken, tokens, rollout=True)
-    assert costs["time/total"] == 7.0 and costs["perf/rollout_tokens_per_s"] == 50.0
+    costs = step_costs(tokens, taken, {"memory/x": 1.0}, meanwhile=False)
+    assert costs["memory/x"] == 1.0 and costs["time/total"] == 7.0 and costs["perf/rollout_tokens_per_s"] == 50.0
     assert costs["perf/student_tokens_per_s"] == 50.0 and "perf/discriminator_tokens_per_s" not in costs
     # Of a sampler that works meanwhile only the waiting is known.
-    assert "perf/rollout_tokens_per_s" not in cost_metrics(taken, tokens, rollout=False)
+    assert "perf/rollout_tokens_per_s" not in step_costs(tokens, taken, {}, meanwhile=True)

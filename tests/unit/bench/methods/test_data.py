@@ -33,9 +33,12 @@ def test_the_teacher_of_a_designed_set_is_always_right(name) -> None:
 
 
 def test_what_the_designed_teachers_never_say_is_wrong() -> None:
-    assert data.right("orders", "a b c", "c a b", True) == 1
-    assert data.right("orders", "a b c", "c a a", True) == 0
-    assert data.right("orders", "a b c", "c a b b", True) == 0
+    right = "so red green blue yet one two three so sun moon star"
+    assert data.right("manners", "a b", right, True) == 1
+    assert data.right("manners", "a b", right.replace("yet", "and"), True) == 0
+    assert data.right("manners", "a b", right.replace("two", "one"), True) == 0
+    assert data.right("manners", "a b", right + " so", True) == 0
+    assert data.right("manners", "a b", right.removesuffix(" so sun moon star"), True) == 0
     assert data.right("copies", "a b c", "c a b", True) == 0
     assert data.right("copies", "a b c", "a b c", True) == 1
 

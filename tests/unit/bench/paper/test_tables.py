@@ -62,3 +62,5 @@ def test_drawings_are_well_formed_and_keep_to_their_area() -> None:
 def test_the_command_refuses_what_it_does_not_have(capsys) -> None:
     assert command.main(["paper", "poetry"]) == 2
     assert "mixture, language, fresh" in capsys.readouterr().err
+    assert command.main(["paper", "language", "--arms", "gad,ppo"]) == 2
+    assert "no arm ppo of the language: there are before, seqkd, gad" in capsys.readouterr().err
