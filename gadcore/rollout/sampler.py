@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 from gadcore.data.groups import Group, Response
 from gadcore.rollout.engine import Done, Drawn, Engine, Pending, SampleRequest, WeightsLost
@@ -34,10 +34,12 @@ class Sampler:
         max_tokens: int,
         seed: int = 0,
         states: States | None = None,
+        waiting: States | None = None,
         probe: Probe | None = None,
     ) -> None:
         """seed: of all samples. states: what entering the states "synchronise" and "rollout" of a shared device takes
         (gadcore.train.phases); None: the sampler has the device for itself, and its engine sleeps after every draw.
+        waiting: what waiting for a state's work takes that is done elsewhere; None: nothing.
         probe: asks the trainer now and then about what was drawn, in the state "student".
         """
         self.engine, self.weights = engine, weights
@@ -46,6 +48,7 @@ class Sampler:
         self._pending: Pending | None = None
         self._alone = states is None
         self._states = _nothing_else if states is None else states
+        self._waiting = _nothing_else if waiting is None else waiting
 
     def draw(self, groups: Sequence[Group], n: int, purpose: str) -> None:
         """Gives every group n samples, in place of those it has.
@@ -84,8 +87,8 @@ class Sampler:
         return pending
 
     def awaited(self, pending: Pending, places: Sequence[int]) -> list[list[Response]]:
-        """The responses to the requests at these places of what was begun; waits in the state "rollout"."""
-        with nullcontext() if isinstance(pending, Drawn) else self._states("rollout"):
+        """The responses to the requests at these places of what was begun."""
+        with self._waiting("rollout"):
             return pending.responses(places)
 
     def generate(self, requests: Sequence[SampleRequest], done: Done | None = None) -> list[list[Response]]:
@@ -126,7 +129,7 @@ class Sampler:
     def _synchronise(self) -> None:
         """The engine gets the weights as they are now, when it is at work no more."""
         if self._pending is not None:
-            with self._states("rollout"):
+            with self._waiting("rollout"):
                 self._pending.wait()
             self._pending = None
         with self._states("synchronise"):

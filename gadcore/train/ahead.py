@@ -27,7 +27,6 @@ from gadcore.errors import UserError
 from gadcore.rollout.engine import Drawn, Pending, WeightsLost, engine_class
 from gadcore.rollout.sampler import Sampler
 from gadcore.train.drawing import Drawing, InParts
-from gadcore.train.phases import Phases
 
 
 def check_elsewhere(config: Config) -> None:
@@ -53,7 +52,6 @@ def drawing_of(
     sampler: Sampler,
     loader: Loader,
     template: ChatTemplate | None,
-    phases: Phases,
     say: Callable[[str], None],
 ) -> Drawing:
     """How a run with these settings draws its samples; arguments as of Ahead and InParts."""
@@ -61,7 +59,7 @@ def drawing_of(
     if rollout.ahead:
         return Ahead(sampler, rollout.group_size, loader, template, say)
     if rollout.parts > 1:
-        return InParts(sampler, rollout.group_size, rollout.parts, phases, say)
+        return InParts(sampler, rollout.group_size, rollout.parts, say)
     return Drawing(sampler, rollout.group_size)
 
 

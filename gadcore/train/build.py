@@ -224,6 +224,7 @@ def _sampler(config: Config, engine: Engine, student: Student, phases: Phases) -
         max_tokens=config.data.max_response_tokens,
         seed=config.run.seed,
         states=phases,
+        waiting=phases.without_state,
         probe=probe_of(config, engine, student),
         reasoning=config.data.reasoning,
     )

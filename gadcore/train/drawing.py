@@ -10,7 +10,6 @@ from torch import Tensor
 from gadcore.data.groups import Group
 from gadcore.rollout.engine import Pending, WeightsLost
 from gadcore.rollout.sampler import Sampler
-from gadcore.train.phases import Phases
 
 
 class Drawing:
@@ -50,10 +49,10 @@ class InParts(Drawing):
     added, and goes on to the bit.
     """
 
-    def __init__(self, sampler: Sampler, samples: int, parts: int, phases: Phases, say: Callable[[str], None]) -> None:
+    def __init__(self, sampler: Sampler, samples: int, parts: int, say: Callable[[str], None]) -> None:
         """say: is told where samples are drawn anew."""
         super().__init__(sampler, samples)
-        self._parts, self._phases, self._say = parts, phases, say
+        self._parts, self._say = parts, say
         self._purpose = ""
         self._pending: Pending | None = None
 
@@ -62,22 +61,17 @@ class InParts(Drawing):
         self._pending = self._sampler.begin(groups, self._samples, self._purpose)
 
     def parts(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+        assert self._pending is not None
         size = -(-len(groups) // self._parts)
         for start in range(0, len(groups), size):
             part = groups[start : start + size]
             places = range(start, start + len(part))
             try:
-                responses = self._waited(places)
+                responses = self._sampler.awaited(self._pending, places)
             except WeightsLost as error:
                 self._say(f"{error}: the rest of its batch is drawn again")
                 # The same weights and seeds: what was scored already stays what it is.
                 self._pending = self._sampler.begin(groups, self._samples, self._purpose)
-                responses = self._waited(places)
+                responses = self._sampler.awaited(self._pending, places)
             self._sampler.give(part, responses)
             yield part
-
-    def _waited(self, places: Sequence[int]) -> list[Any]:
-        assert self._pending is not None
-        # The sampler needs nothing of the trainer's device: whoever has it keeps it.
-        with self._phases.without_state("rollout"):
-            return self._pending.responses(places)

@@ -87,7 +87,7 @@ class Trainer:
         self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
-        self._drawing = drawing_of(config, sampler, loader, student.template, self.phases, self.records.message)
+        self._drawing = drawing_of(config, sampler, loader, student.template, self.records.message)
         self._checkpoints = None
         if folder is not None:
             self._checkpoints = Checkpoints(

@@ -161,24 +161,29 @@ def test_what_is_begun_ends_before_the_weights_are_updated_again() -> None:
         engine.log.append(f"enter {name}")
         yield
 
-    made = sampler(engine, states=states, probe=Looks(engine.log, False, True, False))
+    @contextmanager
+    def waiting(name):
+        engine.log.append(f"await {name}")
+        yield
+
+    made = sampler(engine, states=states, waiting=waiting, probe=Looks(engine.log, False, True, False))
     batch = groups(5, 0)
     pending = made.begin(batch, 4, "gad/2")
     begun = ["enter synchronise", "wake weights", "update", "enter rollout", "wake kv_cache"]
     assert ["update" if entry.startswith("update") else entry for entry in engine.log] == [*begun, "begin 5"]
     engine.log.clear()
     made.give(batch, made.awaited(pending, range(5)))
-    assert engine.log == ["enter rollout", "responses [0, 1, 2, 3, 4]"]
+    assert engine.log == ["await rollout", "responses [0, 1, 2, 3, 4]"]
     assert all(len(group.samples) == 4 for group in batch)
     engine.log.clear()
     # The probe's samples are drawn before, and looked at while the batch is drawn.
     made.begin(batch, 4, "gad/3")
-    assert engine.log[:3] == ["enter rollout", "wait", "enter synchronise"]
+    assert engine.log[:3] == ["await rollout", "wait", "enter synchronise"]
     assert engine.log[-5:] == ["wake kv_cache", "generate", "begin 5", "enter student", "probe of 4, 4"]
     assert set(engine.seeds) < {request.seed for request in made.requests(batch, 4, "gad/3")}
     engine.log.clear()
     made.draw(batch, 4, "evaluation")
-    assert engine.log[:3] == ["enter rollout", "wait", "enter synchronise"] and engine.log[-1] == "generate"
+    assert engine.log[:3] == ["await rollout", "wait", "enter synchronise"] and engine.log[-1] == "generate"
 
 
 def test_an_engine_with_the_trainers_devices_has_all_of_it_at_once(echo) -> None:

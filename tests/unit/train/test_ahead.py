@@ -138,7 +138,7 @@ class Made:
         self.engine = Elsewhere(config, self.student.model, spec.template, **engine)
         self.records, self.phases = Rows(), Phases()
         self.discriminator = Discriminator.load(spec, student=spec, device="cpu")
-        sampling = {"temperature": 0.8, "max_tokens": 6, "states": self.phases}
+        sampling = {"temperature": 0.8, "max_tokens": 6, "states": self.phases, "waiting": self.phases.without_state}
         self.trainer = Trainer(
             config,
             stages_of(config, "train"),
@@ -150,6 +150,7 @@ class Made:
             records=self.records,
             phases=self.phases,
         )
+        self.phases.memory = self.trainer.memory
         step = self.student.step
 
         def watched(lr):
