@@ -14,7 +14,7 @@ from bench.offline.cuda_standin import gpu
 from gadcore.memory.colocation import Colocation
 from gadcore.memory.ledger import ALLOCATOR
 from gadcore.run import main
-from tests.support.runs import ANSWERS, PROMPTS, assert_same_run, records
+from tests.support.runs import ANSWERS, JOINT_WARMUP, PROMPTS, assert_same_run, records
 from tests.support.tiny import save_tiny
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -44,12 +44,7 @@ def arguments(folder: Path, **more: object) -> list[str]:
         "rollout.group_size": 2,
         "rollout.block_size": 4,
         "schedule.batch_size": 2,
-        "schedule.sft_epochs": 0,
-        "algorithm.student_warmup": "true",
-        "algorithm.length_debias": 0,
-        "student.adapter": "none",
-        "discriminator.adapter": "none",
-        "data.eval_samples": 1,
+        **JOINT_WARMUP,
         "schedule.warmup_steps": 1,
         "schedule.gad_steps": 2,
         "schedule.gad_epochs": 2,

@@ -16,6 +16,16 @@ OF_THE_MACHINE = ("time/", "perf/", "machine/", "energy/", "memory/")
 PROMPTS = ["Name a city.", "What boils?", "When does water freeze?", "Write an answer.", "Who takes turns?"]
 ANSWERS = ["Paris.", "Water boils.", "At zero degrees.", "A short answer.", "The user and the assistant."]
 
+# Over the default job's own order and adapters: both models, with all weights, in one warmup, and one sample each.
+JOINT_WARMUP = {
+    "schedule.sft_epochs": 0,
+    "algorithm.student_warmup": "true",
+    "algorithm.length_debias": 0,
+    "student.adapter": "none",
+    "discriminator.adapter": "none",
+    "data.eval_samples": 1,
+}
+
 
 def write_rows(path: Path, repeat: int = 2) -> Path:
     rows = [
@@ -43,12 +53,7 @@ def tiny_arguments(folder: Path, engine: str = "hf") -> list[str]:
         "rollout.engine": engine,
         "rollout.group_size": 3,
         "schedule.batch_size": 4,
-        "schedule.sft_epochs": 0,
-        "algorithm.student_warmup": "true",
-        "algorithm.length_debias": 0,
-        "student.adapter": "none",
-        "discriminator.adapter": "none",
-        "data.eval_samples": 1,
+        **JOINT_WARMUP,
         "schedule.warmup_steps": 3,
         "schedule.gad_steps": 4,
         "schedule.gad_epochs": 4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from gadcore.rollout.weights import PlainWeights
 from tests.support.adapters import trained
 from tests.support.builders import TEMPLATE
 from tests.support.engines import wake_with
+from tests.support.leaving import leaving
 from tests.support.tiny import save_tiny
 
 MIB = 1 << 20
@@ -139,25 +140,7 @@ def test_which_tokens_have_the_adapter_is_written_again_after_a_sleep(tmp_path, 
 
 def test_the_base_comes_when_vllm_has_made_room(tmp_path, device) -> None:
     """What a card of 24 GB has room for: vLLM's weights and cache, or its weights and the trainer's."""
-    visits = []
-
-    def away(model):
-        kept = {p: p.detach().clone() for p in model.parameters()}
-
-        @contextmanager
-        def there():
-            visits.append(torch.empty(30 * MIB, dtype=torch.uint8, device="cuda"))
-            for p, values in kept.items():
-                p.data = values
-            yield
-            visits[-1] = None
-            for p in kept:
-                p.data = torch.empty(0, dtype=p.dtype, device="cuda")
-
-        for p in kept:
-            p.data = torch.empty(0, dtype=p.dtype, device="cuda")
-        return there
-
+    visits, away = leaving()
     made = Made(tmp_path, share=0.7, there=away, adapter_rank=4, adapter_base="int8")
     assert visits == [None, None]
     assert made.engine.held() == {"engine.weights": 0, "engine.kv_cache": 0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from gadcore.rollout.vllm import VLLMEngine
 from gadcore.rollout.weights import PlainWeights
 from tests.support.builders import TEMPLATE
 from tests.support.engines import wake_with
+from tests.support.leaving import leaving
 from tests.support.tiny import save_tiny
 
 MIB = 1 << 20
@@ -152,26 +153,7 @@ def test_a_share_that_is_not_free_is_refused_by_its_name(tmp_path, device) -> No
 
 
 def test_the_trainers_weights_come_when_vllm_has_made_room(tmp_path, device) -> None:
-    visits = []
-
-    def away(model):
-        """The model has left. With it comes something that needs most of what vLLM takes."""
-        kept = {p: p.detach().clone() for p in model.parameters()}
-
-        @contextmanager
-        def there():
-            visits.append(torch.empty(30 * MIB, dtype=torch.uint8, device="cuda"))
-            for p, values in kept.items():
-                p.data = values
-            yield
-            visits[-1] = None
-            for p in kept:
-                p.data = torch.empty(0, device="cuda")
-
-        for p in kept:
-            p.data = torch.empty(0, device="cuda")
-        return there
-
+    visits, away = leaving()
     made = Made(tmp_path, gpu_memory_utilization=0.7, there=away)
     assert visits == [None]
     assert made.engine.held() == NOTHING

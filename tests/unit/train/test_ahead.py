@@ -29,25 +29,13 @@ from gadcore.run import main
 from gadcore.train.ahead import check_elsewhere
 from gadcore.train.phases import Phases
 from gadcore.train.progress import stages_of
-from gadcore.train.records import Records
 from gadcore.train.trainer import Trainer
 from tests.support.builders import groups
+from tests.support.rows import Rows
 from tests.support.runs import records, tiny_arguments
 from tests.support.tiny import save_tiny
 
 STEPS, SLOW_S = 4, 0.25
-
-
-class Rows(Records):
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-        self.messages: list[str] = []
-
-    def step(self, place, values) -> None:
-        self.rows.append({**place, **values})
-
-    def message(self, text) -> None:
-        self.messages.append(text)
 
 
 class Later(Pending):

@@ -23,9 +23,9 @@ from gadcore.rollout.weights import PlainWeights
 from gadcore.train.convergence import Convergence
 from gadcore.train.gate import Gate
 from gadcore.train.progress import Progress, stage_steps, stages_of
-from gadcore.train.records import Records
 from gadcore.train.trainer import Trainer
 from tests.support.builders import groups
+from tests.support.rows import Rows
 from tests.support.tiny import save_tiny
 
 
@@ -97,18 +97,6 @@ def test_a_seed_depends_on_every_argument() -> None:
     seeds = [derived_seed(*each) for each in arguments]
     assert len(set(seeds)) == len(arguments)
     assert all(0 <= seed < 2**48 for seed in seeds)
-
-
-class Rows(Records):
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-        self.messages: list[str] = []
-
-    def step(self, place, values) -> None:
-        self.rows.append({**place, **values})
-
-    def message(self, text) -> None:
-        self.messages.append(text)
 
 
 def trainer(
