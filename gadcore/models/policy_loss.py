@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gadcore.config.settings import AlgorithmSettings
+from gadcore.data.groups import MicroBatch
 from gadcore.errors import UserError
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, GRPOMetrics, importance_weights, ratio_terms
 from gadcore.kernels.layout import GroupLayout
+from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,40 @@ def by_function(loss: PolicyLoss, inputs: LossInputs) -> GRPOLoss:
     zero = torch.zeros_like(found.detach())
     tokens = torch.full_like(zero, len(logprob))
     return GRPOLoss(found, GRPOMetrics(kl.sum(), clipped.sum(), ratio.max(), zero, tokens, logprob))
+
+
+def fused(
+    hidden: Tensor,
+    head: Any,
+    micro: MicroBatch,
+    advantages: Tensor,
+    denominator: int,
+    algorithm: AlgorithmSettings,
+    add_weight_gradient_to: Tensor | None,
+    *,
+    ref_logprob: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
+    **others: Any,
+) -> GRPOLoss:
+    """The clipped ratio loss of a micro-batch, with its gradients in one pass over the tokens.
+
+    hidden: [R, H], of the tokens that predict the R response tokens. head: the output embeddings. advantages: [S].
+    Everything else is linear_grpo_loss()'s.
+    """
+    if sampler_logprob is not None:
+        sampler_logprob = sampler_logprob.to(torch.promote_types(hidden.dtype, sampler_logprob.dtype))
+    return linear_grpo_loss(
+        hidden,
+        head.weight,
+        micro.tokens.targets,
+        micro.sequences,
+        bias=head.bias,
+        advantages=advantages,
+        ref_logprob=ref_logprob,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        denominator=denominator,
+        sampler_logprob=sampler_logprob,
+        add_weight_gradient_to=add_weight_gradient_to,
+        **others,
+    )

@@ -21,7 +21,6 @@ from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages
 from gadcore.kernels.layout import GroupLayout
-from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
 from gadcore.kernels.linear_logprob import linear_logprob
 from gadcore.models.activations import Mode
 from gadcore.models.backbone import predicting_states
@@ -29,7 +28,7 @@ from gadcore.models.checks import check_head
 from gadcore.models.fused import gradient_in_place
 from gadcore.models.learner import Learner, memory_of
 from gadcore.models.loading import load_causal_lm
-from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function
+from gadcore.models.policy_loss import LossInputs, PolicyLoss, by_function, fused
 from gadcore.models.policy_stats import FAR, SUMS, PolicyStats, SeqKDStats
 from gadcore.models.precision import autocast
 from gadcore.models.readout import together
@@ -296,36 +295,11 @@ class Student(Learner):
             return_entropy=True,
         )
 
-    def _fused_loss(
-        self,
-        micro: MicroBatch,
-        advantages: Tensor,
-        denominator: int,
-        *,
-        ref_logprob: Tensor | None = None,
-        sampler_logprob: Tensor | None = None,
-        **others: Any,
-    ) -> GRPOLoss:
-        batch, head = micro.tokens, self.model.get_output_embeddings()
-        hidden = self.predicting_states(self.model, batch)
-        if sampler_logprob is not None:
-            sampler_logprob = sampler_logprob.to(torch.promote_types(hidden.dtype, sampler_logprob.dtype))
+    def _fused_loss(self, micro: MicroBatch, advantages: Tensor, denominator: int, **others: Any) -> GRPOLoss:
+        hidden, head = self.predicting_states(self.model, micro.tokens), self.model.get_output_embeddings()
         with autocast(self.settings.autocast, self.model.device):
-            return linear_grpo_loss(
-                hidden,
-                head.weight,
-                batch.targets,
-                micro.sequences,
-                bias=head.bias,
-                advantages=advantages,
-                ref_logprob=ref_logprob,
-                clip_low=self.algorithm.clip_low,
-                clip_high=self.algorithm.clip_high,
-                denominator=denominator,
-                sampler_logprob=sampler_logprob,
-                add_weight_gradient_to=gradient_in_place(head.weight, self.settings.autocast),
-                **others,
-            )
+            added = gradient_in_place(head.weight, self.settings.autocast)
+            return fused(hidden, head, micro, advantages, denominator, self.algorithm, added, **others)
 
     def advantages(self, rewards: Rewards, sizes: Sequence[int]) -> Tensor:
         """A_i = (r_i - mean r) / (std r + floor) over each group, unbiased std; undivided where that is asked for.

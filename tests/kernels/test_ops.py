@@ -17,7 +17,7 @@ from tests.support.importable import make_bench_importable
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 # Files that are no op.
-HELPERS = {"", "dispatch", "layout", "native", "ops", "tiles"}
+HELPERS = {"bits", "quantised", "quantised_linear", "", "dispatch", "layout", "native", "ops", "tiles"}
 
 
 def functions_of(path: Path) -> set[str]:
