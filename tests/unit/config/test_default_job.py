@@ -73,6 +73,6 @@ def test_the_gpu_preset_is_the_cpus_job_in_other_sizes() -> None:
     gpu, cpu = load(["--preset", "smollm2-gpu"]), load(["--preset", "smollm2-cpu"])
     assert gpu.student.model == cpu.student.model and gpu.data.train == cpu.data.train == "builtin"
     assert gpu.student.autocast == gpu.discriminator.autocast == gpu.vllm.dtype == "bfloat16"
-    assert gpu.schedule.batch_size > cpu.schedule.batch_size and gpu.rollout.group_size == cpu.rollout.group_size
+    assert gpu.schedule.batch_size > cpu.schedule.batch_size and gpu.rollout.group_size > cpu.rollout.group_size
     assert gpu.schedule.has_sft and cpu.schedule.has_sft
     assert not gpu.algorithm.student_warmup and not cpu.algorithm.student_warmup
