@@ -172,8 +172,25 @@ class Oracle:
             rewards, [self._teacher(g.prompt, g.teacher) - self._student(g.prompt, g.teacher) for g in groups]
         )
 
+    def scoring(self, pairs: int, *, backward: bool) -> _Scoring:
+        return _Scoring(self)
+
     def step(self) -> float:
         return 0.0
+
+
+class _Scoring:
+    """Scores of a batch that comes in parts, in gadcore.models.discriminator.Scoring's place."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._groups: list[Group] = []
+
+    def add(self, groups: Sequence[Group]) -> None:
+        self._groups += groups
+
+    def scores(self) -> Scores:
+        return self._oracle.score(self._groups, backward=False)
 
 
 class Watch(Records):
