@@ -81,6 +81,8 @@ class Ahead(Drawing):
     staleness: steps by which the weights that drew the present batch are older than those that learn from it, 0 or 1.
     """
 
+    meanwhile = True
+
     def __init__(
         self, sampler: Sampler, samples: int, loader: Loader, template: ChatTemplate | None, say: Callable[[str], None]
     ) -> None:

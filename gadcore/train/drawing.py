@@ -13,7 +13,12 @@ from gadcore.rollout.sampler import Sampler
 
 
 class Drawing:
-    """Draws the samples of a step as it begins, all of them."""
+    """Draws the samples of a step as it begins, all of them.
+
+    meanwhile: whether the sampler works beside the trainer, so that the rollout's seconds are those that were waited.
+    """
+
+    meanwhile = False
 
     def __init__(self, sampler: Sampler, samples: int) -> None:
         """samples: of a prompt."""
@@ -48,6 +53,8 @@ class InParts(Drawing):
     Parts are cut and scored in the batch's order, whatever is ready first: so a run has one order in which sums are
     added, and goes on to the bit.
     """
+
+    meanwhile = True
 
     def __init__(self, sampler: Sampler, samples: int, parts: int, say: Callable[[str], None]) -> None:
         """say: is told where samples are drawn anew."""

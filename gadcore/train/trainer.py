@@ -29,7 +29,6 @@ from gadcore.rollout.sampler import Sampler
 from gadcore.train.agreement import of_first
 from gadcore.train.ahead import drawing_of
 from gadcore.train.checkpoints import Checkpoints
-from gadcore.train.drawing import Drawing
 from gadcore.train.heldout import Heldout
 from gadcore.train.metrics import sample_traits, step_costs, step_metrics
 from gadcore.train.phases import Phases
@@ -212,9 +211,7 @@ class Trainer:
         progress.tokens["sampled"] += int(values.get("tokens/sampled", 0))
         progress.tokens["trained"] += int(values.get("tokens/trained", 0))
         place = {"stage": stage, "step": progress.step, "stage_step": step, "stage_steps": self._length(stage)}
-        costs = step_costs(
-            values, self.phases.take_step(), self.memory.take_step(), meanwhile=type(self._drawing) is not Drawing
-        )
+        costs = step_costs(values, self.phases.take_step(), self.memory.take_step(), meanwhile=self._drawing.meanwhile)
         values |= self._look(result)
         self.records.step(place, values | costs)
         every = self.config.tracking.sample_every
