@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import gadcore.models.policy_loss as policy_loss
 import gadcore.models.student as student_module
 from gadcore.cpu.backbone import rotate
 from gadcore.kernels.dispatch import Impl
@@ -175,13 +176,13 @@ def test_later_passes_add_the_heads_gradient_in_place(monkeypatch, tied) -> None
     batch = groups(4, 3, ragged=True)
     rewards = [list(range(len(group.samples))) for group in batch]
     given = []
-    real = student_module.linear_grpo_loss
+    real = policy_loss.linear_grpo_loss
 
     def loss(*args, add_weight_gradient_to, **kwargs):
         given.append(add_weight_gradient_to)
         return real(*args, add_weight_gradient_to=add_weight_gradient_to, **kwargs)
 
-    monkeypatch.setattr(student_module, "linear_grpo_loss", loss)
+    monkeypatch.setattr(policy_loss, "linear_grpo_loss", loss)
     in_place = student(torch.float32, tied=tied, micro_batch_tokens=40)
     in_place.freeze_reference()
     in_place.grpo_backward(batch, rewards)
