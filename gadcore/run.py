@@ -19,7 +19,7 @@ from gadcore.config import loading
 from gadcore.config.adapter import check_processes
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
-from gadcore.config.functions import check_functions
+from gadcore.config.functions import check_named
 from gadcore.config.process import StopSignals, keep_writing, leave, restarts, set_environment, several_processes
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError, is_users
@@ -276,7 +276,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
         )
     _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
-    check_functions(config.algorithm)
+    check_named(config)
     check_tracker(config.tracking.tracker)
     from gadcore.train.job import join_job
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gadcore.config.data import SPLIT
 from gadcore.config.kinds import Section
-from gadcore.config.rollout import VLLMServerRollout
+from gadcore.config.rollout import OwnRollout, VLLMServerRollout
 from gadcore.config.settings import AlgorithmSettings, Config
 
 # Why settings have no effect, and which: "section.key", or "section.*" for all of a section.
@@ -166,6 +166,8 @@ def _of_machine(config: Config, device: str) -> Iterator[Reason]:
     if config.rollout.engine == "hf":
         idle = ("memory.shared_weights", "rollout.probe_every")
         yield 'rollout.engine = "hf" always samples from the trainer\'s own weights', idle
+    elif isinstance(config.rollout, OwnRollout):
+        yield f"the class {config.rollout.engine} decides whether it shares weights", ("memory.shared_weights",)
     elif config.rollout.engine == "vllm-server":
         yield "a vLLM server has always a copy of its own", ("memory.shared_weights",)
     elif device == "cuda":

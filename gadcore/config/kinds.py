@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -60,6 +61,19 @@ def _columns(value: Any) -> Any:
 
 # A column map: a table, or as one writes it on a command line, prompt=question,teacher_response=answer.
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
+
+
+def named_object(name: str, key: str, what: str, example: str) -> str:
+    """`name`, of the form module:attribute. Raises ValueError, which names the setting `key`, where it is not.
+
+    what: "function" or "class".
+    """
+    if not re.fullmatch(r"(?!.*\.py:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ValueError(
+            f"{key} = {name!r} is not of the form module:{what}: write the name by which Python imports the module, a "
+            f"colon, and the {what}, for example {example}"
+        )
+    return name
 
 
 class Section(BaseModel):

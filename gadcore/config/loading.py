@@ -28,6 +28,7 @@ from rapidfuzz import fuzz, process
 from gadcore.config.command_line import COMMAND_LINE, HELP, kinds_of, setting_kinds, split
 from gadcore.config.kinds import Section
 from gadcore.config.renamed import refuse_old_names
+from gadcore.config.rollout import OWN, kind_of_engine
 from gadcore.config.settings import Config
 from gadcore.config.writing import print_help, shown, to_toml
 from gadcore.errors import UserError
@@ -277,12 +278,13 @@ def _of_other_engines(values: Mapping[str, Any], key: str, engine: Any, model: t
         for m in kinds_of(model.model_fields[section].annotation)
         if "engine" in m.model_fields
     }
-    if not isinstance(engine, str) or engine not in alternatives:
+    kind = kind_of_engine(engine)
+    if not isinstance(kind, str) or kind not in alternatives:
         return {}
     found = {}
     for setting in values:
         name = setting.partition(".")[2]
-        if setting == f"{section}.{name}" and name not in alternatives[engine].model_fields:
+        if setting == f"{section}.{name}" and name not in alternatives[kind].model_fields:
             found[setting] = next(o for o, other in alternatives.items() if name in other.model_fields)
     return found
 
@@ -328,7 +330,7 @@ def _sentence(error: ErrorDetails, values: Mapping[str, Any], origins: Mapping[s
     section, *path = error["loc"]
     if error["type"] == "union_tag_invalid":
         key = f"{section}.engine"
-        engines = error["ctx"]["expected_tags"].replace(", ", " or ")
+        engines = error["ctx"]["expected_tags"].replace(", ", " or ").replace(f"'{OWN}'", "module:class")
         return f"{key} = {shown(values[key])} ({origins[key]}) must be {engines}"
     if f"{section}.{path[0]}" not in values:
         del path[0]  # The engine, where a section has alternatives.

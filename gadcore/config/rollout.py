@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import Discriminator, Field, field_validator
 
-from gadcore.config.kinds import NonNegative, Positive, Section
+from gadcore.config.kinds import NonNegative, Positive, Section, named_object
+
+# The kind of rollout.engine = "module:class".
+OWN = "own"
+
+
+def kind_of_engine(engine: Any) -> Any:
+    """The tag of the settings that go with an engine: OWN for one that is named as "module:class"."""
+    return OWN if isinstance(engine, str) and ":" in engine else engine
 
 
 def _engine_of(value: Any) -> Any:
-    return value.get("engine", "vllm") if isinstance(value, dict) else getattr(value, "engine", None)
+    return kind_of_engine(value.get("engine", "vllm") if isinstance(value, dict) else getattr(value, "engine", None))
 
 
 # Annotates a union of Sections that differ by their `engine`; a table without one means vllm.
@@ -102,7 +110,9 @@ class VLLMRollout(VLLMSettings):
     """Sampling by vLLM in the trainer's processes: many prompts at a time, with weights and a KV cache of its own."""
 
     engine: Literal["vllm"] = Field(
-        "vllm", description='Or "vllm-server", or "hf", which has only the settings of every engine.'
+        "vllm",
+        description='Or "vllm-server", or "hf", which has only the settings of every engine, or "module:class", an '
+        "engine of your own (docs/guide/extend.md).",
     )
 
 
@@ -129,3 +139,14 @@ class HFRollout(CommonRollout):
     """Sampling by Hugging Face's generate, from the trainer's own weights, prompt by prompt."""
 
     engine: Literal["hf"] = Field("hf", description='Or "vllm" and "vllm-server", which have more settings.')
+
+
+class OwnRollout(CommonRollout):
+    """Sampling by an engine of one's own: a class on gadcore.rollout.engine.Engine, as "module:class"."""
+
+    engine: str = Field(OWN, validate_default=True)
+
+    @field_validator("engine")
+    @classmethod
+    def _module_and_class(cls, name: str) -> str:
+        return named_object(name, "rollout.engine", "class", "my_engines:GreedyEngine")

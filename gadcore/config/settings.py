@@ -26,8 +26,9 @@ from gadcore.config.kinds import (
     Rate,
     Section,
     anywhere,
+    named_object,
 )
-from gadcore.config.rollout import BY_ENGINE, HFRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
+from gadcore.config.rollout import BY_ENGINE, OWN, HFRollout, OwnRollout, VLLMRollout, VLLMServerRollout, VLLMSettings
 
 
 class RunSettings(Section):
@@ -148,12 +149,8 @@ class AlgorithmSettings(Section):
     @field_validator("loss", "reward")
     @classmethod
     def _module_and_function(cls, name: str | None, info: ValidationInfo) -> str | None:
-        if name is not None and not re.fullmatch(r"(?!.*\.py:)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
-            raise ValueError(
-                f"algorithm.{info.field_name} = {name!r} is not of the form module:function: write the name by which "
-                "Python imports the module, a colon, and the function, for example my_losses:reinforce"
-            )
-        return name
+        key = f"algorithm.{info.field_name}"
+        return None if name is None else named_object(name, key, "function", "my_losses:reinforce")
 
 
 class ScheduleSettings(Section):
@@ -267,7 +264,8 @@ class Config(Section):
     rollout: Annotated[
         Annotated[VLLMRollout, Tag("vllm")]
         | Annotated[VLLMServerRollout, Tag("vllm-server")]
-        | Annotated[HFRollout, Tag("hf")],
+        | Annotated[HFRollout, Tag("hf")]
+        | Annotated[OwnRollout, Tag(OWN)],
         BY_ENGINE,
     ] = VLLMRollout()
     algorithm: AlgorithmSettings = AlgorithmSettings()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gadcore.config.adapter import check_processes, lora_of
 from gadcore.config.device import best_device
-from gadcore.config.functions import load_function
+from gadcore.config.functions import load_named
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
 from gadcore.data.groups import Group, GroupedBatch, GroupTokens, MicroBatch
 from gadcore.data.template import ChatTemplate
@@ -80,7 +80,7 @@ class Student(Learner):
         self.temperature = temperature
         self._loss: PolicyLoss | None = None
         if algorithm.loss is not None:
-            self._loss = load_function(algorithm.loss, "algorithm.loss")
+            self._loss = load_named(algorithm.loss, "algorithm.loss")
 
     @classmethod
     def load(

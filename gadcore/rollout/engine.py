@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gadcore.config.functions import load_named
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
@@ -20,7 +21,8 @@ from gadcore.errors import UserError
 from gadcore.memory.holdings import EnginePart, Holding
 from gadcore.rollout.weights import WeightSource
 
-# rollout.engine -> its class. By name: an engine's packages are loaded only where it is used.
+# rollout.engine -> its class, by name: an engine's packages are loaded only where it is used. One of somebody's own is
+# named by the setting itself, as "module:class".
 ENGINES = {
     "vllm": "gadcore.rollout.vllm:VLLMEngine",
     "vllm-server": "gadcore.rollout.server:ServerEngine",
@@ -174,9 +176,15 @@ class Engine(ABC):
 
 
 def engine_class(config: Config) -> type[Engine]:
-    """The class of the engine that rollout.engine names."""
-    module, _, name = ENGINES[config.rollout.engine].partition(":")
-    found: type[Engine] = getattr(importlib.import_module(module), name)
+    """The class of the engine that rollout.engine names. Raises UserError where there is no such class."""
+    name = config.rollout.engine
+    if name in ENGINES:
+        module, _, attribute = ENGINES[name].partition(":")
+        own: type[Engine] = getattr(importlib.import_module(module), attribute)
+        return own
+    found: type[Engine] = load_named(name, "rollout.engine", "class")
+    if not issubclass(found, Engine):
+        raise UserError(f"rollout.engine = {name!r} must be a class on gadcore.rollout.engine.Engine, and is none")
     return found
 
 

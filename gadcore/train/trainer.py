@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.checkpoint import store
-from gadcore.config.functions import load_function
+from gadcore.config.functions import load_named
 from gadcore.config.settings import Config, MemorySettings
 from gadcore.data.batches import Loader
 from gadcore.data.groups import Group
@@ -83,7 +83,7 @@ class Trainer:
         )
         self.stop_requested, self.facts = stop_requested, facts or {}
         reward = config.algorithm.reward
-        self._reward: Reward | None = None if reward is None else load_function(reward, "algorithm.reward")
+        self._reward: Reward | None = None if reward is None else load_named(reward, "algorithm.reward")
         self.progress = Progress()
         self._snapshot = Snapshot(folder, loader.groups, sampler, student, self.phases, config.algorithm)
         self._drawing = drawing_of(config, sampler, loader, student.template, self.records.message)

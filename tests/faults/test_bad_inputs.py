@@ -146,6 +146,8 @@ def test_nothing_is_left_behind(start, tmp_path) -> None:
     says(start("--run.device", "cuda:1"), "cuda:1", "CUDA_VISIBLE_DEVICES")
     says(start("--algorithm.loss", "no_such_module:f"), "algorithm.loss", "no_such_module cannot be imported")
     says(start("--algorithm.reward", "os:nothing", "--dry-run"), "algorithm.reward", "has no function 'nothing'")
+    says(start("--rollout.engine", "os:getcwd", "--dry-run"), "rollout.engine", "has no class 'getcwd'")
+    says(start("--rollout.engine", "pathlib:Path"), "rollout.engine", "gadcore.rollout.engine.Engine, and is none")
     assert not (tmp_path / "runs").exists()
 
 

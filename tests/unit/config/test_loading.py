@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gadcore.config.loading import dump, load, presets
+from gadcore.config.rollout import OwnRollout
 from gadcore.config.settings import Config, HFRollout
 from gadcore.errors import UserError
 from gadcore.evaluate.settings import EvalConfig
@@ -207,7 +208,7 @@ def test_values_on_the_command_line_take_the_type_of_their_setting(key: str, tex
         (
             ["--rollout.engine", "vlm"],
             'rollout.engine = "vlm"',
-            "rollout.engine = \"vlm\" ({}) must be 'vllm' or 'vllm-server' or 'hf'",
+            "rollout.engine = \"vlm\" ({}) must be 'vllm' or 'vllm-server' or 'hf' or module:class",
         ),
         (
             ["--student.betas", "0.9"],
@@ -442,7 +443,10 @@ def test_another_engine_leaves_the_former_ones_settings_behind(toml) -> None:
 
 def test_an_engine_that_is_none(toml) -> None:
     path = toml("rollout.engine = [1]")
-    assert error_of("--config", path) == f"rollout.engine = [1] ({path}) must be 'vllm' or 'vllm-server' or 'hf'"
+    assert (
+        error_of("--config", path)
+        == f"rollout.engine = [1] ({path}) must be 'vllm' or 'vllm-server' or 'hf' or module:class"
+    )
 
 
 def test_settings_of_vllm_are_vllms_alone() -> None:
@@ -467,6 +471,19 @@ def test_a_saved_config_gives_way_to_a_file_or_preset(toml) -> None:
 @pytest.mark.parametrize("name", ["my_losses:reinforce", "my.losses_2:f"])
 def test_functions_are_named_by_module_and_function(name: str) -> None:
     assert load(["--algorithm.loss", name]).algorithm.loss == name
+
+
+def test_an_engine_of_ones_own_is_named_by_module_and_class(toml) -> None:
+    config = load(["--rollout.engine", "my.engines:Greedy", "--rollout.temperature=2"])
+    assert config.rollout == OwnRollout(engine="my.engines:Greedy", group_size=PRESET.rollout.group_size, temperature=2)
+    assert load(["--config", toml(dump(config))]) == config
+    assert error_of("--rollout.engine=my/engines:Greedy").startswith(
+        "rollout.engine = 'my/engines:Greedy' is not of the form module:class: write the name by which"
+    )
+    message = error_of("--rollout.engine=my.engines:Greedy", "--rollout.block_size=16")
+    assert message.startswith(
+        'rollout.block_size is a setting of rollout.engine = "vllm"; this run has "my.engines:Gre'
+    )
 
 
 @pytest.mark.parametrize("key", ["loss", "reward"])

@@ -1,4 +1,4 @@
-"""The sampler's order, with an engine that keeps a log; what an engine takes: one class and one row of the table."""
+"""The sampler's order, with an engine that keeps a log; what an engine takes: one class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.memory.colocation import Colocation
-from gadcore.rollout.engine import ENGINES, Engine, Pending, WeightsLost, engine_class, make_engine
+from gadcore.rollout.engine import Engine, Pending, WeightsLost, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
 from gadcore.rollout.weights import PlainWeights, checksums, fingerprint
 from tests.support.builders import TEMPLATE, groups
@@ -43,9 +43,8 @@ class Echo(Engine):
 
 
 @pytest.fixture
-def echo(monkeypatch):
-    monkeypatch.setitem(ENGINES, "hf", f"{__name__}:Echo")
-    config = Config.model_validate({"rollout": {"engine": "hf"}})
+def echo():
+    config = Config.model_validate({"rollout": {"engine": f"{__name__}:Echo"}})
     return make_engine(config, "", tiny_model(), TEMPLATE)
 
 
@@ -53,7 +52,7 @@ def sampler(engine: Echo, **kwargs) -> Sampler:
     return Sampler(engine, PlainWeights(engine.model), temperature=0.8, max_tokens=5, seed=3, **kwargs)
 
 
-def test_an_engine_is_a_class_and_a_row(echo) -> None:
+def test_an_engine_is_a_class(echo) -> None:
     assert type(echo).__name__ == "Echo" and engine_class(Config()).__name__ == "VLLMEngine"
     assert echo.shared and echo.held() == {} and echo.aliases() == [] and echo.close() is None
 
