@@ -304,16 +304,19 @@ def _pairs_pass(work: Workload, samples: int) -> Pass:
 def _once(case: Case, choice: Choice, looked: float) -> dict[str, float]:
     """Held-out evaluations before, between and after the stages, and checkpoints."""
     work, every, steps = case.work, case.config.checkpoint.every, sum(case.work.steps.values())
-    share = work.eval_rows * (work.prompt + work.teacher + work.response) / work.discriminator_tokens
     samples = case.config.data.eval_samples
-    evaluation = rollout_seconds(case, choice, work.eval_rows, samples)
+    # As Trainer.evaluate() has it: what has not moved is not drawn again, and a fresh head is asked for nothing.
+    still = "warmup" in work.steps and not case.config.algorithm.student_warmup
+    blank = 1 + ("sft" in work.steps) if case.config.discriminator.model == "student" else 0
+    evaluation = rollout_seconds(case, choice, work.eval_rows, samples) * (1 + len(work.steps) - still)
     # Parameters, or their masters, and both moments.
     saved = 3.0 * case.policy.trained * ITEM[case.config.student.dtype]
     if case.has_discriminator:
-        evaluation += looked * share * samples
+        share = work.eval_rows * (work.prompt + work.teacher + samples * work.response) / work.discriminator_tokens
+        evaluation += looked * share * (1 + len(work.steps) - blank)
         saved += 3.0 * case.scorer.trained * ITEM[case.config.discriminator.dtype]
     count = (steps // every + len(work.steps) if every else 0) + 1
     return {
-        "evaluation": evaluation * (1 + len(work.steps)),
+        "evaluation": evaluation,
         "checkpoint": count * saved / (case.machine.figures["file_write"] * case.machine.nodes),
     }

@@ -8,7 +8,14 @@ from dataclasses import replace
 import pytest
 
 from gadcore.config import loading
-from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, StudentSettings, VLLMRollout
+from gadcore.config.settings import (
+    AlgorithmSettings,
+    Config,
+    DiscriminatorSettings,
+    MemorySettings,
+    StudentSettings,
+    VLLMRollout,
+)
 from gadcore.errors import UserError
 from gadcore.plan.memory import Choice
 from gadcore.plan.planning import make_plan
@@ -139,6 +146,21 @@ def test_a_run_is_its_steps() -> None:
     assert time.total == pytest.approx(3 * warmup + 5 * gad + sum(time.once.values()))
     assert sum(time.phases.values()) == time.total
     assert time.once["evaluation"] == 0 and time.once["checkpoint"] == pytest.approx(3 * 12 * 6410 / 1e6)
+
+
+def test_an_evaluation_draws_and_scores_only_what_the_run_does() -> None:
+    """A fresh head is not asked before its warmup; a student that has not moved is not drawn again."""
+
+    def evaluation(model: str = "student", *, moves: bool = True) -> float:
+        algorithm, scorer = AlgorithmSettings(student_warmup=moves), DiscriminatorSettings(model=model)
+        case = round_case(config=Config(algorithm=algorithm, discriminator=scorer))
+        work = replace(case.work, eval_rows=2, steps={"sft": 1, "warmup": 3, "gad": 5})
+        return run_time(replace(case, work=work), CHOICE).once["evaluation"]
+
+    # Each of four is drawn, two are scored; by a discriminator of its own all are; three are drawn.
+    all_drawn, all_scored, three_drawn = evaluation(), evaluation("another"), evaluation(moves=False)
+    scored = (all_scored - all_drawn) / 2
+    assert scored > 0 and 4 * (all_drawn - three_drawn) + 2 * scored == pytest.approx(all_drawn)
 
 
 def test_settings_that_do_less_take_less() -> None:
