@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -60,6 +61,14 @@ def _push(folder: Path, name: str) -> str:
     return address
 
 
+def _step(text: str) -> int:
+    """A number, or the name of a checkpoint's folder, as --run.resume takes it."""
+    found = re.fullmatch(r"(?:step-)?(\d{1,18})", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no step: write a number, or a checkpoint's name as step-000100")
+    return int(found[1])
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"export: {message}; see export --help")
@@ -68,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gadcore export", description="A checkpoint as a Hugging Face directory.")
     parser.add_argument("run", metavar="RUN_FOLDER")
-    parser.add_argument("--step", type=int, help="the checkpoint's step; default the newest")
+    parser.add_argument("--step", type=_step, help="the checkpoint's, as 100 or step-000100; default the newest")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument("--model", choices=MODELS, default="student", help="default student")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default the run's")

@@ -68,7 +68,7 @@ def test_an_earlier_checkpoint_loads_in_transformers_with_its_own_weights(traine
     assert {name: p.tolist() for name, p in model.named_parameters()} == {n: t.tolist() for n, t in saved.items()}
     assert (tmp_path / "out/model.safetensors").read_bytes() != (trained / "student/model.safetensors").read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert export(trained, "--step", 4, "--out", tmp_path / "judge", "--model", "discriminator") == 0
+    assert export(trained, "--step", "step-000004", "--out", tmp_path / "judge", "--model", "discriminator") == 0
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     head = load_file(trained / "checkpoints/step-000004/discriminator.safetensors")["score.weight"]
     assert judge.score.weight.tolist() == head.tolist()
@@ -92,6 +92,7 @@ def test_another_export_into_the_same_folder_is_refused_and_what_others_made_sta
 
 
 def test_bad_arguments_are_named(trained, tmp_path, capsys) -> None:
+    assert "'last' is no step: write a number" in refused(capsys, trained, "--step", "last", "--out", tmp_path / "x")
     assert f"has checkpoints of the steps {STEPS}" in refused(capsys, trained, "--step", 5, "--out", tmp_path / "x")
     assert "is no run folder" in refused(capsys, tmp_path, "--out", tmp_path / "x")
     assert "exists and is not empty: choose another folder" in refused(capsys, trained, "--out", trained)
