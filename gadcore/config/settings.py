@@ -132,7 +132,11 @@ class AlgorithmSettings(Section):
     score_clip: Above | None = Field(
         None, description="c: a reward differs from the teacher's score by this at most; none: by whatever it does."
     )
-    length_debias: float = Field(0.0, description="b: a reward is less by b log(1 + tokens of the sample).")
+    length_debias: float | Literal["fit"] = Field(
+        0.0,
+        description='b: a reward is less by b log(1 + tokens of the sample); "fit": the b that leaves the rewards of a '
+        "batch no trend in the length.",
+    )
     soda_beta: Above = Field(
         0.1, description="Of the baseline `soda`: how strongly DPO holds the student to where it began."
     )

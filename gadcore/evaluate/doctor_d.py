@@ -203,7 +203,7 @@ def _template(e: Evidence) -> Finding:
 
 
 _MEND = {
-    "length": "hold lengths by algorithm.length_debias, and look at data.max_response_tokens",
+    "length": "hold lengths by algorithm.length_debias = fit, and look at data.max_response_tokens",
     "end marker": "see the end marker above",
     "first word": "responses begin differently: look at a few of both, at data.template_arguments, and teach the "
     "opening by cross-entropy (schedule.sft_epochs)",
@@ -251,7 +251,7 @@ def _length(e: Evidence) -> Finding | None:
     if abs(found) < LEANING or sum(len(of.samples) for of in e.pairs) < LEANING_SAMPLES:
         return Finding("length", "ok", said)
     way = "long" if found > 0 else "short"
-    mend = f"algorithm.length_debias = {'0.5' if found > 0 else '-0.5'}, a larger algorithm.kl_coef, fewer GAD steps"
+    mend = "algorithm.length_debias = fit, a larger algorithm.kl_coef, fewer GAD steps"
     return Finding("length", "wrong", f"{said} The student is paid for {way} responses.", mend)
 
 

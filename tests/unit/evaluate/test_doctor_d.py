@@ -98,7 +98,7 @@ def doubled(rng: random.Random) -> str:
         ),
         (Case(student=lambda rng: f"<think>a</think>{teacher_text(rng)}"), "template", "a block of reasoning",
          'data.reasoning = "strip"'),
-        (Case(student=doubled), "length", "The student is paid for short responses", "algorithm.length_debias = -0.5"),
+        (Case(student=doubled), "length", "The student is paid for short responses", "algorithm.length_debias = fit"),
         (Case(student=lambda rng: "zero zero zero", steps=60), "saturation", "D has won",
          "discriminator.label_smoothing"),
         (Case(student=teacher_text, rows=4, steps=60), "memorised", "On its latest training batches D told 100 % apart",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,28 @@ def test_clip_and_length_debias() -> None:
     both = shaped(batch, scores, AlgorithmSettings(score_clip=2.0, length_debias=-0.5))
     assert both is not None and both[0] == pytest.approx([-1 + 0.5 * lengths[0][0], 1 + 0.5 * lengths[0][1],
                                                           3 + 0.5 * lengths[0][2]])  # fmt: skip
+
+
+def test_the_fitted_debias_leaves_no_trend_in_the_length() -> None:
+    batch = groups(3, 4)
+    lengths = [[math.log(1 + len(s.token_ids)) for s in g.samples] for g in batch]
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    told = [[n + 0.7 * x + k for n, x in zip(noise[k], lengths[k], strict=True)] for k in range(3)]
+    rewards = shaped(batch, Scores.of(told, [0.0] * 3), AlgorithmSettings(length_debias="fit"))
+    assert rewards is not None
+    # By numpy: one slope, an offset for every group.
+    rows = [(x, *(float(g == k) for k in range(3))) for g, row in enumerate(lengths) for x in row]
+    slope = float(np.linalg.lstsq(np.array(rows), np.array(told).ravel(), rcond=None)[0][0])
+    assert abs(slope) > 0.1
+    for row, own, of in zip(rewards, told, lengths, strict=True):
+        assert row == pytest.approx([s - slope * (x - np.mean(of)) for s, x in zip(own, of, strict=True)])
+
+
+def test_samples_of_one_length_say_nothing_of_it() -> None:
+    (group,) = groups(1, 3)
+    group.samples = group.samples[:1] * 3
+    told = [[1.0, 2.0, 3.0]]
+    assert shaped([group], Scores.of(told, [0.0]), AlgorithmSettings(length_debias="fit")) == told
 
 
 def test_a_reward_of_ones_own_gets_what_they_leave() -> None:
