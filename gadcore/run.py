@@ -16,7 +16,6 @@ from rich.console import Console
 
 from gadcore import __version__
 from gadcore.config import loading
-from gadcore.config.adapter import check_processes
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_named
@@ -305,7 +304,6 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     world = job.world
     stages = stages_of(config, command)
     check_elsewhere(config)
-    check_processes(world.size, student=config.student, discriminator=config.discriminator)
     if config.run.resume == "auto" and not dry_run and (path := job.of_first(lambda: finished(config, stages))):
         if world.is_first:
             # It may have been killed in between.

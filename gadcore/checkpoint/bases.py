@@ -6,7 +6,7 @@ are kept in; and what stands on it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,18 @@ def _sums(model: nn.Module) -> dict[str, tuple[int, int]]:
     read = torch.stack([bit_sums(p) for p in plain.values()]).tolist()
     sums: dict[str, tuple[int, int]] = {name: (a, b) for name, (a, b) in zip(plain, read, strict=True)}
     return sums | {name: bits.sums for name, bits in few.items() if isinstance(bits, Bits)}
+
+
+def check_equal(described: Sequence[Mapping[str, Described]]) -> None:
+    """Raises UserError where processes that train one adapter have other bases under it. described: what describe()
+    gave on every one of them, by rank."""
+    for rank, theirs in enumerate(described):
+        for owner, here in described[0].items():
+            if here["checksum"] != theirs[owner]["checksum"]:
+                raise UserError(
+                    f"rank {rank} has loaded other weights for the base of the {owner} than rank 0, both from "
+                    f"{here['base']}: give every node the same files"
+                )
 
 
 def check(saved: Mapping[str, Described] | None, here: Mapping[str, Described], names: Mapping[str, str]) -> None:

@@ -60,7 +60,9 @@ def export(saved: Path, out: Path, which: str = "student", dtype: str | None = N
         _name(config, which), system_prompt=config.data.system_prompt, arguments=config.data.template_arguments
     )
     saved_as = tensors[which]
-    sharded = isinstance(saved_as, ShardedTensors)
+    adapted = lora_of(config.student if which == "student" else config.discriminator) is not None
+    # A model of a base and an adapter is put together as a whole, whoever has written the adapter.
+    sharded = isinstance(saved_as, ShardedTensors) and not adapted
     model = _shell(config, which, spec) if sharded else _untrained(config, which, spec)
     bases.check(checkpoint.state.get("bases"), bases.describe({which: model}), {which: spec.path})
     check_parameters(own_parameters(model), saved_as, which)

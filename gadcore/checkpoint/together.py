@@ -152,5 +152,5 @@ def _host(tensor: Tensor) -> Tensor:
         if local.device.type == "cpu":
             return tensor
         return DTensor(local.cpu(), tensor._spec, requires_grad=False)  # type: ignore[call-arg]
-    # Small, and changed by others: random states, step counts.
+    # Small, and some are changed by others: adapters, random states, step counts.
     return tensor.detach().to("cpu", copy=True)

@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import Field
 
 from gadcore.config.kinds import Above, Location, Positive, Trained
-from gadcore.errors import UserError
 
 ALL_LINEAR = "all-linear"
 RANK = 16
@@ -104,8 +103,9 @@ def check_adapter(name: str, settings: Adaptable) -> None:
         raise ValueError(f'{name}.adapter_targets must be "all-linear" or names as q_proj,v_proj, is {targets!r}')
 
 
-def check_sampler(settings: Adaptable, engine: str, dtype: str) -> None:
-    """Raises ValueError where rollout.engine, with that rollout.dtype, cannot sample from the student's adapter."""
+def check_sampler(settings: Adaptable, engine: str, dtype: str, tensor_parallel: int = 1) -> None:
+    """Raises ValueError where rollout.engine, with that rollout.dtype and rollout.tensor_parallel, cannot sample from
+    the student's adapter."""
     lora = lora_of(settings)
     if lora is None:
         return
@@ -114,19 +114,15 @@ def check_sampler(settings: Adaptable, engine: str, dtype: str) -> None:
             "rollout.engine = vllm-server gets whole weights, and student.adapter = lora changes none of them: set "
             'rollout.engine = "vllm"'
         )
+    if tensor_parallel > 1:
+        raise ValueError(
+            f"rollout.tensor_parallel = {tensor_parallel} cuts one sampler's weights over processes, and with "
+            "student.adapter = lora each of these has all weights and a sampler of its own: set "
+            "rollout.tensor_parallel = 1"
+        )
     # That of a folder is read with it.
     if engine == "vllm" and dtype == "bfloat16" and lora.start is None and not lora.exact:
         raise ValueError(
             f"vLLM makes the scale of student.adapter ({lora.scale:g}) part of B, which rounds in bfloat16 where it is "
             "no power of two: choose student.adapter_alpha so that it is one, for example twice the rank"
         )
-
-
-def check_processes(processes: int, **models: Adaptable) -> None:
-    """Raises UserError where a model with an adapter would be of several processes. models: settings by owner."""
-    for owner, settings in models.items():
-        if processes > 1 and settings.adapter != "none":
-            raise UserError(
-                f"{owner}.adapter = {settings.adapter} trains on one device, and this job has {processes} processes: "
-                f"start one, or set {owner}.adapter = none"
-            )

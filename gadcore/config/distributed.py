@@ -12,7 +12,8 @@ class DistributedSettings(Section):
 
     shard: NonNegative = Field(
         0,
-        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are.",
+        description="Processes that every model, or every copy of it, is cut over (FSDP2); 0: as many as there are. "
+        "One with an adapter is cut over none: each process has all of it.",
     )
     replicate: Positive = Field(
         1, description="Whole copies of the sharded models (HSDP), one a node: shard x replicate are all processes."

@@ -71,7 +71,7 @@ def without_effect(
     config: as loading.load gives it, so that a preset's own values are not counted. device: its type, "cpu" or "cuda".
     stages: of the command, as train.progress.stages_of gives them. processes: of the job.
     """
-    sentences = told(config, [*_reasons(config, device, stages), *_of_processes(processes)])
+    sentences = told(config, [*_reasons(config, device, stages), *_of_processes(config, stages, processes)])
     return [*sentences, *_lengths(config, stages, steps_per_epoch)]
 
 
@@ -152,9 +152,13 @@ def _reasons(config: Config, device: str, stages: Sequence[str]) -> Iterator[Rea
         yield "tensorboard has no projects", ("tracking.project",)
 
 
-def _of_processes(processes: int) -> Iterator[Reason]:
+def _of_processes(config: Config, stages: Sequence[str], processes: int) -> Iterator[Reason]:
     if processes == 1:
         yield "there is one process, torchrun starts several", ("distributed.*", "checkpoint.asynchronous")
+    alone = {"seqkd", "soda"} & set(stages)
+    models = [config.student] if alone else [config.student, config.discriminator]
+    if all(model.adapter != "none" for model in models):
+        yield "every process has all of a model with an adapter", ("distributed.shard", "distributed.replicate")
 
 
 def _of_machine(config: Config, device: str) -> Iterator[Reason]:

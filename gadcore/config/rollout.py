@@ -86,7 +86,8 @@ class VLLMSettings(CommonRollout):
     )
     tensor_parallel: Positive = Field(
         1,
-        description="Of the processes that train together, as many share the weights of one sampler.",
+        description="Of the processes that train together, as many share the weights of one sampler; 1 where the "
+        "student has an adapter.",
     )
     kv_cache_gib: Positive = Field(1, description="Memory of vLLM's KV cache, on a CPU.")
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = Field(

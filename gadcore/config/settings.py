@@ -336,7 +336,9 @@ class Config(Section):
                     "others: leave one of them out"
                 )
             check_adapter(name, trained)
-        check_sampler(self.student, self.rollout.engine, getattr(self.rollout, "dtype", "float32"))
+        rollout = self.rollout
+        dtype, parallel = getattr(rollout, "dtype", "float32"), getattr(rollout, "tensor_parallel", 1)
+        check_sampler(self.student, rollout.engine, dtype, parallel)
         for section in (self.gate, self.convergence):
             if section.enabled and self.data.eval is None:
                 name = "gate" if section is self.gate else "convergence"

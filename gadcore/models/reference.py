@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gadcore.distributed.fsdp import local
+from gadcore.distributed.fsdp import is_sharded, local
 from gadcore.distributed.world import World
 from gadcore.models.adapter import own_parameters
 from gadcore.models.backbone import prune_as
@@ -21,7 +21,7 @@ from gadcore.models.sharded import copy_sharded
 def frozen_copy(
     model: PreTrainedModel, autocast: str, values: Mapping[str, Tensor] | None, world: World
 ) -> PreTrainedModel:
-    """A model that computes as `model` does, without gradients; over several processes sharded as that one is.
+    """A model that computes as `model` does, without gradients; sharded where that one is.
 
     What autocast rounds in every pass is kept in its dtype: the same log-probs to the bit from half the memory.
     The base under adapters is the model's own: it never changes.
@@ -35,7 +35,7 @@ def frozen_copy(
     }
     if values is None:
         values = {name: local(p.detach()) for name, p in parameters.items()}
-    if world.size > 1:
+    if is_sharded(model):
         frozen = copy_sharded(model, values, dtypes, world)
         fuse_backbone(frozen)
         prune_as(frozen, model)

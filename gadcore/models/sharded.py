@@ -39,7 +39,7 @@ def load_sharded(
     with foreign(f"cannot load the model {path}"), parameters_on_meta():
         model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False)
     _finish(model, device, world)
-    folder = _folder(path, world)
+    folder = fetch(path, world)
     with world.agreeing():
         files = _files(folder)
     with world.agreeing(), foreign(f"cannot load the model {path}"):
@@ -96,7 +96,7 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _folder(path: str, world: World) -> Path:
+def fetch(path: str, world: World) -> Path:
     """Where the files of a directory or a hub id lie; one process of a node downloads, the others find what it left."""
     folder = Path(path)
     if folder.is_dir():

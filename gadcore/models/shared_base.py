@@ -20,7 +20,7 @@ from gadcore.distributed.world import ALONE, World
 from gadcore.errors import UserError, foreign
 from gadcore.models.adapter import add_adapter, base_parameters, loaded_on, quantise_base
 from gadcore.models.backbone import ATTENTION
-from gadcore.models.loading import fresh_head, load_causal_lm, load_discriminator, set_padding
+from gadcore.models.loading import fresh_head, load_causal_lm, load_discriminator, load_on_each, set_padding
 from gadcore.models.peft_format import load_adapter, resolved
 from gadcore.models.spec import ModelSpec
 
@@ -32,21 +32,26 @@ def beside(module: nn.Module, others: dict[int, Any] | None = None) -> Any:
 
 
 class SharedBase:
-    """A causal language model that nobody changes, loaded once. name: of the directory or hub id."""
+    """A causal language model that nobody changes, loaded once, by every process whole. name: of the directory or hub
+    id."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self._model, self.name = model.requires_grad_(False), name
 
     @classmethod
-    def load(cls, spec: ModelSpec, settings: StudentSettings, device: torch.device) -> SharedBase:
-        model = load_causal_lm(spec.path, settings.weights_dtype, loaded_on(settings, device, "student"))
-        quantise_base(model, settings, device, "student")
-        return cls(model, spec.path)
+    def load(cls, spec: ModelSpec, settings: StudentSettings, device: torch.device, world: World = ALONE) -> SharedBase:
+        def whole() -> PreTrainedModel:
+            model = load_causal_lm(spec.path, settings.weights_dtype, loaded_on(settings, device, "student"))
+            quantise_base(model, settings, device, "student")
+            return model
 
-    def policy(self, settings: StudentSettings, *, seed: int = 0) -> PreTrainedModel:
-        """The base with the adapter that the settings ask for."""
+        return cls(load_on_each(spec.path, world, whole), spec.path)
+
+    def policy(self, settings: StudentSettings, *, seed: int = 0, world: World = ALONE) -> PreTrainedModel:
+        """The base with the adapter that the settings ask for, the same on every process."""
         model: PreTrainedModel = beside(self._model)
-        _adapt(model, settings, "student", seed)
+        with world.agreeing():
+            _adapt(model, settings, "student", seed)
         return model
 
     def scorer(
@@ -94,21 +99,24 @@ def load_scorer(
     world: World = ALONE,
 ) -> PreTrainedModel:
     """The discriminator's model: over `base` where there is one, else loaded by itself, with an adapter where the
-    settings ask for one. world: as of load_causal_lm(). Raises UserError as load_discriminator() does."""
-    end_id = spec.template.end_id
+    settings ask for one. world: of several processes: the model is sharded, or with an adapter whole on each of them.
+    Raises UserError as load_discriminator() does."""
+    given: dict[str, Any] = {"seed": seed, "end_id": spec.template.end_id, "tokenizer": tokenizer}
     if base is not None:
-        return base.scorer(settings, seed=seed, end_id=end_id, tokenizer=tokenizer)
-    adapted = lora_of(settings) is not None
-    dtype = settings.weights_dtype if adapted else settings.dtype
-    place = loaded_on(settings, device, "discriminator")
-    model = load_discriminator(
-        spec.path, dtype, device=place, seed=seed, end_id=end_id, tokenizer=tokenizer, world=world
-    )
-    quantise_base(model, settings, device, "discriminator")
-    if adapted:
+        with world.agreeing():
+            return base.scorer(settings, **given)
+    if lora_of(settings) is None:
+        return load_discriminator(spec.path, settings.dtype, device=device, world=world, **given)
+
+    def adapted() -> PreTrainedModel:
+        place = loaded_on(settings, device, "discriminator")
+        model = load_discriminator(spec.path, settings.weights_dtype, device=place, **given)
+        quantise_base(model, settings, device, "discriminator")
         model.score.to(_dtype(settings))
         _adapt(model, settings, "discriminator", seed)
-    return model
+        return model
+
+    return load_on_each(spec.path, world, adapted)
 
 
 def shares_base(student: StudentSettings, discriminator: DiscriminatorSettings, *, same_model: bool) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gadcore.config.adapter import check_processes, lora_of
+from gadcore.config.adapter import lora_of
 from gadcore.config.device import best_device
 from gadcore.config.functions import load_named
 from gadcore.config.settings import AlgorithmSettings, StudentSettings
@@ -99,7 +99,7 @@ class Student(Learner):
         """The student from a model directory, a hub id or a bundled name.
 
         settings, algorithm: default the paper's. device: default the GPU where there is one. seed: of a new adapter.
-        world: of several processes, each of which reads its shards alone.
+        world: of several processes, each of which reads its shards alone, or all of the base of an adapter.
         Raises UserError where there is no such model, or where it does not fit packed groups.
         """
         spec = ModelSpec.resolve(model) if isinstance(model, str) else model
@@ -107,10 +107,12 @@ class Student(Learner):
         device = best_device() if device is None else torch.device(device)
         base = None
         if lora_of(settings) is not None:
-            check_processes(world.size, student=settings)
-            base = SharedBase.load(spec, settings, device)
+            base = SharedBase.load(spec, settings, device, world)
+            loaded = base.policy(settings, seed=seed, world=world)
+        else:
+            loaded = load_causal_lm(spec.path, settings.dtype, device, world)
         made = cls(
-            base.policy(settings, seed=seed) if base else load_causal_lm(spec.path, settings.dtype, device, world),
+            loaded,
             settings,
             algorithm or AlgorithmSettings(),
             temperature=temperature,

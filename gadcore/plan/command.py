@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gadcore.config.adapter import check_processes
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.files import write_whole
@@ -99,7 +98,6 @@ def build_case(
             f"distributed.replicate = {config.distributed.replicate} copies do not divide {machine.ranks} ranks of "
             f"{machine.name}: take 1, or the number of nodes"
         )
-    check_processes(machine.ranks, student=config.student, discriminator=config.discriminator)
     if config.memory.limit_gib is not None:
         machine = replace(machine, limit=config.memory.limit_gib * GIB)
     student = read_dimensions(config.student.model)

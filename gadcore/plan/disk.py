@@ -10,8 +10,7 @@ from typing import NamedTuple
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.plan.dimensions import Dimensions, read_dimensions
-from gadcore.plan.memory import ITEM, Precision, reference_bytes
-from gadcore.plan.roles import role_of
+from gadcore.plan.roles import ITEM, Precision, reference_bytes, role_of
 from gadcore.train.progress import has_discriminator
 
 

@@ -1,8 +1,8 @@
 """Bytes of every state of a step on one rank: what is held, and what computing takes beside it.
 
-Parameters, gradients and moments are cut over the ranks, or over those of a copy (distributed.replicate); the sampler's
-weights are whole, or cut over `tensor_parallel` ranks. States are never added up: they follow each other. Masters in
-host memory, and what is moved off an accelerator, count for the host alone.
+Parameters, gradients and moments are cut over the ranks, or over those of a copy (distributed.replicate); adapters and
+their base are whole on each. The sampler's weights are whole, or cut over `tensor_parallel` ranks. States are never
+added up: they follow each other. Masters in host memory, and what is moved off an accelerator, count for the host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.gathered import gathered_bytes, outside_bytes
 from gadcore.plan.machine import Machine
 from gadcore.plan.moments import Pass
-from gadcore.plan.roles import ITEM, Precision, Role, role_of
+from gadcore.plan.roles import ITEM, Precision, Role, reference_bytes, role_of
 from gadcore.plan.workload import Workload
 from gadcore.rollout.engine import Engine, engine_class
 from gadcore.rollout.vllm_adapter import AT_ONCE_BYTES
@@ -51,8 +51,16 @@ class Case:
 
     @property
     def shards(self) -> int:
-        """Ranks that a model, or a copy of it, is cut over."""
+        """Ranks that a model without adapters, or a copy of it, is cut over."""
         return max(1, self.machine.ranks // self.config.distributed.replicate)
+
+    def shards_of(self, role: Role) -> int:
+        """Ranks that what is trained of a model is cut over."""
+        return 1 if role.adapted else self.shards
+
+    def gathers(self, role: Role) -> bool:
+        """Whether a pass of the model gathers its weights from other ranks."""
+        return self.machine.ranks > 1 and not role.adapted
 
     @property
     def engine(self) -> type[Engine]:
@@ -165,9 +173,11 @@ class StateMemory:
 
 def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
     """Bytes of every holding of a run on one rank, wherever it lies at the time."""
-    shards, student, discriminator = case.shards, case.student_precision, case.discriminator_precision
-    policy, scorer = case.policy.trained / shards, case.scorer.trained / shards
-    reference = policy * case.policy.item if case.policy.adapted else reference_bytes(case.student, student) / shards
+    student, discriminator = case.student_precision, case.discriminator_precision
+    policy, scorer = (role.trained / case.shards_of(role) for role in (case.policy, case.scorer))
+    reference = reference_bytes(case.student, student) / case.shards
+    if case.policy.adapted:
+        reference = policy * case.policy.item
     engine = case.student.parameters * ITEM[case.sampling_dtype] / choice.tensor_parallel
     return {
         "base.parameters": float(case.base_bytes),
@@ -181,12 +191,6 @@ def holdings(case: Case, choice: Choice) -> dict[Holding, float]:
         "engine.weights": engine if case.engine.holds_memory and not case.shared else 0.0,
         "engine.kv_cache": choice.kv_bytes if case.engine.holds_memory else 0.0,
     }
-
-
-def reference_bytes(d: Dimensions, precision: Precision) -> float:
-    """Bytes of the reference policy: matrices as the products read them, the rest as the student's weights."""
-    matrices = d.layers * d.matrices + (0 if d.tied else d.head)
-    return float(matrices * precision.products + (d.parameters - matrices) * precision.weights)
 
 
 def master_bytes(case: Case) -> float:
@@ -242,10 +246,11 @@ def state_memory(case: Case, choice: Choice, state: State) -> StateMemory:
         if made := case.policy.made:
             # Some matrices at a time, until they are enough to be brought together.
             working["matrices made whole"] = AT_ONCE_BYTES + made * case.student_precision.weights
-        if case.machine.ranks > 1 or case.student_precision.weights != ITEM[case.sampling_dtype] or not made:
+        gathers = case.gathers(case.policy)
+        if gathers or case.student_precision.weights != ITEM[case.sampling_dtype] or not made:
             # One tensor at a time: gathered, and cast.
             largest = max(case.student.head, case.student.matrices / 3)
-            whole = case.student_precision.weights if case.machine.ranks > 1 else 0
+            whole = case.student_precision.weights if gathers else 0
             working["a tensor on its way"] = largest * (ITEM[case.sampling_dtype] + whole)
     elif state == "reference":
         working |= _reference(case, choice) | _made(case.policy, case.student_precision)
@@ -281,7 +286,7 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
     if precision.autocast and d.tied:
         # The embedding stays wide for the look-up, and is the head's matrix as well.
         working["casts of the weights"] = 2.0 * d.head
-    if case.machine.ranks > 1:
+    if case.gathers(case.policy):
         # Of two layers, and nobody's gradient.
         outside = outside_bytes(d, d.root, precision.weights, narrow_head=precision.autocast)
         working["gathered layers"] = outside + 2.0 * precision.products * d.layer
@@ -303,24 +308,14 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     rank_tokens = (work.student_tokens if is_student else work.discriminator_tokens) / ranks
     tokens = min(part_tokens(case, choice.micro_batch_tokens, is_student), rank_tokens)
     single = rank_tokens <= choice.micro_batch_tokens
-    frozen = (case.policy if is_student else case.scorer).adapted
+    role = case.policy if is_student else case.scorer
+    frozen, gathers = role.adapted, case.gathers(role)
 
-    if ranks == 1 and not on_cpu:
+    if not gathers and not on_cpu:
         responses = _responses(work, tokens) if is_student else 0.0
+        sizes = (item, precision.gradients, compute)
         logits_bytes = case.machine.figures["logits_bytes"]
-        moment = Pass(
-            d,
-            choice.mode,
-            tokens,
-            responses,
-            single,
-            item,
-            precision.gradients,
-            compute,
-            autocast,
-            logits_bytes,
-            frozen,
-        )
+        moment = Pass(d, choice.mode, tokens, responses, single, *sizes, autocast, logits_bytes, frozen)
         return moment.fullest(gradients)
     kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
     head = 0.0
@@ -340,10 +335,10 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     whole = is_student and not single if on_cpu else is_student and d.tied or not single
     whole = whole and not frozen
     embedding = d.head * (item + (precision.gradients if precision.gradients > item else 0)) if whole else 0.0
-    working = {"gradients on their way": passing + (embedding if ranks == 1 else 0.0)}
+    working = {"gradients on their way": passing + (0.0 if gathers else embedding)}
     # Gradients appear while activations go, but malloc keeps what those leave, and shards are small.
     working["activations and head"] = kept + head
-    if ranks > 1:
+    if gathers:
         root = d.root if is_student else d.scalar_parameters - d.layers * d.layer
         if autocast and is_student and d.tied:
             working["casts of the weights"] = 2.0 * d.head

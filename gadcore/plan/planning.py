@@ -166,7 +166,7 @@ def _budgets(case: Case) -> list[int]:
 
 def _sampler(case: Case) -> tuple[int, float]:
     """(ranks that share a sampler, bytes of KV cache on each): as few ranks as hold weights and one group's cache."""
-    degrees = [k for k in (1, 2, 4, 8) if case.machine.per_node % k == 0]
+    degrees = [1] if case.policy.adapted else [k for k in (1, 2, 4, 8) if case.machine.per_node % k == 0]
     for degree in degrees:
         beside = state_memory(case, Choice("full", _LEAST_BUDGET, 0.0, degree), "rollout").total
         left = case.machine.usable_bytes - beside
@@ -233,7 +233,8 @@ def _changes(case: Case) -> list[_Change]:
     if config.schedule.activation_checkpointing != "auto":
         changes.append(_Change({"schedule.activation_checkpointing": "auto"}, "layers are computed again"))
     wide = [model for model in models if getattr(config, model).dtype == "float32"]
-    on_device = [model for model in wide if getattr(config, model).master == "device"]
+    whole = [model for model in wide if getattr(config, model).adapter == "none"]
+    on_device = [model for model in whole if getattr(config, model).master == "device"]
     if on_device and case.machine.kind == "cuda":
         cost = "weights and moments cross the link to the host in every update; the model computes with bfloat16"
         changes.append(_Change({f"{model}.master": "host" for model in on_device}, cost))

@@ -61,6 +61,11 @@ def of_case(case: Case) -> list[Resharding]:
             "plan.resharding = true is for several ranks whose sampler is vLLM in the same processes: name a machine "
             "that has more, or leave it out"
         )
+    if case.policy.adapted:
+        raise UserError(
+            "plan.resharding = true counts what goes from shards to the samplers, and with student.adapter = lora each "
+            "rank has all of the student and a sampler of its own: leave it out"
+        )
     degrees = [k for k in (1, 2, 4, 8) if machine.per_node % k == 0 and case.student.heads % k == 0]
     dtypes = (getattr(torch, case.config.student.weights_dtype), getattr(torch, case.sampling_dtype))
     with TemporaryDirectory() as folder:

@@ -73,3 +73,9 @@ def adapter_entries(d: Dimensions, lora: LoRA) -> int:
         return sum(each.get(name.rpartition(".")[2], 0) for name in lora.targets)
     chosen = [n for n in each if not lora.targets or any(t.rpartition(".")[2] == n for t in lora.targets)]
     return d.layers * sum(each[name] for name in chosen)
+
+
+def reference_bytes(d: Dimensions, precision: Precision) -> float:
+    """Bytes of the reference policy: matrices as the products read them, the rest as the student's weights."""
+    matrices = d.layers * d.matrices + (0 if d.tied else d.head)
+    return float(matrices * precision.products + (d.parameters - matrices) * precision.weights)

@@ -78,6 +78,11 @@ def _notes(case: Case, checks: Sequence[str]) -> list[str]:
         machine, copies = case.machine, case.config.distributed.replicate
         nodes = f" --nnodes {machine.nodes}" if machine.nodes > 1 else ""
         cut = f"models cut over {case.shards} ranks" + (f", {copies} copies of them" if copies > 1 else "")
+        roles = [case.policy, *([case.scorer] if case.has_discriminator else [])]
+        if all(role.adapted for role in roles):
+            cut = "bases and adapters whole on every rank"
+        elif any(role.adapted for role in roles):
+            cut += ", that with an adapter whole on each"
         notes.append(
             f"started by torchrun{nodes} --nproc-per-node {machine.per_node} -m gadcore.run .., {cut}; "
             "docs/guide/distributed.md"

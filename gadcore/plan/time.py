@@ -7,7 +7,7 @@ attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times t
 head        three products in a pass of the policy or of cross-entropy, one in the reference's, four in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
-            at a time
+            at a time; gradients of adapters on several ranks are added up before it
 moves       what a state needs and the one before it did not, and back where it was changed
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from gadcore.memory.holdings import CHANGES, FOLLOWS, needs
 from gadcore.plan.dimensions import Dimensions
 from gadcore.plan.memory import ITEM, Case, Choice, Precision, holdings
+from gadcore.plan.roles import Role
 from gadcore.plan.workload import Workload, pairs_of
 
 
@@ -81,7 +82,7 @@ def pass_seconds(case: Case, choice: Choice, d: Dimensions, settings_name: str, 
         passes = 2 + (choice.mode == "full") if work.backward else 1
         moved = passes * micro_batches * role.few * (1 + precision.products)
         computing += moved / (figures["memory_bandwidth"] * figures["memory_share"])
-    if machine.ranks == 1:
+    if not case.gathers(role):
         return computing + micro_batches * _weights_seconds(case, choice, parameters, precision, work.backward)
     # Layers are gathered for each pass, in the dtype of the products, what is outside of them once and as it is;
     # gradients are reduced in float32.
@@ -130,15 +131,26 @@ def _copies_seconds(case: Case, parameters: int) -> float:
     return 2 * (copies - 1) / copies * 4 * parameters / case.shards / link
 
 
-def optimizer_seconds(case: Case, parameters: int, precision: Precision) -> float:
-    """Clipping and AdamW on every rank's shard."""
-    figures = case.machine.figures
-    moved = figures["optimizer_passes"] * parameters * precision.gradients / case.shards
+def optimizer_seconds(case: Case, role: Role, precision: Precision) -> float:
+    """Clipping and AdamW on every rank's shard, or on the whole sum of all ranks' gradients."""
+    figures, shards = case.machine.figures, case.shards_of(role)
+    moved = figures["optimizer_passes"] * role.trained * precision.gradients / shards
     seconds = moved / (figures["memory_bandwidth"] * figures["memory_share"])
+    if role.adapted:
+        seconds += _sums_seconds(case, role.trained)
     if not precision.host or case.machine.kind == "cpu":
         return seconds
-    both_ways = 2 * 12.0 * parameters / case.shards
+    both_ways = 2 * 12.0 * role.trained / shards
     return max(seconds, both_ways / (2 * figures["host_link"] * figures["duplex_share"]))
+
+
+def _sums_seconds(case: Case, parameters: int) -> float:
+    """Gradients that every rank has whole, added up over all of them in float32 (gadcore.distributed.gradients)."""
+    figures, machine, ranks = case.machine.figures, case.machine, case.machine.ranks
+    link = figures["node_link"]
+    if machine.nodes > 1:
+        link = min(link, figures["network_link"])
+    return 2 * (ranks - 1) / ranks * 4 * parameters / (link * figures["collective_share"])
 
 
 def decode_step_seconds(case: Case, choice: Choice, rows: float, context: float) -> float:
@@ -210,13 +222,13 @@ def _decay(mean: float, limit: int) -> float:
 
 def synchronise_seconds(case: Case, choice: Choice) -> float:
     """The student's weights reach the sampler: copied, what a rank's part of it lacks from others, and compared by a
-    fingerprint. Of several ranks it is a bound: gadcore.plan.resharding counts what is really exchanged."""
+    fingerprint. From shards it is a bound: gadcore.plan.resharding counts what is really exchanged."""
     if case.shared:
         return 0.0
     figures, parameters = case.machine.figures, case.student.parameters
     bandwidth = figures["memory_bandwidth"] * figures["memory_share"]
     item = ITEM[case.sampling_dtype]
-    if case.machine.ranks == 1:
+    if not case.gathers(case.policy):
         return parameters * (case.student_precision.weights + 3 * item) / bandwidth
     engine, shard = (
         parameters * item / choice.tensor_parallel,
@@ -256,13 +268,13 @@ def run_time(case: Case, choice: Choice) -> RunTime:
     work, config, discriminator = case.work, case.config, case.discriminator
     algorithm = config.algorithm
     responses, teacher = work.sampled, work.prompts * work.teacher
-    update = optimizer_seconds(case, case.scorer.trained, case.discriminator_precision)
+    update = optimizer_seconds(case, case.scorer, case.discriminator_precision)
     scored = Pass(work.discriminator_tokens, work.discriminator_pairs, 0, 0, True)
     d_seconds = pass_seconds(case, choice, discriminator, "discriminator", scored) + update
     looked = pass_seconds(case, choice, discriminator, "discriminator", replace(scored, backward=False))
     updates = algorithm.discriminator_steps / algorithm.discriminator_every
     d_seconds = updates * d_seconds + (1 - 1 / algorithm.discriminator_every) * looked
-    g_update = optimizer_seconds(case, case.policy.trained, case.student_precision)
+    g_update = optimizer_seconds(case, case.policy, case.student_precision)
     policy = Pass(work.student_tokens, work.student_pairs, responses, 3, True)
     g_seconds = pass_seconds(case, choice, case.student, "student", policy) + g_update
     if algorithm.kl_coef > 0:

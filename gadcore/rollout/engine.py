@@ -103,8 +103,8 @@ class Engine(ABC):
         """An engine for a model whose weights are on its device inside the blocks of there(), and may be away outside:
         one that needs much memory can take it before they come.
 
-        world: the processes that train together, the model sharded over them. Each makes the engine and calls it with
-        the same arguments, and each has all responses.
+        world: the processes that train together, the model sharded over them, or whole on each where it has an adapter.
+        Each makes the engine and calls it with the same arguments, and each has all responses.
         """
         with there():
             return cls(config, model_path, model, template)  # type: ignore[call-arg]

@@ -13,21 +13,41 @@ from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
 from gadcore.distributed.fsdp import is_sharded, local, reshard_all
+from gadcore.distributed.world import ALONE, World
 from gadcore.kernels.quantised_linear import layers_of_bits
-from gadcore.rollout.engine import Done, Engine, SampleRequest
+from gadcore.rollout.engine import Done, Engine, SampleRequest, There
+from gadcore.rollout.replicas import Replicas
 from gadcore.rollout.weights import WeightSource
 
 
 class HFEngine(Engine):
     """Samples from the trainer's own model object: there is no second copy of the weights.
 
-    One prompt at a time, so that its seed alone decides its samples. Over several processes all draw all prompts, in
-    step: nothing is faster for it.
+    One prompt at a time, so that its seed alone decides its samples. Over several processes that have the model whole
+    each draws its share of the prompts; of a sharded one all draw all of them, in step: nothing is faster for it.
     """
 
     spans_ranks = True
 
+    @classmethod
+    def make(
+        cls,
+        config: Config,
+        model_path: str,
+        model: PreTrainedModel,
+        template: ChatTemplate,
+        there: There,
+        world: World = ALONE,
+    ) -> Engine:
+        with there():
+            made = cls(config, model_path, model, template)
+        if not is_sharded(model):
+            made._replicas = Replicas(world, 1)
+        return made
+
     def __init__(self, config: Config, model_path: str, model: PreTrainedModel, template: ChatTemplate) -> None:
+        # Alone it draws all, and so does each process that has a part of the model.
+        self._replicas = Replicas(ALONE, 1)
         self.model = model
         self.template = template
         asked = config.student.autocast
@@ -36,6 +56,15 @@ class HFEngine(Engine):
     @torch.no_grad()
     def generate(
         self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None
+    ) -> list[list[Response]]:
+        return self._replicas.draw(
+            requests,
+            lambda mine, told: self._drawn(mine, temperature, max_tokens, told),
+            done,
+        )
+
+    def _drawn(
+        self, requests: Sequence[SampleRequest], temperature: float, max_tokens: int, done: Done | None
     ) -> list[list[Response]]:
         drawn = []
         for place, request in enumerate(requests):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gadcore.data.groups import Response
 from gadcore.distributed.world import World
-from gadcore.rollout.engine import SampleRequest
+from gadcore.rollout.engine import Done, SampleRequest
+
+Draw = Callable[[Sequence[SampleRequest], Done | None], list[list[Response]]]
 
 
 class Replicas:
@@ -22,6 +24,17 @@ class Replicas:
     def share(self, requests: Sequence[SampleRequest]) -> list[SampleRequest]:
         """Those that this rank's sampler draws, the same on all its ranks."""
         return list(requests[self._own :: self._count])
+
+    def draw(self, requests: Sequence[SampleRequest], draw: Draw, done: Done | None) -> list[list[Response]]:
+        """The responses to all requests, each drawn by one sampler. draw: of this rank's share. done: see
+        Engine.generate(); of others' requests nothing is known before all are gathered."""
+        mine = self.share(requests)
+        told = done if len(mine) == len(requests) else None
+        responses = self.gather(draw(mine, told), len(requests))
+        if done is not None and told is None:
+            for place, found in enumerate(responses):
+                done(place, found)
+        return responses
 
     def gather(self, drawn: list[list[Response]], count: int) -> list[list[Response]]:
         """The responses to all `count` requests in their order. drawn: those of this rank's share."""

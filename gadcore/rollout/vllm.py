@@ -2,8 +2,9 @@
 
 Where trainer and engine hold the weights in the same dtype on the same device, there is one copy of them: every
 trainer parameter becomes a view into vLLM's (q, k, v are rows of qkv_proj, gate and up of gate_up_proj), and an
-optimizer step *is* the weight update. Elsewhere update_weights() copies into vLLM's storage, cast on the way, and on
-several ranks moves what each one's part of vLLM lacks (gadcore.distributed.reshard).
+optimizer step *is* the weight update. Elsewhere update_weights() copies into vLLM's storage, cast on the way, and from
+shards on several ranks moves what each one's part of vLLM lacks (gadcore.distributed.reshard). Ranks that train an
+adapter have all of the model, and each a vLLM of its own as one process has it.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class VLLMEngine(Engine):
     def shares_weights(cls, config: Config, device: str, ranks: int = 1) -> bool:
         # On CUDA a sleeping vLLM's weights are unmapped, so there the trainer keeps its own; so it does in shards, and
         # in bits that vLLM does not read.
+        whole = ranks == 1 or config.student.adapter != "none"
         same = config.vllm.dtype == config.student.weights_dtype and config.student.adapter_base == "none"
-        return device == "cpu" and ranks == 1 and same and config.memory.shared_weights
+        return device == "cpu" and whole and same and config.memory.shared_weights
 
     @classmethod
     def dtype(cls, config: Config) -> str:
@@ -134,7 +136,7 @@ class VLLMEngine(Engine):
         prompt, tokens = sample_for_check(model, config.context_tokens)
         ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
-            if world.size > 1:
+            if world.size > 1 and not has_adapter(model):
                 self.sync = ShardedWeights(self.engine_model, model, world)
             elif self.adapter is not None and not brought:
                 self.sync = AdaptedWeights(self.engine_model, self.adapter, shared=self.shared)
@@ -194,15 +196,11 @@ class VLLMEngine(Engine):
     ) -> list[list[Response]]:
         if not self._current or "kv_cache" not in self._awake:
             raise RuntimeError("the engine has slept: wake its weights, update them, then wake its key-value cache")
-        mine = self._replicas.share(requests)
-        # Of others' requests nothing is known before all are gathered.
-        told = done if len(mine) == len(requests) else None
-        drawn = self._draw(mine, temperature=temperature, max_tokens=max_tokens, done=told)
-        responses = self._replicas.gather(drawn, len(requests))
-        if done is not None and told is None:
-            for place, found in enumerate(responses):
-                done(place, found)
-        return responses
+        return self._replicas.draw(
+            requests,
+            lambda mine, told: self._draw(mine, temperature=temperature, max_tokens=max_tokens, done=told),
+            done,
+        )
 
     def _draw(
         self, requests: Sequence[SampleRequest], *, temperature: float, max_tokens: int, done: Done | None = None

@@ -146,7 +146,9 @@ class Checkpoints:
     def _bases(self) -> dict[str, Any]:
         """They do not change: read once, where they are."""
         self._memory.enter("rest")
-        return bases.describe({name: model.model for name, model in self._models.items()})
+        here = bases.describe({name: model.model for name, model in self._models.items()})
+        bases.check_equal(self._world.all_gather_objects(here))
+        return here
 
     def _rng(self, saved: Checkpoint) -> RngState:
         """This process's random states; of as many processes as there were others the first one's."""

@@ -7,6 +7,7 @@ import torch
 
 from gadcore.config.settings import Config
 from gadcore.data.groups import GroupedBatch, GroupTokens
+from gadcore.distributed.world import ALONE, World
 from gadcore.models.adapter import own_parameters
 from gadcore.models.spec import ModelSpec
 from gadcore.models.student import Student
@@ -17,6 +18,7 @@ from gadcore.rollout.weights import PlainWeights, fingerprint
 from tests.support.adapters import merged, trained
 from tests.support.builders import TEMPLATE, groups
 from tests.support.engines import wake_with
+from tests.support.ranks import run_ranks
 from tests.support.tiny import save_tiny
 
 RANK = 4
@@ -25,9 +27,9 @@ RANK = 4
 class Sampled:
     """A tiny student with an adapter, and a vLLM that samples from it."""
 
-    def __init__(self, directory, kind: str, **adapter) -> None:
+    def __init__(self, directory, kind: str, world: World = ALONE, **adapter) -> None:
         pytest.importorskip("vllm")
-        path = str(save_tiny(directory, kind))
+        path = str(directory if (directory / "config.json").exists() else save_tiny(directory, kind))
         self.config = Config.model_validate(
             {
                 "data": {"max_prompt_tokens": 64, "max_response_tokens": 32},
@@ -37,10 +39,10 @@ class Sampled:
             }
         )
         spec = ModelSpec.resolve(path)
-        self.student = Student.load(spec, self.config.student, self.config.algorithm, device="cpu")
+        self.student = Student.load(spec, self.config.student, self.config.algorithm, device="cpu", world=world)
         # What a run starts from somebody's adapter with.
         trained(self.student.model, 3)
-        self.engine = make_engine(self.config, path, self.student.model, TEMPLATE)
+        self.engine = make_engine(self.config, path, self.student.model, TEMPLATE, world=world)
         wake_with(self.engine, self.student.model)
         self.requests = [SampleRequest(g.prompt.token_ids, 4, 1000 + 10 * i) for i, g in enumerate(groups(5))]
 
@@ -134,3 +136,44 @@ def test_an_adapter_that_does_not_come_is_told(sampled) -> None:
     with pytest.raises(RuntimeError, match="has not the adapters that vLLM computes with: .*lora_B"):
         sampled.engine.update_weights(Without(sampled.student.model))
     sampled.engine.update_weights(PlainWeights(sampled.student.model))
+
+
+def on_rank(world: World, directory, slot: bool, adapter: dict) -> dict:
+    """What a rank draws between updates, and what Hugging Face does with its adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if slot:
+            patch.setattr(vllm_engine, "in_slots", lambda on_cpu: True)
+        found = Sampled(directory, "", world, **adapter)
+    trainer = HFEngine(found.config, "", found.student.model, TEMPLATE)
+    rounds = []
+    for _ in range(3):
+        drawn = found.engine.generate(found.requests, temperature=0.8, max_tokens=24)
+        own = [sample.token_ids for samples in drawn for sample in samples]
+        rounds.append((own, found.greedy(found.engine), found.greedy(trainer)))
+        found.step()
+        found.engine.update_weights(PlainWeights(found.student.model))
+    shared = found.engine.shared
+    found.engine.close()
+    return {"rounds": rounds, "shared": shared}
+
+
+@pytest.mark.by_hand
+@pytest.mark.timeout(1700)
+@pytest.mark.parametrize(
+    ("kind", "slot", "adapter"),
+    [("llama", False, {}), ("qwen2", True, {}), ("qwen2", False, {"adapter_base": "nf4"})],
+)
+def test_two_samplers_draw_what_one_process_draws(tmp_path, kind, slot, adapter) -> None:
+    """Each on a rank of its own, over the base and the adapter that lie there."""
+    save_tiny(tmp_path, kind)
+    one, *two = (
+        found
+        for size in (1, 2)
+        for found in run_ranks(size, f"{__name__}:on_rank", tmp_path, slot, adapter, deadline=800)
+    )
+    for rank in two:
+        assert rank["rounds"] == one["rounds"]
+        assert rank["shared"] == one["shared"] == (not slot and not adapter)
+        rounds = [greedy for _, greedy, _ in rank["rounds"]]
+        assert rounds == [expected for *_, expected in rank["rounds"]]
+        assert rounds[0] != rounds[1] != rounds[2], "the steps were too small to be seen"

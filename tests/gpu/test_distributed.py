@@ -50,10 +50,32 @@ def two(module_folder: Path) -> Path:
 
 
 def test_two_gpus_train_what_one_does(two: Path) -> None:
-    for mine, other in zip(records(two / "gpus-2"), records(two / "gpus-1"), strict=True):
+    assert_alike(two / "gpus-2", two / "gpus-1")
+
+
+def assert_alike(ours: Path, theirs: Path) -> None:
+    for mine, other in zip(records(ours), records(theirs), strict=True):
         for name in ("student/ce", "student/loss", "discriminator/loss", "reward/mean", "student/grad_norm"):
             if name in other:
                 assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), (mine["step"], name)
+
+
+def test_adapters_on_two_gpus_train_as_on_one_and_go_on_to_the_bit(module_folder: Path) -> None:
+    """Their gradients are added up over NCCL, rank after rank."""
+    samples, adapters = (
+        str(module_folder / "adapters.json"),
+        ["--student.adapter", "lora", "--discriminator.adapter", "lora"],
+    )
+    for mode, size in (("record", 1), ("replay", 2)):
+        own = settings(module_folder, "--run.dir", f"adapters-{size}", "--checkpoint.keep", "9", *adapters)
+        command = [SCRIPT, mode, samples, "--", *own]
+        finished(start_job(size, command, module_folder / f"out-adapters-{size}", cwd=module_folder))
+    assert_alike(module_folder / "adapters-2", module_folder / "adapters-1")
+    shutil.copytree(module_folder / "adapters-2", module_folder / "adapters-again")
+    (module_folder / "adapters-again/summary.json").unlink()
+    command = [SCRIPT, "replay", samples, "--", "--run.dir", "adapters-again", "--resume", "step-000004"]
+    finished(start_job(2, command, module_folder / "out-adapters-again", cwd=module_folder))
+    assert_same_run(module_folder / "adapters-again", module_folder / "adapters-2")
 
 
 def test_asynchronous_checkpoints_off_the_device_go_on_to_the_bit(two: Path) -> None:

@@ -1,4 +1,5 @@
-"""The same training by one process and by several: tiny models whose shards are uneven, groups and lengths too."""
+"""The same training by one process and by several: tiny models whose shards are uneven, groups and lengths too; with
+adapters, where that is asked for."""
 
 from __future__ import annotations
 
@@ -12,10 +13,13 @@ from gadcore.config.settings import AlgorithmSettings, DiscriminatorSettings, Me
 from gadcore.distributed import fsdp
 from gadcore.distributed.world import ALONE, World
 from gadcore.memory.colocation import Colocation
+from gadcore.models.adapter import is_adapted, own_parameters
 from gadcore.models.discriminator import Discriminator
 from gadcore.models.preference import preference_backward, sequence_logprobs
 from gadcore.models.spec import ModelSpec
 from gadcore.models.student import Student
+from gadcore.rollout.weights import fingerprint
+from tests.support.adapters import trained
 from tests.support.builders import groups
 from tests.support.tiny import FAMILIES, tiny_tokenizer
 
@@ -52,7 +56,8 @@ def save_uneven(folder: Path, kind: str, *, tied: bool) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """count: groups of a batch. offload: memory.offload. autocast: of both models. preference: DPO at the end."""
+    """count: groups of a batch. offload: memory.offload. autocast: of both models. preference: DPO at the end.
+    adapted: which of "student" and "discriminator" have adapters; kept: adapter_base of these."""
 
     folder: Path
     count: int = 5
@@ -63,6 +68,14 @@ class Case:
     loss: str | None = None
     steps: int = 3
     preference: bool = True
+    adapted: tuple[str, ...] = ()
+    kept: str = "none"
+
+    def adapter(self, owner: str) -> dict[str, Any]:
+        """Settings of a model."""
+        if owner not in self.adapted:
+            return {}
+        return {"adapter": "lora", "adapter_rank": 4, "adapter_base": self.kept}
 
 
 def learners(case: Case, world: World) -> tuple[Student, Discriminator]:
@@ -72,12 +85,18 @@ def learners(case: Case, world: World) -> tuple[Student, Discriminator]:
     )
     student = Student.load(
         spec,
-        StudentSettings(lr=1e-3, grad_clip=0.2, autocast=case.autocast),
+        StudentSettings(lr=1e-3, grad_clip=0.2, autocast=case.autocast, **case.adapter("student")),
         AlgorithmSettings(kl_coef=0.05, importance_cap=2.0, loss=case.loss),
         **of_both,
     )
-    settings = DiscriminatorSettings(lr=1e-3, grad_clip=0.2, autocast=case.autocast)
-    return student, Discriminator.load(spec, settings, student=spec, seed=5, **of_both)
+    adapter = case.adapter("discriminator")
+    settings = DiscriminatorSettings(lr=1e-3, grad_clip=0.2, autocast=case.autocast, **adapter)
+    base = student.base if adapter else None
+    discriminator = Discriminator.load(spec, settings, student=spec, seed=5, base=base, **of_both)
+    for seed, learner in enumerate((student, discriminator)):
+        # Nothing of a model without adapters.
+        trained(learner.model, seed)
+    return student, discriminator
 
 
 def memory_of(case: Case, student: Student, discriminator: Discriminator, place: Path) -> Colocation:
@@ -92,10 +111,12 @@ def memory_of(case: Case, student: Student, discriminator: Discriminator, place:
 
 
 def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[str, Any]:
-    """Cross-entropy, steps of GAD, one of DPO. The figures of every step, and the weights at the end, whole."""
+    """Cross-entropy, steps of GAD, one of DPO. The figures of every step, and the weights at the end, whole; of models
+    with adapters a checksum of these after every step."""
     student, discriminator = learners(case, world)
     memory = memory_of(case, student, discriminator, place or case.folder / "offload")
     found: list[dict[str, Any]] = []
+    prints: list[list[int]] = []
     batches = [groups(case.count, seed=seed, ragged=True) for seed in range(case.steps + 1)]
     memory.enter("student")
     ce = student.seqkd_backward(batches[-1])
@@ -104,7 +125,7 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
     memory.enter("student")
     known = sequence_logprobs(student, batches[-1])
     student.freeze_reference(memory.readable(student.local_parameters()))
-    memory.add("reference.parameters", lambda: fsdp.memory(student.reference), frozen=True)
+    memory.add("reference.parameters", student.reference_tensors, frozen=True)
     for batch in batches[:-1]:
         memory.enter("synchronise")
         memory.enter("rollout")
@@ -120,6 +141,8 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
         memory.enter("student_update")
         figures["norm"] = student.step()
         found.append(figures | {name: getattr(stats, name) for name in stats._names})
+        adapted = [learner for learner in (student, discriminator) if is_adapted(learner.model)]
+        prints.append([fingerprint(memory.readable(own.local_parameters()).items()) for own in adapted])
     if case.preference:
         memory.enter("student")
         preferred = preference_backward(student, batches[-1], known, beta=0.3)
@@ -130,12 +153,13 @@ def train(case: Case, world: World = ALONE, place: Path | None = None) -> dict[s
     weights = {}
     for state, learner in (("student", student), ("discriminator", discriminator)):
         memory.enter(state)
-        for name, p in learner.model.named_parameters():
+        for name, p in own_parameters(learner.model).items():
             weights[f"{learner.owner}.{name}"] = fsdp.whole(fsdp.local(p.detach()), p).clone()
     memory.enter("rest")
     memory.close()
     held = states["student_update"]
-    return {"figures": found, "weights": weights, "held": held, "keeps": (student.keeps, discriminator.keeps)}
+    keeps = (student.keeps, discriminator.keeps)
+    return {"figures": found, "weights": weights, "held": held, "prints": prints, "keeps": keeps}
 
 
 def relative(found: Any, expected: Any) -> float:

@@ -27,6 +27,14 @@ def test_the_same_base_passes_whatever_its_adapters_have_learned() -> None:
     bases.check(one, other, NAMES)
 
 
+def test_processes_that_have_loaded_other_bases_are_told() -> None:
+    here, there = described(), described(tiny_base(kv_heads=2))
+    bases.check_equal([here, here, {**here}])
+    bases.check_equal([{}, {}])
+    with pytest.raises(UserError, match="rank 2 has loaded other weights for the base of the student than rank 0"):
+        bases.check_equal([here, here, there])
+
+
 def test_models_without_adapters_have_no_base() -> None:
     assert bases.describe({"student": tiny_model()}) == {}
     bases.check(None, {}, NAMES)

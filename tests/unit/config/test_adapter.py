@@ -40,6 +40,10 @@ def test_an_adapter_of_defaults_and_one_of_settings() -> None:
         (["--student.adapter", "lora", "--student.master", "host"], "leave one of them out"),
         (["--student.adapter", "lora", "--student.adapter_targets", "q_proj,"], "adapter_targets must be"),
         (["--student.adapter", "dora"], "student.adapter"),
+        (
+            ["--student.adapter", "lora", "--rollout.tensor_parallel", "2"],
+            "rollout.tensor_parallel = 2 cuts one sampler's weights .* set rollout.tensor_parallel = 1",
+        ),
         (["--student.adapter", "lora", "--student.adapter_rank", "0"], "student.adapter_rank"),
         (
             ["--student.adapter", "lora", "--student.adapter_alpha", "24", "--rollout.dtype", "bfloat16"],

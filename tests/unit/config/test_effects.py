@@ -153,3 +153,13 @@ def test_sft_gives_the_cross_entropy_settings_their_effect() -> None:
     assert any("student.warmup_lr has no effect" in sentence for sentence in told(*settings))
     assert told(*settings, "schedule.sft_epochs=1") == []
     assert any("schedule.sft_epochs" in sentence for sentence in told("schedule.sft_epochs=1", command="seqkd"))
+
+
+def test_a_mesh_cuts_no_model_with_an_adapter() -> None:
+    config = load(["--distributed.replicate=2", "--student.adapter=lora", "--discriminator.adapter=lora"])
+    (sentence,) = without_effect(config, "cpu", STAGES["train"], PER_EPOCH, 4)
+    assert sentence == "distributed.replicate has no effect: every process has all of a model with an adapter"
+    whole = load(["--distributed.replicate=2", "--student.adapter=lora", "--discriminator.adapter=none"])
+    assert without_effect(whole, "cpu", STAGES["train"], PER_EPOCH, 4) == []
+    (sentence,) = without_effect(whole, "cpu", STAGES["seqkd"], PER_EPOCH, 4)
+    assert sentence.startswith("distributed.replicate has no effect")

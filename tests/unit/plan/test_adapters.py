@@ -19,7 +19,8 @@ from gadcore.plan.disk import disk_of
 from gadcore.plan.memory import Choice, holdings, state_memory
 from gadcore.plan.planning import make_plan
 from gadcore.plan.roles import adapter_entries, role_of
-from gadcore.plan.time import Pass, pass_seconds
+from gadcore.plan.show import _notes
+from gadcore.plan.time import Pass, optimizer_seconds, pass_seconds, synchronise_seconds
 from tests.support.plan_cases import preset_case
 
 H100 = "h100-80gb-x1"
@@ -127,3 +128,40 @@ def test_checkpoints_are_small_and_the_saved_models_whole() -> None:
     lora, full = (disk_of(load(["--preset", name]), d, d, (4,)) for name in ("qwen2.5-14b-lora", "qwen2.5-14b"))
     assert lora.checkpoint < full.checkpoint / 40
     assert lora.models > 4 * d.parameters
+
+
+def test_two_cards_hold_a_base_each_and_share_the_tokens() -> None:
+    one, two = (preset_case("qwen2.5-14b-lora", f"h100-80gb-x{count}") for count in (1, 2))
+    choice = Choice("full", 4096, 1e9)
+    for state in NEEDS:
+        assert state_memory(two, choice, state) == state_memory(one, choice, state), state
+    assert synchronise_seconds(two, choice) == synchronise_seconds(one, choice)
+    work = Pass(1e6, 1e9, 1e5, 3, True)
+    seconds = [pass_seconds(case, choice, case.student, "student", work) for case in (one, two)]
+    assert seconds[1] == pytest.approx(seconds[0] / 2, rel=0.01)
+    # float32, by halves there and back, over NVLink.
+    updates = [optimizer_seconds(case, case.policy, case.student_precision) for case in (one, two)]
+    assert updates[1] - updates[0] == pytest.approx(4 * two.policy.trained / (0.75 * 450e9))
+    plans = [make_plan(case) for case in (one, two)]
+    assert all(plan.fits and plan.choice.tensor_parallel == 1 for plan in plans)
+    assert 0.5 < plans[1].time.total / plans[0].time.total < 0.7
+    assert "bases and adapters whole on every rank" in _notes(two, [])[-1]
+
+
+def test_over_nodes_the_sum_of_gradients_is_as_slow_as_the_network() -> None:
+    case = preset_case("qwen2.5-14b-lora", "2x8-h100-80gb")
+    near = preset_case("qwen2.5-14b-lora", "h100-80gb-x8")
+    updates = [optimizer_seconds(each, each.policy, each.student_precision) for each in (near, case)]
+    assert updates[1] > 3 * updates[0]
+
+
+def test_beside_a_model_with_an_adapter_the_other_one_is_cut() -> None:
+    none = ["--discriminator.adapter", "none", "--discriminator.adapter_rank", "none"]
+    case = preset_case("qwen2.5-14b-lora", "h100-80gb-x8", *none)
+    choice = Choice("full", 4096, 1e9)
+    sizes = holdings(case, choice)
+    assert sizes["discriminator.parameters"] == 4 * case.discriminator.scalar_parameters / 8
+    assert sizes["student.parameters"] == 4 * adapter_entries(case.student, LoRA(64, 128.0))
+    gathered = {state: "gathered layers" in state_memory(case, choice, state).working for state in NEEDS}
+    assert gathered["discriminator"] and not gathered["student"] and not gathered["reference"]
+    assert ", that with an adapter whole on each" in _notes(case, [])[-1]

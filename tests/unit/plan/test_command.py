@@ -111,8 +111,8 @@ def test_a_bad_machine_file_is_an_error(tmp_path, content, message) -> None:
         (["--plan.machine"], "--plan.machine needs a value"),
         (["--memory.offload", "pinned"], "memory.offload = pinned"),
         (
-            ["--student.adapter=lora", "--plan.gpus=2"],
-            "student.adapter = lora trains on one device, and this job has 2",
+            ["--student.adapter=lora", "--plan.machine=h100-80gb-x2", "--plan.resharding=true"],
+            "with student.adapter = lora each rank has all of the student",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from tests.support.plan_cases import preset_case
 from tests.support.runs import ROOT
 
 PRESETS = ("qwen2.5-3b", "llama-3.2-3b", "qwen2.5-7b", "llama-3.1-8b", "qwen2.5-14b")
+WITH_ADAPTERS = ("qwen2.5-3b-lora", "qwen2.5-7b-lora", "llama-3.1-8b-lora", "qwen2.5-14b-lora")
 MACHINES = {"1": ("h100-80gb",), "8": ("h100-80gb-x8",), "2 x 8": ("2x8-h100-80gb",)}
 MACHINES["2 x 8, `replicate` 2"] = ("2x8-h100-80gb", "--distributed.replicate", "2")
 ON_HOST = ("--student.master", "host", "--discriminator.master", "host")
@@ -39,6 +40,16 @@ def test_the_guide_says_what_is_planned(preset: str) -> None:
     guide = (ROOT / "docs/guide/distributed.md").read_text()
     assert f"| preset | {' | '.join(MACHINES)} |" in guide
     assert row(preset) in guide.splitlines(), row(preset)
+
+
+@pytest.mark.parametrize("preset", WITH_ADAPTERS)
+def test_the_guide_says_what_is_planned_with_adapters(preset: str) -> None:
+    guide = (ROOT / "docs/guide/distributed.md").read_text()
+    counts = (1, 2, 8)
+    assert f"| preset | {' | '.join(map(str, counts))} |" in guide
+    cells = (cell(preset, f"h100-80gb-x{count}") for count in counts)
+    row = f"| {preset} | {' | '.join(cells)} |"
+    assert row in guide.splitlines(), row
 
 
 def test_copies_take_memory_and_spare_the_network() -> None:

@@ -19,6 +19,7 @@ from gadcore.config.settings import (
 from gadcore.errors import UserError
 from gadcore.plan.memory import Choice
 from gadcore.plan.planning import make_plan
+from gadcore.plan.roles import Role
 from gadcore.plan.settings import PlanSettings
 from gadcore.plan.time import (
     Pass,
@@ -93,7 +94,7 @@ def test_sampling_takes_as_many_steps_as_the_longest_response() -> None:
 
 def test_the_optimizer_and_offload_by_hand() -> None:
     case = round_case(kind="cuda", config=Config(memory=MemorySettings(offload="pinned")))
-    assert optimizer_seconds(case, 3200, case.student_precision) == pytest.approx(0.128)
+    assert optimizer_seconds(case, Role(3200, 4), case.student_precision) == pytest.approx(0.128)
     # Into and out of the device once a step: the student's moments and parameters, the discriminator's likewise; the
     # reference in only. The student's parameters stay from its own state to synchronise.
     student, discriminator = 12800, 12840
@@ -112,10 +113,10 @@ def test_masters_come_and_leave_while_they_are_updated() -> None:
     config = Config(student=StudentSettings(master="host"))
     case = round_case(kind="cuda", config=config, host_link=1e5)
     # 12 bytes a weight each way, at half the link's 1e5 bytes/s each while both are in use.
-    assert optimizer_seconds(case, 3200, case.student_precision) == pytest.approx(12 * 3200 / 0.5e5)
+    assert optimizer_seconds(case, Role(3200, 4), case.student_precision) == pytest.approx(12 * 3200 / 0.5e5)
     # In the one memory of a CPU nothing moves.
     cpu = round_case(config=config)
-    assert optimizer_seconds(cpu, 3200, cpu.student_precision) == pytest.approx(0.128)
+    assert optimizer_seconds(cpu, Role(3200, 4), cpu.student_precision) == pytest.approx(0.128)
 
 
 def test_a_micro_batch_casts_all_weights_and_sums_all_gradients() -> None:
