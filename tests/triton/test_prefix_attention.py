@@ -62,10 +62,10 @@ def test_windows(tiles: Callable[[int, int], None], heads: int, window: int) -> 
 def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = PrefixLayout.of([140, 3], [[70, 131], [1]])
     tensors = inputs(layout, (2, 1), 64, BF16)
-    single = [
-        {c for widths in tiles.single.values() for configs in widths.values() for c in configs} for tiles in TILES
+    every = [
+        list(dict.fromkeys(c for widths in tiles.by_arch.values() for configs in widths.values() for c in configs))
+        for tiles in TILES
     ]
-    every = [[c for c in tiles.every() if c not in alone] for tiles, alone in zip(TILES, single, strict=True)]
     for i in range(max(map(len, every))):
         for name, configs in zip(KERNELS, every, strict=True):
             monkeypatch.setattr(getattr(kernels, name), "configs", [configs[i % len(configs)]])
