@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens out of hidden states, without ever holding [T, V].
+"""Log-probabilities of given tokens out of hidden states, without holding [T, V] beyond a budget of bytes.
 
     z_t = W h_t + bias                                    logits, [V]
     logprob_t = z_t[y_t] / temperature - log sum_v exp(z_t[v] / temperature)
@@ -9,7 +9,9 @@ Gradient, with g that of logprob and g_t = 0 where y_t = -100:
 
     d z_t[v] = g_t (1[v = y_t] - p_t[v]) / temperature        d h_t = d z_t W        d W = sum_t d z_t h_t^T
 
-Forward is one matrix product, backward three: the logits are computed again, block by block.
+Forward is one matrix product, backward three: the logits are computed again, block by block. On a CPU, where a product
+is all that counts, those of the first tokens are held between the two instead, as many as fit keep_bytes: backward is
+two products for them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ from gadcore.kernels.dispatch import Impl, autocast, choose, implementation, wit
 IGNORED = -100
 # Tokens whose logits the reference holds at a time.
 CHUNK_TOKENS = 1024
+# Of logits that a CPU holds from forward to backward: those of 1,360 tokens of a vocabulary of 49,152, of 432 of one of
+# 151,936. It is an eighth of what weights, gradients and moments of SmolLM2-135M take, the smallest model in use.
+KEEP_BYTES = 256 << 20
+# The C++ wants rows of held logits whose length is an odd multiple of this: those at powers of two share cache sets.
+_LANES = 16
 
 
 @overload
@@ -38,6 +45,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: Literal[False] = False,
+    keep_bytes: int = KEEP_BYTES,
     impl: Impl = "auto",
 ) -> Tensor: ...
 
@@ -51,6 +59,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: Literal[True],
+    keep_bytes: int = KEEP_BYTES,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -63,6 +72,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    keep_bytes: int = KEEP_BYTES,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of every target token, and on request the entropy of its distribution.
@@ -71,18 +81,31 @@ def linear_logprob(
     reference alone) and any strides; under autocast float32 ones are cast to its dtype. targets: [T] int64 in [0, V),
     or -100: log-probability and entropy 0, no gradient. temperature: above 0. Returns logprob [T], or (logprob,
     entropy [T]); float32 (float64 for float64), accumulated in float32 whatever comes in. Gradients go to hidden,
-    weight and bias; entropy carries none. impl: "cpu" (native code), "triton" (NVIDIA GPUs), "reference" (PyTorch,
-    everywhere), or "auto". Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that is not
-    there.
+    weight and bias; entropy carries none. keep_bytes: of float32 logits that "cpu" may hold from this call to its
+    backward pass, of as many tokens as fit; the others' are computed again, which makes four products of three. 0 holds
+    none, and nothing is held where no gradient is wanted, or by another implementation. impl: "cpu" (native code),
+    "triton" (NVIDIA GPUs), "reference" (PyTorch, everywhere), or "auto". Raises ValueError for arguments that do not
+    fit, RuntimeError for an `impl` that is not there.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature)
+    if keep_bytes < 0:
+        raise ValueError(f"keep_bytes must be 0 or more, is {keep_bytes}")
     chosen = choose("linear_logprob", impl, hidden)
     if chosen == "reference":
         logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature, return_entropy)
     else:
-        logprob, _, _, entropy = _op(hidden, weight, bias, targets, float(temperature), return_entropy, chosen)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        columns = held_columns(len(hidden), len(weight), keep_bytes) if wanted and chosen == "cpu" else 0
+        options = (float(temperature), return_entropy, columns, chosen)
+        logprob, _, _, entropy, _ = _op(hidden, weight, bias, targets, *options)
     return (logprob, entropy) if return_entropy else logprob
+
+
+def held_columns(tokens: int, vocabulary: int, keep_bytes: int) -> int:
+    """Columns of the [vocabulary, columns] float32 logits that keep_bytes hold, for at most `tokens` tokens."""
+    fit = keep_bytes // (4 * vocabulary)
+    return max(0, min(-(-(tokens + _LANES) // (2 * _LANES)), (fit + _LANES) // (2 * _LANES)) * 2 * _LANES - _LANES)
 
 
 def linear_logprob_reference(
@@ -152,16 +175,21 @@ def _op(
     targets: Tensor,
     temperature: float,
     entropy: bool,
+    held_columns: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, row_max, log_sum, entropy), the middle two for the backward pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, row_max, log_sum, entropy, held [V, held_columns]), all but logprob and entropy for the backward pass.
 
     row_max is the largest logit of a row, log_sum is log sum exp((z - row_max) / temperature). Kept apart, they let
-    softmax be computed without losing the digits that a large log-sum-exp would cost.
+    softmax be computed without losing the digits that a large log-sum-exp would cost. held: the logits, bias included,
+    of the first tokens that count, a column each.
     """
     forward = implementation("linear_logprob", impl)
+    given = (hidden, weight, bias, targets, temperature, entropy)
     with without_autocast(hidden):
-        return forward(hidden, weight, bias, targets, temperature, entropy)
+        if impl == "cpu":
+            return forward(*given, held_columns)
+        return *forward(*given), hidden.new_empty((len(weight), 0), dtype=torch.float32)
 
 
 @_op.register_fake
@@ -172,13 +200,15 @@ def _(
     targets: Tensor,
     temperature: float,
     entropy: bool,
+    held_columns: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def rows(n: int) -> Tensor:
-        return hidden.new_empty(n, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def rows(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.float32)
 
     tokens = hidden.shape[0]
-    return rows(tokens), rows(tokens), rows(tokens), rows(tokens if entropy else 0)
+    rest = rows(tokens if entropy else 0), rows(weight.shape[0], held_columns)
+    return rows(tokens), rows(tokens), rows(tokens), *rest
 
 
 @torch.library.custom_op("gadcore::linear_logprob_backward", mutates_args=())
@@ -190,6 +220,7 @@ def _op_backward(
     targets: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    held: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -198,19 +229,8 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, d weight, d bias), empty where not needed."""
     backward = implementation("linear_logprob", impl, "backward")
-    return backward(
-        grad_logprob,
-        hidden,
-        weight,
-        bias,
-        targets,
-        row_max,
-        log_sum,
-        temperature,
-        need_hidden,
-        need_weight,
-        need_bias,
-    )
+    given = (grad_logprob, hidden, weight, bias, targets, row_max, log_sum)
+    return backward(*given, *((held,) if impl == "cpu" else ()), temperature, need_hidden, need_weight, need_bias)
 
 
 @_op_backward.register_fake
@@ -222,6 +242,7 @@ def _(
     targets: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
+    held: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -243,17 +264,21 @@ def head_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, ctx.temperature, _, ctx.impl = inputs
-    _, row_max, log_sum, entropy = output
-    ctx.mark_non_differentiable(row_max, log_sum, entropy)
-    ctx.save_for_backward(hidden, weight, bias, targets, row_max, log_sum)
+    hidden, weight, bias, targets, ctx.temperature, _, _, ctx.impl = inputs
+    _, row_max, log_sum, entropy, held = output
+    ctx.mark_non_differentiable(row_max, log_sum, entropy, held)
+    # Else backward would be handed zeros of the held logits' size.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_max, log_sum, held)
 
 
-def _backward(ctx: Any, grad_logprob: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logprob: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_logprob is None:
+        return (None,) * 8
     needs = ctx.needs_input_grad[:3]
     gradients = _op_backward(grad_logprob, *ctx.saved_tensors, ctx.temperature, *needs, ctx.impl)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return d_hidden, d_weight, d_bias, None, None, None, None
+    return d_hidden, d_weight, d_bias, *[None] * 5
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -36,7 +36,7 @@ class Op(NamedTuple):
 
 OPS = {
     "linear_logprob": Op(
-        "log-probability (and entropy) of given tokens from hidden states; [T, V] is never held",
+        "log-probability (and entropy) of given tokens from hidden states, without [T, V] but for a budget",
         passes=BOTH,
         triton=KERNEL_DTYPES,
         cpu=KERNEL_DTYPES,

@@ -176,6 +176,9 @@ int64_t vocabulary_block(int64_t vocabulary, int64_t tokens, int64_t width) {
 LogitBuffer::LogitBuffer(int64_t rows, int64_t tokens)
     : memory(empty_in_large_pages({rows, lane_stride(tokens)}, at::kFloat)), stride(lane_stride(tokens)) {}
 
+LogitBuffer::LogitBuffer(const at::Tensor& logits, int64_t t0)
+    : memory(logits.narrow(1, t0, logits.size(1) - t0)), stride(logits.stride(0)) {}
+
 at::Tensor LogitBuffer::block(int64_t row, int64_t rows, int64_t tokens) const {
   return memory.narrow(0, row, rows).narrow(1, 0, tokens);
 }
@@ -262,11 +265,12 @@ void merge(SegmentSums& sums, int64_t n, double inv_t, TokenSums& total, int64_t
 }
 
 TokenSums head_sums(const at::Tensor& hidden, const at::Tensor& weight, const float* bias,
-                    const std::vector<int64_t>& targets, double inv_t, bool entropy) {
+                    const std::vector<int64_t>& targets, double inv_t, bool entropy,
+                    const std::optional<at::Tensor>& held) {
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0);
   TokenSums total(tokens, entropy);
   if (tokens == 0) return total;
-  const int64_t token_block = std::min(tokens, kTokenBlock);
+  const int64_t token_block = std::min(tokens, kTokenBlock), kept = held ? std::min(tokens, held->size(1)) : 0;
   const int64_t block = vocabulary_block(vocabulary, token_block, weight.size(1));
   const LogitBuffer buffer(block, token_block);
   RowBlocks weights(weight, block), states(hidden, token_block);
@@ -274,10 +278,11 @@ TokenSums head_sums(const at::Tensor& hidden, const at::Tensor& weight, const fl
   for (int64_t v0 = 0; v0 < vocabulary; v0 += block) {
     const int64_t rows = std::min(block, vocabulary - v0);
     const at::Tensor w = weights.rows(v0, rows);
-    for (int64_t t0 = 0; t0 < tokens; t0 += token_block) {
-      const int64_t n = std::min(token_block, tokens - t0);
-      segment_sums(buffer, {0, v0, rows, n}, w, states.rows(t0, n), bias, targets.data() + t0,
-                   static_cast<float>(inv_t), false, sums, 0, total.target.data() + t0);
+    for (int64_t t0 = 0, n; t0 < tokens; t0 += n) {
+      n = tokens_together(t0, kept, tokens);
+      const bool keeps = t0 < kept;
+      segment_sums(keeps ? LogitBuffer(*held, t0) : buffer, {keeps ? v0 : 0, v0, rows, n}, w, states.rows(t0, n), bias,
+                   targets.data() + t0, static_cast<float>(inv_t), false, sums, 0, total.target.data() + t0);
       merge(sums, segments_of(rows), inv_t, total, t0, n);
     }
   }

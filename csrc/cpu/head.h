@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <string>
@@ -81,6 +82,8 @@ struct LogitBuffer {
   int64_t stride;
 
   LogitBuffer(int64_t rows, int64_t tokens);
+  // Columns [t0, ..) of `logits`, float32 [rows, stride].
+  LogitBuffer(const at::Tensor& logits, int64_t t0);
   at::Tensor block(int64_t row, int64_t rows, int64_t tokens) const;
   // With zeros in the lanes that fill up the tokens.
   LaneBlock lanes(int64_t row, int64_t rows, int64_t tokens) const;
@@ -125,8 +128,8 @@ inline int64_t segments_of(int64_t rows) { return (rows + kSegment - 1) / kSegme
 void for_segments(const LogitBuffer& buffer, const HeadBlock& b,
                   const std::function<void(int64_t segment, int64_t row, const LaneBlock& lanes)>& body);
 
-// Computes the logits of a block, then maxima and sums of its segments into `sums` from `first` on. keep: the logits
-// become exp((z - max of the segment) / T).
+// Computes the logits of a block, then maxima and sums of its segments into `sums` from `first` on. The logits get their
+// bias; keep: they become exp((z - max of the segment) / T).
 void segment_sums(const LogitBuffer& buffer, const HeadBlock& b, const at::Tensor& weight, const at::Tensor& hidden,
                   const float* bias, const int64_t* targets, float inv_t, bool keep, SegmentSums& sums, int64_t first,
                   float* target_logit);
@@ -135,9 +138,16 @@ void segment_sums(const LogitBuffer& buffer, const HeadBlock& b, const at::Tenso
 // segment - max of the token) / T).
 void merge(SegmentSums& sums, int64_t n, double inv_t, TokenSums& total, int64_t t0, int64_t count);
 
-// The sums of all listed tokens over the whole vocabulary.
+// The sums of all listed tokens over the whole vocabulary. held: float32 [V, columns], columns = lane_stride(..), which is
+// left with the logits, bias included, of the first `columns` tokens.
 TokenSums head_sums(const at::Tensor& hidden, const at::Tensor& weight, const float* bias,
-                    const std::vector<int64_t>& targets, double inv_t, bool entropy);
+                    const std::vector<int64_t>& targets, double inv_t, bool entropy,
+                    const std::optional<at::Tensor>& held = std::nullopt);
+
+// How many tokens from t0 on, of n whose first `held` have their logits already, are computed together: either kind alone.
+inline int64_t tokens_together(int64_t t0, int64_t held, int64_t n) {
+  return std::min(kTokenBlock, (t0 < held ? held : n) - t0);
+}
 
 // d hidden, d weight and d bias of n listed tokens, summed in float32 over blocks of vocabulary and tokens.
 class HeadGradients {

@@ -15,6 +15,7 @@ from typing import get_args
 
 from gadcore.config.rollout import VLLMSettings
 from gadcore.config.settings import Config
+from gadcore.kernels.linear_logprob import KEEP_BYTES
 from gadcore.memory.holdings import ALWAYS, Holding, State, needs
 from gadcore.memory.placement import Offload, tier_name
 from gadcore.models.activations import Mode
@@ -278,7 +279,7 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
     d, precision, work = case.student, case.student_precision, case.work
     tokens = min(part_tokens(case, choice.micro_batch_tokens, True), work.student_tokens / case.machine.ranks)
     passing = tokens * ((3 * d.mlp + 2 * d.hidden) * precision.products + 2 * d.hidden * precision.weights)
-    responses = _responses(work, tokens)
+    responses = work.responses_among(tokens)
     head = responses * d.hidden * precision.products
     if case.machine.kind == "cuda":
         head += min(responses * d.vocabulary * 4, case.machine.figures["logits_bytes"])
@@ -291,11 +292,6 @@ def _reference(case: Case, choice: Choice) -> dict[str, float]:
         outside = outside_bytes(d, d.root, precision.weights, narrow_head=precision.autocast)
         working["gathered layers"] = outside + 2.0 * precision.products * d.layer
     return working
-
-
-def _responses(work: Workload, tokens: float) -> float:
-    """Response tokens among `tokens` packed tokens of the student's pass."""
-    return tokens * work.samples * work.response / (work.prompt + work.samples * work.response)
 
 
 def _training(case: Case, choice: Choice, state: State, gradients: float) -> dict[str, float]:
@@ -312,7 +308,7 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     frozen, gathers = role.adapted, case.gathers(role)
 
     if not gathers and not on_cpu:
-        responses = _responses(work, tokens) if is_student else 0.0
+        responses = work.responses_among(tokens) if is_student else 0.0
         sizes = (item, precision.gradients, compute)
         logits_bytes = case.machine.figures["logits_bytes"]
         moment = Pass(d, choice.mode, tokens, responses, single, *sizes, autocast, logits_bytes, frozen)
@@ -320,14 +316,16 @@ def _training(case: Case, choice: Choice, state: State, gradients: float) -> dic
     kept = kept_bytes(d, choice.mode, tokens, autocast=autocast, item=item, again=on_cpu)
     head = 0.0
     if is_student:
-        responses = _responses(work, tokens)
+        responses = work.responses_among(tokens)
         logits = responses * d.vocabulary * 4
         # Its states and their gradient, the gradient of the matrix, which several chunks of logits sum in float32 under
-        # autocast, and on CUDA logits of a chunk; the CPU's hold blocks in the cache.
+        # autocast, and on CUDA logits of a chunk; the CPU's GRPO loss holds blocks in the cache.
         chunk = case.machine.figures.get("logits_bytes", math.inf)
         matrix = 0 if frozen else d.head * (4 if autocast and logits > chunk else compute)
         head = 2 * responses * d.hidden * compute + matrix
-        head += min(logits, chunk) if case.machine.kind == "cuda" else 0.0
+        # Log-probs without a loss in the same pass: a CPU holds logits for their backward pass.
+        held_logits = KEEP_BYTES if case.config.algorithm.loss is not None or "soda" in work.steps else 0
+        head += min(logits, held_logits if on_cpu else chunk)
     # Gradients of the widest tensors of a layer, while its backward pass is at work.
     passing = tokens * (3 * d.mlp + 2 * d.hidden) * compute
     # A gradient of [vocabulary, hidden] is made whole before it is added to what is there: of the embedding, but not on

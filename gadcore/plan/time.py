@@ -4,7 +4,7 @@ layers      2 FLOPs a matrix entry and token forward, twice that backward, once 
             over the product rate, and over what norms, activations and casts leave of the time; on a GPU, a micro-batch
             casts all weights and sums all gradients, however few its tokens are
 attention   4 FLOPs a (query, key) pair and entry of a head forward, 2.5 times that backward
-head        three products in a pass of the policy or of cross-entropy, one in the reference's, four in soda's
+head        three products in a pass of the policy or of cross-entropy, one in the reference's, four at most in soda's
 decoding    a step of a sampler takes the longest of: reading weights and keys, its products, its launches
 optimizer   some passes over parameters; masters in host memory come and leave with their moments meanwhile, both ways
             at a time; gradients of adapters on several ranks are added up before it
@@ -306,7 +306,8 @@ def run_time(case: Case, choice: Choice) -> RunTime:
 
 
 def _pairs_pass(work: Workload, samples: int) -> Pass:
-    """The pass of a step of `soda`: prompt, teacher's response and samples; its head computes the logits twice."""
+    """The pass of a step of `soda`: prompt, teacher's response and samples; its head computes the logits twice, but for
+    those that a CPU holds."""
     lengths = [work.teacher, *[work.response] * samples]
     tokens = work.prompts * (work.prompt + sum(lengths))
     pairs = work.prompts * pairs_of(work.prompt, lengths)

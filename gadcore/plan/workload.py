@@ -79,6 +79,10 @@ class Workload:
     def warmup_pairs(self) -> float:
         return self.prompts * pairs_of(self.prompt, [self.teacher])
 
+    def responses_among(self, tokens: float) -> float:
+        """Response tokens among `tokens` packed tokens of the policy pass."""
+        return tokens * self.samples * self.response / (self.prompt + self.samples * self.response)
+
 
 def pairs_of(prompt: float, responses: list[float]) -> float:
     """(query, key) pairs of a prompt and its responses, by their lengths."""

@@ -87,11 +87,20 @@ def logprob():
     from gadcore.kernels.triton import linear_logprob
     linear_logprob.forward(*head(), 1.0, False)
 
+def attention_backward(heads, key_heads, D):
+    from gadcore.kernels.triton import prefix_attention
+    query, key = (meta(600, n, D, dtype=torch.float32) for n in (heads, key_heads))
+    layout = meta(9, dtype=torch.int64), meta(8, dtype=torch.int64)
+    lse = meta(600, heads, dtype=torch.float32)
+    prefix_attention.backward(query, query, key, key, query, lse, *layout, 0.1, 0, 180, 1, 100)
+
 def matrices(M, N, BK, warps, stages):
     product[(1,)](meta(M, 512), meta(N, 512), meta(M, N), 512, M=M, N=N, BK=BK, num_warps=warps, num_stages=stages)
 
 read("bt_score", 90, bt)
 read("linear_logprob", 90, logprob)
+read("attention of SmolLM2-135M", 100, lambda: attention_backward(9, 3, 64))
+read("attention of Qwen2.5-3B", 80, lambda: attention_backward(16, 2, 128))
 read("good", 90, lambda: matrices(128, 128, 64, 4, 3))
 read("good on sm_80", 80, lambda: matrices(128, 128, 32, 8, 3))
 many = meta(16384, dtype=torch.float32)
@@ -121,6 +130,13 @@ def test_our_kernels_pass_for_sm_90(found: dict[str, Any], name: str) -> None:
     assert found[name]
     for code in found[name]:
         assert code["faults"] == [] and code["programs"] >= 1 and code["programs_of_sm"] >= 1
+
+
+@pytest.mark.parametrize("name", ["attention of SmolLM2-135M", "attention of Qwen2.5-3B"])
+def test_attention_in_float32_spills_nothing_in_its_backward_pass(found: dict[str, Any], name: str) -> None:
+    """For sm_100 and sm_80, where other tiles do."""
+    assert [code["kernel"] for code in found[name]][:2] == ["_d_query_kernel", "_d_key_value_kernel"]
+    assert all(code["faults"] == [] for code in found[name])
 
 
 def test_the_head_is_compiled_in_every_configuration_with_tensor_cores_and_tma(

@@ -11,7 +11,7 @@ from torch import Tensor
 from gadcore.kernels.bt_score import bt_score
 from gadcore.kernels.grpo_ratio_loss import GRPOLoss, group_advantages, grpo_ratio_loss
 from gadcore.kernels.linear_grpo_loss import linear_grpo_loss
-from gadcore.kernels.linear_logprob import linear_logprob
+from gadcore.kernels.linear_logprob import KEEP_BYTES, linear_logprob
 from gadcore.kernels.ops import OPS
 from gadcore.kernels.rms_norm import rms_norm
 from gadcore.kernels.rotary import rotary
@@ -46,13 +46,15 @@ def to(device: str, tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.to(device)
 
 
-def check_linear_logprob(case: HeadCase, impl: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_linear_logprob(
+    case: HeadCase, impl: Any, dtype: torch.dtype, device: str = "cpu", *, keep_bytes: int = KEEP_BYTES
+) -> None:
     hidden, weight, bias, targets = case.inputs(dtype)
     leaves = leaves64(hidden, weight, bias)
     truth, true_entropy = logprob64(*leaves, targets, case.temperature)
     of = weighted(truth)
     head = [to(device, tensor) for tensor in (hidden, weight, targets)]
-    options: Any = dict(bias=to(device, bias), temperature=case.temperature, impl=impl)
+    options: Any = dict(bias=to(device, bias), temperature=case.temperature, keep_bytes=keep_bytes, impl=impl)
     logprob, entropy = linear_logprob(*head, return_entropy=True, **options)
     plain = linear_logprob(*head, **options)
     assert not entropy.requires_grad and torch.equal(plain, logprob)

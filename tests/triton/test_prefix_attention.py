@@ -62,7 +62,10 @@ def test_windows(tiles: Callable[[int, int], None], heads: int, window: int) -> 
 def test_tiles_of_production(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = PrefixLayout.of([140, 3], [[70, 131], [1]])
     tensors = inputs(layout, (2, 1), 64, BF16)
-    every = [[config for config in tiles.every() if config not in tiles.single.values()] for tiles in TILES]
+    every = [
+        list(dict.fromkeys(c for widths in tiles.by_arch.values() for configs in widths.values() for c in configs))
+        for tiles in TILES
+    ]
     for i in range(max(map(len, every))):
         for name, configs in zip(KERNELS, every, strict=True):
             monkeypatch.setattr(getattr(kernels, name), "configs", [configs[i % len(configs)]])
@@ -75,9 +78,9 @@ def test_every_target_has_tiles(monkeypatch: pytest.MonkeyPatch, arch: int) -> N
     forward, d_query, d_key_value = TILES
     for width in (64, 128):
         for tiles in TILES:
-            assert tiles.fitting(width, 4) == [tiles.single[width]]
+            (single,) = tiles.fitting(width, 4)
             found = tiles.fitting(width, 2)
-            assert found and all(config in tiles.every() for config in (*found, tiles.single[width]))
+            assert found and all(config in tiles.every() for config in (*found, single))
         # Out of registers a product of 128 rows in the backward pass spills, and 128 keys do on all but sm_90.
         rows, keys = (
             {config.kwargs[block] for config in tiles.fitting(width, 2)}

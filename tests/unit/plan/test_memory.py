@@ -16,9 +16,10 @@ from gadcore.config.settings import (
     StudentSettings,
     VLLMRollout,
 )
+from gadcore.kernels.linear_logprob import KEEP_BYTES
 from gadcore.memory.holdings import ALWAYS, NEEDS
 from gadcore.models.host_master import SLICES_BYTES
-from gadcore.plan.memory import Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
+from gadcore.plan.memory import Case, Choice, held, holdings, host_bytes, needed_kv, part_tokens, peak
 from gadcore.plan.planning import advise, as_given, make_plan, utilisation
 from tests.support.plan_cases import preset_case, round_case
 
@@ -104,6 +105,22 @@ def test_activations_follow_the_mode_and_the_micro_batch() -> None:
 
 
 WHOLE = ("--student.adapter", "none", "--discriminator.adapter", "none", "--rollout.group_size", "4")
+
+
+@pytest.mark.parametrize(("vocabulary", "held"), [(100, None), (10**9, KEEP_BYTES)])
+def test_log_probs_for_a_loss_of_ones_own_and_for_soda_hold_logits_on_a_cpu(vocabulary: int, held: int | None) -> None:
+    def head(case: Case) -> float:
+        case = replace(case, student=replace(case.student, vocabulary=vocabulary))
+        return peak(case, CHOICE)["student"].working["activations and head"]
+
+    fused = round_case()
+    own = replace(fused, config=config(algorithm=AlgorithmSettings(loss="mine:loss")))
+    soda = replace(fused, work=replace(fused.work, steps={"soda": 3}))
+    # 60 packed tokens, without the last of every sample; 24 in 34 are of a response.
+    logits = 4 * vocabulary * 60 * 24 / 34
+    assert head(own) - head(fused) == head(soda) - head(fused) == pytest.approx(held or logits)
+    on_gpus = round_case(kind="cuda", ranks=2)
+    assert head(on_gpus) == head(replace(on_gpus, config=own.config))
 
 
 def test_gradients_come_as_activations_go_in_a_single_micro_batch() -> None:
