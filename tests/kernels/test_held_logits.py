@@ -42,7 +42,10 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
     """hidden, weight, bias, all of them leaves with a gradient, and targets, of which a few are ignored."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((TOKENS, HIDDEN), (VOCAB, HIDDEN), (VOCAB,))
-    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    # So far down that a lane of no token, whose logits are 0, would outweigh all others.
+    values[2] -= 60
+    leaves = [value.to(dtype).requires_grad_() for value in values]
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
     targets[::17] = -100
     return leaves[0], leaves[1], leaves[2], targets
