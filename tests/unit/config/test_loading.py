@@ -75,7 +75,7 @@ LATER = {
 # Presets of the default job, which is not the paper's, with what they have of the settings that came later.
 DEFAULT_JOB = {
     "smollm2-cpu": {
-        "data.eval_samples": 8,
+        "data.eval_samples": 6,
         "algorithm.length_debias": "fit",
         "schedule.sft_epochs": 2,
         "schedule.sft_steps": 80,
