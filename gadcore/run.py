@@ -19,7 +19,15 @@ from gadcore.config import loading
 from gadcore.config.command_line import HELP, setting_kinds, split
 from gadcore.config.default_job import GPU_PRESET, default_preset
 from gadcore.config.functions import check_named
-from gadcore.config.process import StopSignals, keep_writing, leave, restarts, set_environment, several_processes
+from gadcore.config.process import (
+    SIGNALS,
+    StopSignals,
+    keep_writing,
+    leave,
+    restarts,
+    set_environment,
+    several_processes,
+)
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError, is_users
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
@@ -184,6 +192,9 @@ def _sentence(error: BaseException, command: str, signals: StopSignals | None) -
 def _told(text: str, code: int) -> int:
     """Tells the user; of several processes of a job one does, and all end."""
     if several_processes():
+        # torchrun stops the others as soon as one ends, which is no reason to say less, or to end in another way.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         # Only now: it loads torch.
         from gadcore.distributed.watch import Watch
 
@@ -275,7 +286,10 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
         )
     _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
+    from gadcore.rollout.engine import check_own_engine
+
     check_named(config)
+    check_own_engine(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_tracker(config.tracking.tracker)
     from gadcore.train.job import join_job
 

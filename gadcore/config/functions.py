@@ -34,8 +34,9 @@ def load_named(name: str, key: str, what: str = "function") -> Any:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise UserError(f"{key} = {name!r}: the module {module} cannot be imported ({error})") from error
+    except Exception as error:  # whatever a user's module raises
+        what_happened = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{key} = {name!r}: the module {module} cannot be imported ({what_happened})") from error
     if not callable(found) or (what == "class" and not isinstance(found, type)):
         raise UserError(f"{key} = {name!r}: the module {module} has no {what} {attribute!r}")
     return found

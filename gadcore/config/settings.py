@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from math import isfinite
 from typing import Annotated, Literal
 
 from pydantic import Field, Tag, ValidationInfo, field_validator, model_validator
@@ -149,6 +150,13 @@ class AlgorithmSettings(Section):
     reward: str | None = Field(
         None, description='"module:function" that makes rewards of D\'s scores and the texts (gadcore/train/reward.py).'
     )
+
+    @field_validator("length_debias", mode="before")
+    @classmethod
+    def _number_or_fit(cls, value: object) -> object:
+        if value != "fit" and not (isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)):
+            raise ValueError(f'algorithm.length_debias = {value!r} must be a number or "fit"')
+        return value
 
     @field_validator("loss", "reward")
     @classmethod

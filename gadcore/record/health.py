@@ -33,7 +33,7 @@ DRIFT_GROWTH, DRIFT_LEAST = 3.0, 1e-4
 
 # What brings a sampler nearer to the trainer, and what helps where it stays away.
 PRECISER = (
-    'Try rollout.dtype = "float32" or rollout.head_dtype = "float32", and rollout.prefix_caching = false; what stays, '
+    'With vLLM try rollout.dtype or rollout.head_dtype = "float32", and rollout.prefix_caching = false; what stays, '
     "algorithm.importance_cap = 2 takes out of the gradient."
 )
 

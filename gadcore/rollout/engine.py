@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gadcore.config.functions import load_named
+from gadcore.config.rollout import OwnRollout
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
 from gadcore.data.template import ChatTemplate
@@ -175,6 +176,29 @@ class Engine(ABC):
         """Ends the engine; it cannot be used any more."""
 
 
+def check_responses(engine: Engine, requests: Sequence[SampleRequest], responses: Any, max_tokens: int) -> None:
+    """Raises UserError where these are not what generate() is to return: told here, by the engine's name, what would
+    end a step far away, or train on what nobody drew."""
+    lists = responses if isinstance(responses, Sequence) else ()
+    if len(lists) != len(requests):
+        _refuse(engine, f"must return a list of responses to each of {len(requests)} requests: got {len(lists)}")
+    for request, found in zip(requests, lists, strict=True):
+        if not isinstance(found, Sequence) or len(found) != request.n:
+            _refuse(engine, f"must return {request.n} responses to a request: got {str(found)[:80]}")
+    for response in (response for found in lists for response in found):
+        if not isinstance(response, Response):
+            _refuse(engine, f"must return gadcore.data.groups.Response: got {type(response).__name__}")
+        ids = response.token_ids
+        if not isinstance(ids, tuple) or not 0 < len(ids) <= max_tokens:
+            _refuse(engine, f"must return a tuple of 1 to {max_tokens} token ids a response: got {str(ids)[:80]}")
+        if len(response.logprobs) != len(ids):
+            _refuse(engine, f"must return a log-prob for each of {len(ids)} tokens: got {len(response.logprobs)}")
+
+
+def _refuse(engine: Engine, rule: str) -> NoReturn:
+    raise UserError(f"the engine {type(engine).__name__} {rule}; see gadcore.rollout.engine.Engine.generate()")
+
+
 def engine_class(config: Config) -> type[Engine]:
     """The class of the engine that rollout.engine names. Raises UserError where there is no such class."""
     name = config.rollout.engine
@@ -185,7 +209,23 @@ def engine_class(config: Config) -> type[Engine]:
     found: type[Engine] = load_named(name, "rollout.engine", "class")
     if not issubclass(found, Engine):
         raise UserError(f"rollout.engine = {name!r} must be a class on gadcore.rollout.engine.Engine, and is none")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"rollout.engine = {name!r} lacks {', '.join(missing)} of gadcore.rollout.engine.Engine")
     return found
+
+
+def check_own_engine(config: Config, processes: int) -> None:
+    """Raises UserError where an engine of one's own cannot be made, before a model is loaded for it. processes: that
+    train together."""
+    if isinstance(config.rollout, OwnRollout) and not engine_class(config).spans_ranks and processes > 1:
+        raise UserError(_of_one_process(config, processes))
+
+
+def _of_one_process(config: Config, processes: int) -> str:
+    return (
+        f'rollout.engine = "{config.rollout.engine}" samples in one process, and {processes} train together: take '
+        '"vllm" or "hf", or start one process'
+    )
 
 
 def make_engine(
@@ -205,8 +245,5 @@ def make_engine(
     if world.size == 1:
         return found.make(config, model_path, model, template, there)
     if not found.spans_ranks:
-        raise UserError(
-            f'rollout.engine = "{config.rollout.engine}" samples in one process, and {world.size} train together: take '
-            '"vllm", or start one process'
-        )
+        raise UserError(_of_one_process(config, world.size))
     return found.make(config, model_path, model, template, there, world)

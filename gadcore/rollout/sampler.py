@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from gadcore.data.groups import Group, Response
-from gadcore.rollout.engine import Done, Drawn, Engine, Pending, SampleRequest, WeightsLost
+from gadcore.rollout.engine import Done, Drawn, Engine, Pending, SampleRequest, WeightsLost, check_responses
 from gadcore.rollout.probe import Probe, few
 from gadcore.rollout.weights import WeightSource
 
@@ -114,7 +114,9 @@ class Sampler:
             self.engine.wake("kv_cache")
             # An engine that is trained with only need not know of it.
             told = {} if done is None else {"done": done}
-            return self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
+            found = self.engine.generate(requests, temperature=self.temperature, max_tokens=self.max_tokens, **told)
+        check_responses(self.engine, requests, found, self.max_tokens)
+        return found
 
     def _begun(self, requests: Sequence[SampleRequest], before: Sequence[SampleRequest]) -> tuple[Drawings, Pending]:
         """(the responses to what is drawn before, the requests as they are being drawn)."""

@@ -148,6 +148,9 @@ def test_nothing_is_left_behind(start, tmp_path) -> None:
     says(start("--algorithm.reward", "os:nothing", "--dry-run"), "algorithm.reward", "has no function 'nothing'")
     says(start("--rollout.engine", "os:getcwd", "--dry-run"), "rollout.engine", "has no class 'getcwd'")
     says(start("--rollout.engine", "pathlib:Path"), "rollout.engine", "gadcore.rollout.engine.Engine, and is none")
+    says(start("--rollout.engine", "gadcore.rollout.engine:Engine"), "rollout.engine", "lacks generate, update_weights")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    says(start("--rollout.engine", "broken:E"), "cannot be imported (ZeroDivisionError: division by zero)")
     assert not (tmp_path / "runs").exists()
 
 

@@ -477,6 +477,12 @@ def test_functions_are_named_by_module_and_function(name: str) -> None:
     assert load(["--algorithm.loss", name]).algorithm.loss == name
 
 
+@pytest.mark.parametrize("value", ["foo", "FIT", "none", "true", "nan", "inf"])
+def test_a_setting_that_takes_a_number_or_a_word_says_both(value: str) -> None:
+    message = error_of(f"--algorithm.length_debias={value}")
+    assert message.startswith("algorithm.length_debias = ") and 'must be a number or "fit" (' in message
+
+
 def test_an_engine_of_ones_own_is_named_by_module_and_class(toml) -> None:
     config = load(["--rollout.engine", "my.engines:Greedy", "--rollout.temperature=2"])
     assert config.rollout == OwnRollout(engine="my.engines:Greedy", group_size=PRESET.rollout.group_size, temperature=2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gadcore.config.settings import Config
 from gadcore.data.groups import Response
+from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.rollout.engine import Engine, Pending, WeightsLost, engine_class, make_engine
 from gadcore.rollout.sampler import Sampler
@@ -27,7 +29,7 @@ class Echo(Engine):
     def generate(self, requests, *, temperature, max_tokens):
         self.log.append("generate")
         self.seeds = [r.seed for r in requests]
-        return [[Response("x", r.prompt_ids[:max_tokens], False, (0.0,) * 3)] * r.n for r in requests]
+        return [[Response("x", r.prompt_ids[:max_tokens], False, (0.0,) * max_tokens)] * r.n for r in requests]
 
     def update_weights(self, source) -> None:
         self.log.append(f"update {len(list(source))}")
@@ -55,6 +57,29 @@ def sampler(engine: Echo, **kwargs) -> Sampler:
 def test_an_engine_is_a_class(echo) -> None:
     assert type(echo).__name__ == "Echo" and engine_class(Config()).__name__ == "VLLMEngine"
     assert echo.shared and echo.held() == {} and echo.aliases() == [] and echo.close() is None
+
+
+GOOD = Response("x", (1, 2), True, (0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (None, "must return a list of responses to each of 1 requests: got 0"),
+        ([[GOOD, GOOD], [GOOD, GOOD]], "must return a list of responses to each of 1 requests: got 2"),
+        ([[GOOD]], r"must return 2 responses to a request: got \[Response"),
+        ([None], "must return 2 responses to a request: got None"),
+        ([["x", "y"]], "must return gadcore.data.groups.Response: got str"),
+        ([[GOOD, replace(GOOD, token_ids=[1, 2])]], r"a tuple of 1 to 5 token ids a response: got \[1, 2\]"),
+        ([[GOOD, replace(GOOD, token_ids=())]], r"a tuple of 1 to 5 token ids a response: got \(\)"),
+        ([[GOOD, replace(GOOD, token_ids=(1,) * 6)]], "a tuple of 1 to 5 token ids a response"),
+        ([[GOOD, replace(GOOD, logprobs=())]], "must return a log-prob for each of 2 tokens: got 0"),
+    ],
+)
+def test_what_an_engine_may_not_return_is_told_by_its_name(echo, monkeypatch, found, rule) -> None:
+    monkeypatch.setattr(echo, "generate", lambda *_, **__: found)
+    with pytest.raises(UserError, match=f"the engine Echo .*{rule}"):
+        sampler(echo).draw(groups(1, 0), 2, "gad/1")
 
 
 def test_alone_it_wakes_updates_generates_and_sleeps(echo) -> None:
