@@ -82,7 +82,7 @@ def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tup
 
 def _parse(text: str, kinds: Sequence[Any]) -> Any:
     """A value from the command line; text that is none of the setting's type is left for the validation to refuse."""
-    if (str in kinds and float not in kinds) or text.lower() == "none":
+    if (str in kinds and not {int, float}.intersection(kinds)) or text.lower() == "none":
         return text
     for spelling in (text, text.lower()):  # True and False, as Python writes them
         try:

@@ -148,7 +148,9 @@ class Engine(ABC):
 
         While it is under way nothing else is to be asked of the engine but to close; see Pending.wait().
         """
-        return Drawn(self.generate(requests, temperature=temperature, max_tokens=max_tokens))
+        found = self.generate(requests, temperature=temperature, max_tokens=max_tokens)
+        check_responses(self, requests, found, max_tokens)
+        return Drawn(found)
 
     @abstractmethod
     def update_weights(self, source: WeightSource) -> None:
@@ -204,8 +206,8 @@ def engine_class(config: Config) -> type[Engine]:
     name = config.rollout.engine
     if name in ENGINES:
         module, _, attribute = ENGINES[name].partition(":")
-        own: type[Engine] = getattr(importlib.import_module(module), attribute)
-        return own
+        shipped: type[Engine] = getattr(importlib.import_module(module), attribute)
+        return shipped
     found: type[Engine] = load_named(name, "rollout.engine", "class")
     if not issubclass(found, Engine):
         raise UserError(f"rollout.engine = {name!r} must be a class on gadcore.rollout.engine.Engine, and is none")

@@ -126,6 +126,7 @@ class Sampler:
             found: Drawings = []
             if before:
                 found = self.engine.generate(before, temperature=self.temperature, max_tokens=self.max_tokens)
+                check_responses(self.engine, before, found, self.max_tokens)
             return found, self.engine.begin(requests, temperature=self.temperature, max_tokens=self.max_tokens)
 
     def _synchronise(self) -> None:

@@ -80,6 +80,8 @@ def test_what_an_engine_may_not_return_is_told_by_its_name(echo, monkeypatch, fo
     monkeypatch.setattr(echo, "generate", lambda *_, **__: found)
     with pytest.raises(UserError, match=f"the engine Echo .*{rule}"):
         sampler(echo).draw(groups(1, 0), 2, "gad/1")
+    with pytest.raises(UserError, match=f"the engine Echo .*{rule}"):
+        sampler(echo).begin(groups(1, 0), 2, "gad/1")
 
 
 def test_alone_it_wakes_updates_generates_and_sleeps(echo) -> None:
