@@ -83,10 +83,8 @@ class Drawing:
         self.texts, self.template = texts, made
 
     def generate(self, requests, **more):
-        return [
-            [Response(t, self.template.response_ids(t, finished=True), True, (0.0,) * 3) for t in self.texts]
-            for _ in requests
-        ]
+        drawn = [(text, self.template.response_ids(text, finished=True)) for text in self.texts]
+        return [[Response(text, ids, True, (0.0,) * len(ids)) for text, ids in drawn] for _ in requests]
 
     def wake(self, part) -> None: ...
     def sleep(self) -> None: ...
@@ -98,12 +96,13 @@ def test_a_samples_tokens_are_the_losses_and_its_text_is_ds() -> None:
     prompt = Prompt(7, ({"role": "user", "content": "Why?"},), (1, 2))
     for policy, texts in (("keep", ["<think>hm</think>Yes.", "No."]), ("strip", ["Yes.", "No."])):
         group = Group(prompt, Response("t", (1,), True))
-        sampler = AnswerSampler(Drawing(made, ["<think>hm</think>Yes.", "No."]), [], temperature=1.0, max_tokens=9,
+        sampler = AnswerSampler(Drawing(made, ["<think>hm</think>Yes.", "No."]), [], temperature=1.0, max_tokens=99,
                                 reasoning=policy)  # fmt: skip
         sampler.draw([group], 2, "test")
         assert [sample.text for sample in group.samples] == texts
-        assert group.samples[0].token_ids == made.response_ids("<think>hm</think>Yes.", finished=True)
-        assert group.samples[0].finished and group.samples[0].logprobs == (0.0,) * 3
+        whole = made.response_ids("<think>hm</think>Yes.", finished=True)
+        assert group.samples[0].token_ids == whole
+        assert group.samples[0].finished and group.samples[0].logprobs == (0.0,) * len(whole)
     sampler.reasoning = "error"
     with pytest.raises(UserError, match=r"for the prompt of row 7 \(from 0\) has a block of reasoning"):
         sampler.draw([group], 2, "test")
