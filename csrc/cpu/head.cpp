@@ -12,10 +12,6 @@
 
 #include "product.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #ifdef GADCORE_X86
 // MKL's, which torch's library exports where it was built with MKL; null elsewhere. It uses AMX where the CPU has it.
 extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(
@@ -30,8 +26,6 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 20;
 // A block of weight takes at most this, which bounds the float32 copies of a 16-bit head.
 constexpr int64_t kWeightBytes = 16 << 20;
-
-constexpr size_t kLargeBytes = 8 << 20;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -104,18 +98,6 @@ void multiply(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool ad
 #endif
 }
 
-at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor memory = at::empty(sizes, options);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + memory.nbytes()) / kPage * kPage;
-  // Advice only: where it is not taken, nothing changes.
-  if (memory.nbytes() >= kLargeBytes) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return memory;
-}
-
 RowBlocks::RowBlocks(const at::Tensor& matrix, int64_t most_rows)
     : matrix_(matrix),
       dtype_(matrix.scalar_type() == at::kBFloat16 && bf16_products() ? at::kBFloat16 : at::kFloat) {
@@ -174,7 +156,7 @@ int64_t vocabulary_block(int64_t vocabulary, int64_t tokens, int64_t width) {
 }
 
 LogitBuffer::LogitBuffer(int64_t rows, int64_t tokens)
-    : memory(empty_in_large_pages({rows, lane_stride(tokens)}, at::kFloat)), stride(lane_stride(tokens)) {}
+    : memory(at::empty({rows, lane_stride(tokens)}, at::kFloat)), stride(lane_stride(tokens)) {}
 
 LogitBuffer::LogitBuffer(const at::Tensor& logits, int64_t t0)
     : memory(logits.narrow(1, t0, logits.size(1) - t0)), stride(logits.stride(0)) {}
@@ -299,15 +281,15 @@ HeadGradients::HeadGradients(const at::Tensor& hidden, const at::Tensor& weight,
       need_weight_(need_weight),
       added_(need_weight && add_to) {
   const auto sums = hidden.options().dtype(at::kFloat);
-  hidden_ = empty_in_large_pages({need_hidden ? n : 0, hidden.size(1)}, sums);
+  hidden_ = at::empty({need_hidden ? n : 0, hidden.size(1)}, sums);
   if (!need_weight) {
     weight_ = at::empty({0}, weight.options());
   } else if (added_) {
     weight_ = weight_sums_ = *add_to;
   } else {
-    weight_ = any_ ? empty_in_large_pages(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
+    weight_ = any_ ? at::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
     if (any_) {
-      weight_sums_ = weight.scalar_type() == at::kFloat ? weight_ : empty_in_large_pages({weight_rows, weight.size(1)}, sums);
+      weight_sums_ = weight.scalar_type() == at::kFloat ? weight_ : at::empty({weight_rows, weight.size(1)}, sums);
     }
   }
 }

@@ -31,10 +31,6 @@ void check_vector(const std::string& op, const char* name, const at::Tensor& val
 // out (+)= a b for a [m, k] and b [k, n], both float32 or both bfloat16; out float32 with contiguous rows.
 void multiply(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, bool add);
 
-// at::empty for memory that is about to be written once: in large pages where the system has them, since taking 100 MiB in
-// pages of 4 KiB costs as much time as 3 % of the products that fill it.
-at::Tensor empty_in_large_pages(at::IntArrayRef sizes, const at::TensorOptions& options);
-
 // A matrix whose blocks of rows become operands of multiply(): views where that can be, else copies in one reused
 // scratch. All of a 16-bit matrix never exists in float32.
 class RowBlocks {

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden,
     if (target[t] != kIgnored) index.push_back(t);
   }
   const TokenList counted(std::move(index), tokens);
-  const Tensor held = empty_in_large_pages({weight.size(0), held_columns}, hidden.options().dtype(at::kFloat));
+  const Tensor held = at::empty({weight.size(0), held_columns}, hidden.options().dtype(at::kFloat));
   const TokenSums sums =
       head_sums(counted.gather(hidden), weight, Bias(bias_in).data(), counted.gather(target), inv_t, entropy, held);
   // Columns that no token has: the same op must give the same numbers.
