@@ -80,7 +80,6 @@ DEFAULT_JOB = {
         "schedule.sft_epochs": 2,
         "schedule.sft_steps": 80,
         "student.adapter": "lora",
-        "discriminator.adapter": "lora",
     },
     "smollm2-gpu": {"data.eval_samples": 8, "schedule.sft_epochs": 8},
 }
@@ -98,7 +97,7 @@ RESOLVED = {
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
     "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
     "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
-    "smollm2-cpu": "23d65e25a6fb30bf8d8a7afbd8908e678d493747bb5eabb2eeeb9f375aca4e54",
+    "smollm2-cpu": "651d571ed5b47469d0a548b85dc8f446ee4a18704634c198bddad4e2509bdc67",
     "smollm2-gpu": "d242478888a9b636a43a7616ce152686951ef3d5b06cbdd57376a269e95731e7",
 }
 
