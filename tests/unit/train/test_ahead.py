@@ -193,7 +193,8 @@ def test_a_step_takes_the_longer_of_both_and_not_their_sum(tmp_path) -> None:
     turns, beside = (Made(tmp_path, 1, SLOW_S, beside=beside) for beside in (False, True))
     (in_turn, hidden), (overlapped, meanwhile) = turns.gad(), beside.gad()
     print(f"{in_turn:.2f} s by turns, {overlapped:.2f} s side by side")
-    assert in_turn > 2 * STEPS * SLOW_S and hidden == pytest.approx(0, abs=0.1)
+    # Both are sums of times: on a busy machine they are off by a share of them.
+    assert in_turn > 2 * STEPS * SLOW_S and hidden == pytest.approx(0, abs=max(0.1, 0.02 * in_turn))
     # All but the first batch are drawn while the trainer is at work: of each the shorter time is gained.
     assert meanwhile > 0.9 * (STEPS - 1) * SLOW_S
     # The same batches, whenever they come.
