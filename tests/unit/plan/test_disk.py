@@ -15,12 +15,16 @@ from tests.support.runs import run, tiny_arguments
 
 SMOL = "smollm2-135m-instruct"
 WHOLE = ["--student.adapter", "none", "--discriminator.adapter", "none"]
+ADAPTERS = ["--student.adapter", "lora", "--discriminator.adapter", "lora"]
 
 
 def test_the_default_job() -> None:
-    found, adapters = (disk.predict(load(given), SMOL, {"warmup": 10, "gad": 8}) for given in (WHOLE, []))
-    assert found is not None and adapters is not None
+    steps = {"warmup": 10, "gad": 8}
+    found, adapters, default = (disk.predict(load(given), SMOL, steps) for given in (WHOLE, ADAPTERS, []))
+    assert found is not None and adapters is not None and default is not None
     assert adapters.checkpoint < found.checkpoint / 20
+    # The student's adapter, and all of D.
+    assert default.checkpoint == pytest.approx((adapters.checkpoint + found.checkpoint) / 2, rel=0.01)
     # Weights and two moments of two models of 134.5 million parameters in float32.
     assert found.checkpoint == pytest.approx(2 * 3 * 4 * 134.515e6, rel=0.01)
     assert found.checkpoints == 2 and found.peak >= found.left > found.checkpoint
