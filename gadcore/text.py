@@ -32,6 +32,11 @@ def clean(text: str) -> str:
     return visible(" ".join(text.split()))
 
 
+def short(text: str, most: int = 200) -> str:
+    """The text, or its beginning and its length where it has more than `most` characters: a sentence stays one."""
+    return text if len(text) <= most else f"{text[:most]}.. ({len(text):,} characters)"
+
+
 def say(line: object, file: IO[str] | None = None) -> None:
     """Prints one line, flushed; file: default standard output.
 

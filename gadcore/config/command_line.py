@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from gadcore.config.kinds import Section
 from gadcore.errors import UserError
+from gadcore.text import short
 
 COMMAND_LINE = "command line"
 HELP = ("-h", "--help")
@@ -54,7 +55,7 @@ def split(argv: Sequence[str], kinds: Mapping[str, list[Any]]) -> tuple[list[tup
     items = (item for item in argv if item not in HELP)
     for item in items:
         if not item.startswith("--"):
-            raise UserError(f"unexpected argument {item!r}: settings are written --section.key VALUE")
+            raise UserError(f"unexpected argument {short(item)!r}: settings are written --section.key VALUE")
         key, equals, value = item[2:].partition("=")
         if not equals:
             value = next(items, "--")

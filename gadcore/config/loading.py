@@ -32,6 +32,7 @@ from gadcore.config.rollout import OWN, kind_of_engine
 from gadcore.config.settings import Config
 from gadcore.config.writing import print_help, shown, to_toml
 from gadcore.errors import UserError
+from gadcore.text import short
 
 Root = TypeVar("Root", bound=Section)
 
@@ -189,7 +190,7 @@ def _without_vllm() -> list[Layer]:
 def _read_preset(name: str, model: type[Section]) -> list[Layer]:
     if name not in presets():
         hint = _suggest(name, presets()) or f": choose one of {', '.join(presets())}"
-        raise UserError(f"there is no preset {name}{hint}")
+        raise UserError(f"there is no preset {short(name)}{hint}")
     return _read(_PRESETS / f"{name}.toml", _PRESET + name, model, chosen=False)
 
 
@@ -199,9 +200,9 @@ def _read(path: Path, origin: str, model: type[Section], *, chosen: bool = True)
         table = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         hint = f"; for the preset of this name write --preset {origin}" if origin in presets() else ""
-        raise UserError(f"the config file {origin} does not exist{hint}") from None
+        raise UserError(f"the config file {short(origin)} does not exist{hint}") from None
     except OSError as error:
-        raise UserError(f"the config file {origin} cannot be read: {error.strerror}") from None
+        raise UserError(f"the config file {short(origin)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{origin} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except RecursionError:
@@ -248,7 +249,7 @@ def _merge(
     refuse_old_names(values, origins)
     for key in values:
         if key not in kinds:
-            raise UserError(f"unknown setting {key} ({origins[key]}){_suggest(key, kinds)}")
+            raise UserError(f"unknown setting {short(key)} ({origins[key]}){_suggest(key, kinds)}")
     for section, field in model.model_fields.items():
         key = f"{section}.engine"
         engine = values.get(key, getattr(field.default, "engine", None))

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from gadcore.text import clean, code, markdown, say, visible
+from gadcore.text import clean, code, markdown, say, short, visible
 
 EVIL = "a\x1b[31m\u202eb\u2066\x07\x9b\u200b\ud800\x00"
 
@@ -16,6 +16,11 @@ def test_what_a_terminal_obeys_is_shown_as_a_point() -> None:
     assert visible(EVIL) == "a·[31m·b······"
     assert visible("tab\tline\r\nfeed\rü 🧑‍🚀") == "tab\tline\nfeed\nü 🧑‍🚀"
     assert clean(f" two \n\u2028 words {EVIL}") == "two words a·[31m·b······"
+
+
+def test_what_is_long_is_cut_and_its_length_said() -> None:
+    assert short("ab" * 100) == "ab" * 100
+    assert short("ab" * 2200) == "ab" * 100 + ".. (4,400 characters)"
 
 
 def test_every_control_and_format_of_unicode_is_thought_of() -> None:

@@ -367,6 +367,18 @@ def test_a_preset_resolves_to_the_same_settings_ever(name: str, digest: str) -> 
     assert hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest() == digest
 
 
+NINES = "9" * 4400
+
+
+@pytest.mark.parametrize(
+    "argv", [[NINES], ["--config", NINES], ["--preset", NINES], ["--" + NINES, "1"], ["--run." + NINES, "1"]]
+)
+def test_a_name_of_thousands_of_characters_is_told_in_one_sentence(argv: list[str]) -> None:
+    with pytest.raises(UserError, match=r"9\.\. \(4,40\d characters\)") as caught:
+        load(argv)
+    assert len(str(caught.value)) < 600
+
+
 @pytest.mark.parametrize("cap", ["0.5", "-1", "nan", "inf"])
 def test_a_cap_that_would_only_scale_the_loss_is_refused(cap: str) -> None:
     with pytest.raises(UserError, match="algorithm.importance_cap"):
