@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_origin
 
 from gadcore.config.kinds import Section
+from gadcore.text import short
 
 
 def to_toml(value: Any) -> str:
@@ -31,7 +32,7 @@ def shown(value: Any) -> str:
     """A value for a message: as TOML, in a bounded length."""
     # Python writes no integer of more than 4300 digits; one in hexadecimal may have them.
     text = hex(value) if isinstance(value, int) and value.bit_length() > 1000 else to_toml(value)
-    return text if len(text) <= 100 else f"{text[:90]}.. ({len(text)} characters)"
+    return short(text, 100)
 
 
 def print_help(config: Section, program: str, introduction: str) -> None:
