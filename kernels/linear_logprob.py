@@ -11,7 +11,7 @@ Gradient, with g that of logprob and g_t = 0 where y_t = -100:
 
 Forward is one matrix product, backward three: the logits are computed again, block by block. On a CPU, where a product
 is all that counts, those of the first tokens are held between the two instead, as many as fit keep_bytes: backward is
-two products for them.
+two products for them. Their memory stays for the next call, since fresh pages would cost more than what is written.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ def linear_logprob(
     entropy [T]); float32 (float64 for float64), accumulated in float32 whatever comes in. Gradients go to hidden,
     weight and bias; entropy carries none. keep_bytes: of float32 logits that "cpu" may hold from this call to its
     backward pass, of as many tokens as fit; the others' are computed again, which makes four products of three. 0 holds
-    none, and nothing is held where no gradient is wanted, or by another implementation. impl: "cpu" (native code),
-    "triton" (NVIDIA GPUs), "reference" (PyTorch, everywhere), or "auto". Raises ValueError for arguments that do not
-    fit, RuntimeError for an `impl` that is not there.
+    none, and nothing is held where no gradient is wanted, or by another implementation. The memory stays with the
+    process, for the next call: that of the largest. impl: "cpu" (native code), "triton" (NVIDIA GPUs), "reference"
+    (PyTorch, everywhere), or "auto". Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that
+    is not there.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature)

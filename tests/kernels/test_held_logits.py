@@ -110,6 +110,33 @@ def test_a_second_backward_pass_finds_the_logits_as_they_were() -> None:
         assert torch.equal(one, other)
 
 
+def held_by(tokens: int, saved: list[Tensor]) -> Tensor:
+    """The log-probs' sum over the first `tokens`, whose held logits go to `saved`."""
+    hidden, weight, bias, targets = inputs()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2 and len(tensor) == VOCAB and tensor.shape[1] != HIDDEN:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return linear_logprob(hidden[:tokens], weight, targets[:tokens], bias=bias, impl="cpu").sum()
+
+
+def test_the_memory_of_one_call_is_the_next_ones_and_never_of_two_at_once() -> None:
+    saved: list[Tensor] = []
+    losses = [held_by(tokens, saved) for tokens in (TOKENS, 40)]
+    kept = [logits.clone() for logits in saved]
+    losses.append(held_by(TOKENS, saved))
+    places = [logits.data_ptr() for logits in saved]
+    assert len(set(places)) == 3
+    assert all(torch.equal(one, other) for one, other in zip(saved, kept, strict=False))
+    del losses, saved
+    later: list[Tensor] = []
+    loss = held_by(TOKENS - 100, later)
+    assert loss.requires_grad and later[0].data_ptr() in (places[0], places[2])
+
+
 @pytest.mark.parametrize("keep", [NONE, FEW, PART, ALL])
 def test_no_more_than_the_budget_is_kept_for_the_backward_pass(keep: int) -> None:
     hidden, weight, bias, targets = inputs()
