@@ -52,6 +52,11 @@ SUITES = {
         "registers, spills and shared memory of the Triton kernels, compiled for GPUs that need not be there",
     ),
     "paper": Suite("bench.paper.suite", "the paper's findings on toys: mixture, language, fresh, or all of them"),
+    "default": Suite(
+        "bench.default.suite",
+        "the default job, a run for every seed: sentences, measures by stage, seconds; resumable",
+        passes_on="settings",
+    ),
     "methods": Suite(
         "bench.methods.suite",
         "SeqKD, SODA and GAD's variants from one start, at equal data and at equal seconds; hours, resumable",
@@ -85,5 +90,6 @@ TABLES = (
     "bench.memory.tables",
     "bench.reshard.tables",
     "bench.paper.tables",
+    "bench.default.tables",
     "bench.methods.tables",
 )

@@ -107,9 +107,9 @@ def measure(
     models = {START: place.start, **({name: str(folder)} if folder else {})}
     sets = {each: str(place.rows(each)) for each in data.SETS}
     settings: dict[str, Any] = {
-        "eval.models": _table(models),
-        "eval.in_domain": _table({data.HELD_OUT: sets[data.HELD_OUT]}),
-        "eval.out_of_domain": _table({data.ELSEWHERE: sets[data.ELSEWHERE]}),
+        "eval.models": toml_table(models),
+        "eval.in_domain": toml_table({data.HELD_OUT: sets[data.HELD_OUT]}),
+        "eval.out_of_domain": toml_table({data.ELSEWHERE: sets[data.ELSEWHERE]}),
         "eval.samples": samples,
         "eval.out": str(out),
         "eval.resamples": 10,
@@ -141,7 +141,8 @@ def _values(folder: Path, name: str, data_set: str, fresh: bool) -> Values:
     return values
 
 
-def _table(table: Mapping[str, str]) -> str:
+def toml_table(table: Mapping[str, str]) -> str:
+    """As a setting on the command line."""
     return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}"
 
 

@@ -54,7 +54,8 @@ MEASURES = (
     Measure(("length_ratio",), "length ratio", "near 1"),
     Measure(("words",), "words", "as the teacher"),
     Measure(("repeated",), "say a 3-gram twice", "lower", True, "the share of responses that say a 3-gram twice"),
-    Measure(("distinct_2",), "distinct-2", "higher"),
+    # A higher temperature raises it as well: by itself it makes no student better.
+    Measure(("distinct_2",), "distinct-2", "as the teacher"),
     Measure(("cut_share",), "responses cut", "lower", True, "the share of responses that were cut"),
     Measure(("accuracy",), "D tells apart", "discriminator", share=True),
     Measure(("margin",), "D margin", "discriminator"),

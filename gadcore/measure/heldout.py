@@ -8,7 +8,7 @@ from typing import Any
 
 from gadcore.data.groups import Group
 from gadcore.measure import style
-from gadcore.measure.diversity import distinct_values, repetition
+from gadcore.measure.diversity import distinct_by_prompt, distinct_values, repetition
 from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
 from gadcore.models.discriminator import Discriminator
 
@@ -23,17 +23,16 @@ def evaluate(
 
     A figure is the mean over samples, then over prompts, so that prompts can be paired between evaluations. rouge_l,
     ngram_f1, length_ratio: beside the teacher's response. cut_share, repeated: shares of samples that were cut, and in
-    which a 3-gram of words occurs twice. distinct_2: over all samples (gadcore.measure.diversity). words: of a sample.
-    style, word_range: shares of the rules of style that samples keep, of all and of the one on length; style_checks: of
-    each that applies (gadcore.measure.style). teacher: `repeated`, `words`, `style` of the teacher's responses. margin,
-    accuracy: of D between the teacher's response and the samples; absent without a discriminator.
+    which a 3-gram of words occurs twice. distinct_2: over one sample to each prompt (gadcore.measure.diversity). words:
+    of a sample. style, word_range: shares of the rules of style that samples keep, of all and of the one on length;
+    style_checks: of each that applies (gadcore.measure.style). teacher: `repeated`, `distinct_2`, `words`, `style` of
+    the teacher's own. margin, accuracy: of D between the teacher's response and the samples; absent without one.
     """
     within = style.word_range([group.teacher.text for group in groups])
     rows = [_row(group, within) for group in groups]
-    texts = [sample.text for group in groups for sample in group.samples]
-    distinct = iter(distinct_values(texts, 2))
-    for row, group in zip(rows, groups, strict=True):
-        row["distinct_2"] = fmean(next(distinct) for _ in group.samples)
+    distinct = distinct_by_prompt([[sample.text for sample in group.samples] for group in groups], 2)
+    for row, value in zip(rows, distinct, strict=True):
+        row["distinct_2"] = value
     names = ("rouge_l", "length_ratio", "cut_share", "repeated", "distinct_2", "words", "style", "word_range")
     result: dict[str, Any] = {name: fmean(row[name] for row in rows) for name in names}
     result["ngram_f1"] = {str(n): fmean(row["ngram_f1"][str(n)] for row in rows) for n in NGRAMS}
@@ -85,6 +84,7 @@ def _teacher(groups: Sequence[Group], within: tuple[float, float]) -> dict[str, 
     ]
     return {
         "repeated": fmean(map(_repeats, texts)),
+        "distinct_2": fmean(distinct_values(texts, 2)),
         "words": fmean(len(words(text)) for text in texts),
         "style": fmean(map(style.score, kept)),
     }

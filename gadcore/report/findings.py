@@ -180,14 +180,18 @@ def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str
     if not any(each and each.margin is not None for each in found):
         return []
     led = _led(stage, rows, headlines)
-    better, worse = ([each for each in led if each[1].change == change] for change in ("better", "worse"))
+    better, worse, moved = ([each for each in led if each[1].change == change] for change in ("better", "worse", None))
     where = f"on {len(rows[stage[1]])} held-out prompts"
     told = [f"{where} {'; '.join(_others(better[:_NAMED], stage, rows))}"] if better else []
     told += [f"worse {where}: {'; '.join(_others(worse[:_NAMED], stage, rows))}"] if worse else []
     if better:
-        return [f"GAD made the student better: {'. But '.join(told)}."]
-    nothing = f"GAD made nothing better that {len(rows[stage[1]])} held-out prompts can show"
-    return [f"{nothing}; {told[0]}." if told else f"{nothing}, and nothing worse."]
+        sentence = f"GAD made the student better: {'. But '.join(told)}."
+    else:
+        nothing = f"GAD made nothing better that {len(rows[stage[1]])} held-out prompts can show"
+        sentence = f"{nothing}; {told[0]}." if told else f"{nothing}, and nothing worse."
+    if moved:
+        sentence += f" It moved what a higher temperature moves as well: {'; '.join(_others(moved, stage, rows))}."
+    return [sentence]
 
 
 def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]], count: int) -> str:

@@ -75,7 +75,7 @@ LATER = {
 # Presets of the default job, which is not the paper's, with what they have of the settings that came later.
 DEFAULT_JOB = {
     "smollm2-cpu": {
-        "data.eval_samples": 6,
+        "data.eval_samples": 4,
         "algorithm.length_debias": "fit",
         "schedule.sft_epochs": 2,
         "schedule.sft_steps": 80,
@@ -97,7 +97,7 @@ RESOLVED = {
     "qwen2.5-7b-lora": "e219436e9cee310293d7ce054381c8faeaedd804f13944036c70ef2933019337",
     "qwen2.5-3b-qlora": "7a37410c69781448ba39717352ad56363ab7539c028826f33552ba516c4324af",
     "qwen2.5-7b-qlora": "452ffd5e9ce732028d26d0626c3bb8edde4b36d96b3b4edaa17f07844229a210",
-    "smollm2-cpu": "651d571ed5b47469d0a548b85dc8f446ee4a18704634c198bddad4e2509bdc67",
+    "smollm2-cpu": "96701579957c11ce1ae46b65d29e876260894195211022fb7b684c8fb8aafbb8",
     "smollm2-gpu": "d242478888a9b636a43a7616ce152686951ef3d5b06cbdd57376a269e95731e7",
 }
 

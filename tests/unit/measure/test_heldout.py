@@ -38,9 +38,13 @@ def test_repetition_beside_the_teachers() -> None:
     repeats, plain = "we go on and we go on", "we go on and then we stop"
     figures, rows = evaluate([group(plain, repeats, plain), group(repeats, plain, plain)], None)
     assert [row["repeated"] for row in rows] == [0.5, 0.0] and figures["repeated"] == 0.25
-    assert figures["teacher"] == {"repeated": 0.5, "words": 7.0, "style": pytest.approx(5 / 6)}
+    # Six pairs of words each, of which "we go" and "go on" come three times, "on and" twice.
+    teacher = {"repeated": 0.5, "distinct_2": pytest.approx(7 / 12), "words": 7.0, "style": pytest.approx(5 / 6)}
+    assert figures["teacher"] == teacher
 
 
-def test_distinct_2_counts_over_all_samples() -> None:
+def test_distinct_2_counts_over_one_sample_to_each_prompt() -> None:
     figures, _ = evaluate([group("t", "a b", "a b"), group("t", "a b", "c d")], None)
-    assert figures["distinct_2"] == pytest.approx(2 / 4)
+    assert figures["distinct_2"] == pytest.approx((1 / 2 + 2 / 2) / 2)
+    alone, _ = evaluate([group("t", "a b"), group("t", "a b")], None)
+    assert alone["distinct_2"] == pytest.approx(1 / 2)

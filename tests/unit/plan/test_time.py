@@ -206,7 +206,7 @@ def test_the_papers_steps() -> None:
 
 def test_the_data_is_counted_where_it_is_at_hand() -> None:
     work, items = read_workload(loading.load([]), PlanSettings())
-    assert work.steps == {"sft": 80, "warmup": 16, "gad": 20} and items[0].value == 240
+    assert work.steps == {"sft": 80, "warmup": 12, "gad": 16} and items[0].value == 240
     assert 20 < work.prompt < 96 and 20 < work.teacher == work.response < 64
     assert all("builtin" in item.why for item in items[:3])
 

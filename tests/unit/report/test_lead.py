@@ -71,9 +71,19 @@ def test_the_first_sentence_says_plainly_that_gad_made_nothing_better() -> None:
         "GAD made nothing better that 60 held-out prompts can show; worse on 60 held-out prompts: "
     )
     assert "the share of responses as long as the teacher's fell from " in said[0]
-    mixed = answers(3, rouge_l=0.4, style=0.85, word_range=0.3, distinct_2=0.99)
+    mixed = answers(3, rouge_l=0.4, style=0.85, word_range=0.3, repeated=0.0)
     said = told(before=before, after_sft=sft, after_gad=mixed)
-    assert re.match(r"GAD made the student better: on 60 .* distinct-2 rose .*\. But worse on 60 .* fell from", said[0])
+    assert re.match(r"GAD made the student better: on 60 .* twice fell .*\. But worse on 60 .* fell from", said[0])
+
+
+def test_more_variety_alone_makes_no_student_better() -> None:
+    before, sft = answers(1), answers(2, rouge_l=0.4, style=0.85)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85, distinct_2=0.99))
+    assert re.fullmatch(
+        r"GAD made nothing better that 60 held-out prompts can show, and nothing worse\. It moved what a higher "
+        r"temperature moves as well: distinct-2 rose from 0\.\d+ to \d\.\d+ \(\+0\.\d+ ± 0\.\d+\)\.",
+        said[0],
+    )
 
 
 def test_of_gad_nothing_is_said_by_rows_that_do_not_show_it() -> None:
