@@ -271,7 +271,19 @@ def _by_stage(names: Sequence[str], measure: Measure, whole: Difference, rows: M
     return f", by {' and '.join(pretty(name).removeprefix('after ') for name in clear)}" if clear else ""
 
 
+def same_responses(a: str, b: str, rows: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether two evaluations are of the very same responses: what lay between them trained the discriminator alone."""
+    one, two = ([_texts(row) for row in rows.get(name, ())] for name in (a, b))
+    return bool(one) and one == two
+
+
+def _texts(row: Row) -> list[str]:
+    return [sample["text"] for sample in row.get("samples") or ()] or [row["student"]]
+
+
 def _step(a: str, b: str, evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -> str:
+    if same_responses(a, b, rows):
+        return f"{pretty(b).removeprefix('after ')} left the student as it was"
     found = between(a, b, rows)
     if found is None:
         one, two = evaluations[a].get("rouge_l"), evaluations[b].get("rouge_l")

@@ -212,9 +212,16 @@ def table_of(
     """The table: a column of the change from first to last and one between neighbours, then one of every evaluation.
 
     figures: E by name. rows_of: the rows of evaluations by name, which the changes are tested on. title: of a name.
+    Neighbours of the same responses, of which a discriminator has judged but one, have no change to show.
     """
     names = list(figures)
-    pairs = [(names[0], names[-1]), *pairwise(names)] if len(names) > 2 else list(pairwise(names))
+    pairs = [
+        (a, b)
+        for a, b in pairwise(names)
+        if not findings.same_responses(a, b, rows_of) or (_judged(figures[a]) and _judged(figures[b]))
+    ]
+    if len(names) > 2:
+        pairs = [(names[0], names[-1]), *pairs]
     rows = []
     for measure in MEASURES:
         values = {name: measure.of(figures[name]) for name in names}
@@ -234,6 +241,10 @@ def table_of(
     caption = f"On {' or '.join(counts) or 'the'} held-out prompts, {each}.{_teachers_words(figures)}{caption}"
     titles = [f"{title(a)} → {title(b)}" for a, b in pairs]
     return {"names": [title(name) for name in names], "changes": titles, "rows": rows, "caption": caption}
+
+
+def _judged(evaluation: Row) -> bool:
+    return evaluation.get("accuracy") is not None
 
 
 def _teachers_words(figures: Mapping[str, Row]) -> str:

@@ -8,17 +8,24 @@ from statistics import fmean
 from typing import Any
 
 from gadcore.measure.power import rows_needed
-from gadcore.report import findings
+from gadcore.report import findings, parts
 from gadcore.report.findings import HEADLINES
 
 BASE = {"rouge_l": 0.2, "style": 0.7, "word_range": 0.6, "repeated": 0.1, "distinct_2": 0.9, "cut_share": 0.05}
 
 
-def answers(seed: int, noise: float = 0.05, count: int = 60, **changed: float) -> list[dict[str, Any]]:
+def answers(
+    seed: int, noise: float = 0.05, count: int = 60, student: str = "", **changed: float
+) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     values = BASE | changed
     return [
-        {"prompt": f"p{i}", "teacher": "t", "student": "s", **{k: v + rng.gauss(0, noise) for k, v in values.items()}}
+        {
+            "prompt": f"p{i}",
+            "teacher": "t",
+            "student": student or f"s{seed}",
+            **{k: v + rng.gauss(0, noise) for k, v in values.items()},
+        }
         for i in range(count)
     ]
 
@@ -84,6 +91,23 @@ def test_more_variety_alone_makes_no_student_better() -> None:
         r"temperature moves as well: distinct-2 rose from 0\.\d+ to \d\.\d+ \(\+0\.\d+ ± 0\.\d+\)\.",
         said[0],
     )
+
+
+def test_a_stage_of_the_discriminator_alone_has_no_change_to_show() -> None:
+    """The same responses, which it has judged since: zeros would be read as a measurement."""
+    before, sft = answers(1), answers(2, rouge_l=0.4, student="x")
+    judged = [row | {"accuracy": 0.7, "margin": 0.1} for row in sft]
+    after = [row | {"accuracy": 0.6, "margin": 0.1} for row in answers(3, rouge_l=0.4, student="y")]
+    said = told(before=before, after_sft=sft, after_warmup=judged, after_gad=after)
+    (stages,) = (sentence for sentence in said if sentence.startswith("Stage by stage"))
+    assert re.search(r"SFT \+0\.\d+ ± 0\.\d+; warmup left the student as it was; GAD [+−]0", stages)
+    rows = {"before": before, "after_sft": sft, "after_warmup": judged, "after_gad": after}
+    figures = {name: {"rouge_l": 0.4, "accuracy": each[0].get("accuracy")} for name, each in rows.items()}
+    table = parts.table_of(figures, rows, findings.pretty, "")
+    assert table["changes"] == ["before → after GAD", "before → after SFT", "after warmup → after GAD"]
+    # Judged again by another discriminator, the same responses have a change: the discriminator's.
+    figures["after_sft"]["accuracy"] = 0.5
+    assert "after SFT → after warmup" in parts.table_of(figures, rows, findings.pretty, "")["changes"]
 
 
 def test_of_gad_nothing_is_said_by_rows_that_do_not_show_it() -> None:

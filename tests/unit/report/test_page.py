@@ -60,7 +60,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     page = page_of(folder(tmp_path / "run", metrics(), THREE))
     for part in (
         "Held-out ROUGE-L rose from 0.200 to 0.300 (+0.100 ± 0.000, 40 of 40 prompts up, 0 down, by warmup).",
-        "GAD +0.000 ± 0.000, within the noise.",
+        "Stage by stage: warmup +0.100 ± 0.000; GAD left the student as it was.",
         "tells 75 % of the held-out pairs apart",
         "No warnings.",
         "134.5 M parameters",
