@@ -73,7 +73,7 @@ _SECTION = """\
   <h2 id="discriminator">Discriminator</h2>
   <p class="lead">{{ verdict }}</p>
   <div class="card scroll" tabindex="0" role="region" aria-label="What was looked at">
-  <table class="figures">
+  <table class="told">
     <caption>On the samples of the last held-out evaluation, with 95 % intervals over prompts.{{ more }}</caption>
     <thead><tr><th scope="col">Check</th><th scope="col">Is it right?</th><th scope="col">What was seen</th>\
 <th scope="col">What to change</th></tr></thead>

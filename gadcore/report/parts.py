@@ -280,6 +280,11 @@ def samples_of(evaluations: Mapping[str, Sequence[Row]], title: Callable[[str], 
         return []
     first, last = names[0], names[-1]
     samples = []
+    # Responses that were judged again stand once, with the later scores.
+    later = {b: a for a, b in pairwise(names) if findings.same_responses(a, b, evaluations)}
+    labels: dict[str, str] = {}
+    for name in names:
+        labels[name] = f"{labels.pop(later[name])}, {title(name)}" if name in later else title(name)
     for i in range(max(len(evaluations[name]) for name in names)):
         present = {name: evaluations[name][i] for name in names if i < len(evaluations[name])}
         some = next(iter(present.values()))
@@ -289,11 +294,12 @@ def samples_of(evaluations: Mapping[str, Sequence[Row]], title: Callable[[str], 
         sides += [
             {
                 "kind": "last" if name == last else "",
-                "label": title(name),
+                "label": labels[name],
                 "figures": _side(row),
                 "text": row["student"],
             }
             for name, row in present.items()
+            if name in labels
         ]
         both = first != last and first in present and last in present
         samples.append(

@@ -105,6 +105,10 @@ def test_a_stage_of_the_discriminator_alone_has_no_change_to_show() -> None:
     figures = {name: {"rouge_l": 0.4, "accuracy": each[0].get("accuracy")} for name, each in rows.items()}
     table = parts.table_of(figures, rows, findings.pretty, "")
     assert table["changes"] == ["before → after GAD", "before → after SFT", "after warmup → after GAD"]
+    for row in [*before, *sft, *judged, *after]:
+        row["length_ratio"] = 1.0
+    (shown, *_) = parts.samples_of(rows)
+    assert [side["label"] for side in shown["sides"]] == ["teacher", "before", "after SFT, after warmup", "after GAD"]
     # Judged again by another discriminator, the same responses have a change: the discriminator's.
     figures["after_sft"]["accuracy"] = 0.5
     assert "after SFT → after warmup" in parts.table_of(figures, rows, findings.pretty, "")["changes"]
