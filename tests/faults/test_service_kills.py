@@ -125,7 +125,7 @@ def check(folder: Path, lines: list[dict[str, Any]], requests: int, most: int) -
     journal.close()
     updates = [sorted(by_version[version], key=order.__getitem__) for version in sorted(by_version)]
     # In a process of its own, as the service: vLLM in this one, from an earlier test, would change the last bits.
-    ((again_scores, expected),) = run_ranks(1, f"{HERE}:again", folder / "model", updates, most, deadline=540)
+    ((again_scores, expected),) = run_ranks(1, f"{HERE}:again", folder / "model", updates, most, deadline=1800)
     for version, (ids, rows) in enumerate(zip(updates, again_scores, strict=True), 1):
         assert rows == [row for request_id in ids for row in answers[request_id]["scores"]], f"version {version}"
     newest = store.latest(folder / "service/checkpoints")
@@ -156,14 +156,15 @@ def test_every_group_is_trained_once_whatever_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.by_hand
 @pytest.mark.timeout(5400)
-def test_ten_thousand_requests_of_eight_clients(tmp_path: Path) -> None:
+def test_twenty_thousand_requests_of_eight_clients(tmp_path: Path) -> None:
+    """The first 8,000 under fire, the rest of them to see that the process that was started last stays as large."""
     found = under_fire(
-        tmp_path, 10_000, 8, 1, kills=10, calm=0.4, service__checkpoint_every=50, service__batch_groups=8,
+        tmp_path, 20_000, 8, 1, kills=10, calm=0.6, service__checkpoint_every=50, service__batch_groups=8,
         service__batch_seconds=0.05,
     )  # fmt: skip
-    # A process that has just been started has not seen every kind of batch yet.
     sizes = found.pop("rss")
     shown = {f"{size / 2**20:.0f} MiB": answered for answered, size in sizes[:: max(1, len(sizes) // 12)]}
     print(found, "resident after so many requests:", shown)
-    late = [size for answered, size in sizes if answered >= 9000]
+    # It grows until it has seen every kind of batch; where clients end, batches are of another kind again.
+    late = [size for answered, size in sizes if 15_000 <= answered < 19_500]
     assert sum(late[-10:]) / 10 < sum(late[:10]) / 10 + 16 * 2**20
