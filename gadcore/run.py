@@ -30,6 +30,7 @@ from gadcore.config.process import (
 )
 from gadcore.config.settings import Config
 from gadcore.errors import Interrupted, UserError, is_users
+from gadcore.files import clear_temporaries
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
 from gadcore.record.tracking import check_tracker
 from gadcore.text import say
@@ -322,6 +323,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
         if world.is_first:
             # It may have been killed in between.
             if not (path / "report.html").exists():
+                clear_temporaries(path, "report.html")
                 write_report(path)
             say(
                 f"the run {path} is finished, there is nothing to do: go back to a checkpoint by --resume step-.., or "

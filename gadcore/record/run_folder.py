@@ -238,6 +238,8 @@ def _new(config: Config) -> Iterator[Path]:
         with held(path / LOCK, f"the run {path}"):
             # Somebody may have come first.
             _refuse_another_run(path)
+            # Of a start that was killed before its config.toml was whole.
+            clear_temporaries(path)
             yield path
     finally:
         for folder in made:

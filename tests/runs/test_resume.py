@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gadcore.files import LOCK, held
+from gadcore.files import LOCK, held, temporary
 from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
 
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
@@ -106,6 +106,11 @@ def test_a_finished_run_is_finished_and_goes_back_only_when_told(whole, tmp_path
     again = run(["--run.dir", "run", "--resume", "auto"], tmp_path)
     assert again.returncode == 0 and "the run run is finished, there is nothing to do" in again.stdout, again.stderr
     assert written(tmp_path / "run") == before
+    # Killed in the last write of all.
+    (tmp_path / "run/report.html").unlink()
+    temporary(tmp_path / "run/report.html").write_text("half")
+    again = run(["--run.dir", "run", "--resume", "auto"], tmp_path)
+    assert again.returncode == 0 and written(tmp_path / "run").keys() == before.keys(), again.stderr
 
     with held(tmp_path / "run" / LOCK, "x"):
         refused = run(["--run.dir", "run", "--resume", "step-000007"], tmp_path)

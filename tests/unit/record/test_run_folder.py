@@ -129,6 +129,13 @@ def test_what_a_kill_left_half_done_goes_where_the_run_goes_on(here: Path) -> No
     }
 
 
+def test_a_start_that_was_killed_in_its_first_write_leaves_nothing_to_the_next(here: Path) -> None:
+    (here / "run").mkdir()
+    temporary(here / "run/config.toml").write_text("half")
+    started(config("run"))
+    assert {path.name for path in (here / "run").iterdir()} == {"config.toml", "metrics.jsonl"}
+
+
 def test_the_config_comes_back_equal() -> None:
     made = Config(
         run=RunSettings(name='a "quoted" näme\n', dir="some where/else", seed=3),
