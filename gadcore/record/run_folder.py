@@ -14,8 +14,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from gadcore.config.loading import dump
 from gadcore.config.settings import Config
@@ -139,8 +142,17 @@ class RunFolder:
         files = [self.samples.path, *sorted((self.path / "evaluations").glob("*.jsonl"))]
         return {str(file.relative_to(self.path)): _lines(file) for file in files if file.exists()}
 
-    def check(self, step: int, counts: Mapping[str, int]) -> None:
-        """Raises UserError where records are missing that were there at a checkpoint; counts: as then."""
+    def digests(self, counts: Mapping[str, int]) -> dict[str, str]:
+        """Of the first lines of files of records; counts: {file: how many}, and all of metrics.jsonl."""
+        name = self.metrics.path.name
+        lines = {name: _lines(self.metrics.path)} if self.metrics.path.exists() else {}
+        return {f"{file}:{count}": _digest(self.path / file, count) for file, count in {**lines, **counts}.items()}
+
+    def check(self, step: int, counts: Mapping[str, int], digests: Mapping[str, str]) -> None:
+        """Raises UserError where records are missing, or changed, that were there at a checkpoint.
+
+        counts, digests: as then; an older gadcore kept no digests.
+        """
         counted = Counter(self.metrics.steps())
         for row in range(1, step + 1):
             if (count := counted[row]) != 1:
@@ -151,6 +163,10 @@ class RunFolder:
                 raise UserError(f"{file} is missing")
             if (lines := _lines(file)) < count:
                 raise UserError(f"{file} has {lines} rows, at the checkpoint it had {count}")
+        for key, digest in digests.items():
+            name, _, first = key.rpartition(":")
+            if _digest(self.path / name, int(first)) != digest:
+                raise UserError(f"{self.path / name} has been changed in its first {first} rows")
 
     def go_back(self, step: int, evaluations: Collection[str]) -> Path | None:
         """Sets aside what the run did after a step, in a folder abandoned-after-<step>; returns it, None: nothing.
@@ -231,7 +247,9 @@ def _new(config: Config) -> Iterator[Path]:
         raise UserError(f"{LATEST} is in the way: it should be a link to the newest run, move it elsewhere")
     made = [] if config.run.dir or RUNS.exists() else [RUNS]
     path = Path(config.run.dir) if config.run.dir else _fresh(config.run.name)
-    _refuse_another_run(path)
+    # Where a process may be at work the lock is asked first: it knows which one.
+    if not (path / LOCK).exists():
+        _refuse_another_run(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()] if config.run.dir else [path, *made]
     try:
         _make(path)
@@ -295,6 +313,15 @@ def _fresh(name: str) -> Path:
         except FileExistsError:
             continue
         return path
+
+
+def _digest(path: Path, lines: int) -> str:
+    """Of the first lines of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for line in islice(file, lines):
+            digest.update(line)
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> int:

@@ -78,7 +78,7 @@ class Checkpoints:
         The records that it counts on are on the disk before. Raises UserError where the folder cannot be written;
         earlier checkpoints are as they were.
         """
-        records = of_first(self._world, self._records)
+        records, digests = of_first(self._world, self._records)
         self._save_reference(progress.step)
         tensors: dict[str, dict[str, Tensor]] = {}
         for name, model in self._models.items():
@@ -95,6 +95,7 @@ class Checkpoints:
             "loader": self._loader.state(),
             "data": dict(self._data()) if self._world.is_first else {},
             "records": records,
+            "digests": digests,
             "rng": rng.state if self._world.size == 1 else states,
             "bases": self._bases,
         }
@@ -104,10 +105,11 @@ class Checkpoints:
         best = progress.convergence.best
         return self._save(self.root, progress.step, tensors, state, keep, pinned=best[0] if best else None)
 
-    def _records(self) -> dict[str, int]:
-        """What the checkpoint counts on, when it is on the disk."""
+    def _records(self) -> tuple[dict[str, int], dict[str, str]]:
+        """(how many rows the checkpoint counts on, digests of these), when they are on the disk."""
         self.folder.sync()
-        return self.folder.counts()
+        counts = self.folder.counts()
+        return counts, self.folder.digests(counts)
 
     def _save(self, root: Path, *arguments: Any, **others: Any) -> Path:
         save = store.save if self._together is None else self._together.save

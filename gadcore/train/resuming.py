@@ -84,7 +84,7 @@ def check(config: Config, data: Mapping[str, str], folder: RunFolder, saved: Che
                 "they were, or start a new run"
             )
     try:
-        folder.check(saved.step, records)
+        folder.check(saved.step, records, saved.state.get("digests", {}))
     except UserError as error:
         earlier = [path.name for step, path in store.available(folder.checkpoints).items() if step < saved.step]
         back = f"go back to a checkpoint that needs less of it (--resume {' or '.join(earlier)}), " if earlier else ""

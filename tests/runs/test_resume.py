@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gadcore.files import LOCK, held, temporary
-from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments
+from tests.support.runs import ROOT, assert_same_run, records, run, tiny_arguments, write_rows
 
 # The moment, and the call of it that is killed: during warmup, at the border of the stages, during GAD.
 MOMENTS = [("rollout", 3), ("rollout", 7), ("update", 2), ("update", 6), ("checkpoint", 3), ("checkpoint", 8)]
@@ -129,6 +129,23 @@ def test_a_run_goes_back_to_a_checkpoint(whole, tmp_path) -> None:
     aside = {path.name for path in (tmp_path / "run/abandoned-after-000006").iterdir()}
     assert {"summary.json", "report.html", "student", "discriminator", "evaluations"} <= aside
     assert (tmp_path / "run/checkpoints/abandoned-step-000007").is_dir()
+
+
+def test_a_run_goes_on_with_its_own_rows_and_records_alone(whole, tmp_path) -> None:
+    shutil.copytree(whole / "run", tmp_path / "run")
+    evaluation = tmp_path / "run/evaluations/before.jsonl"
+    rows = evaluation.read_text().splitlines(keepends=True)
+    evaluation.write_text("".join([*rows[1:], rows[0]]))
+    before = written(tmp_path / "run")
+    back = ["--run.dir", "run", "--resume", "step-000006"]
+    refused = run(back, tmp_path)
+    assert refused.returncode == 2 and f"before.jsonl has been changed in its first {len(rows)} rows" in refused.stderr
+    evaluation.write_text("".join(rows))
+    other = write_rows(tmp_path / "other.jsonl")
+    other.write_text("".join(reversed(other.read_text().splitlines(keepends=True))))
+    refused = run([*back, "--data.train", str(other)], tmp_path)
+    assert refused.returncode == 2 and "the training rows are not those of the checkpoint of step 6" in refused.stderr
+    assert written(tmp_path / "run").keys() == before.keys()
 
 
 def test_a_start_that_fails_leaves_nothing(whole, tmp_path) -> None:

@@ -113,6 +113,30 @@ def test_a_folder_has_one_process_at_a_time(here: Path) -> None:
         pass
 
 
+def test_a_start_into_the_folder_of_a_living_run_names_its_process(here: Path) -> None:
+    told = rf"the run mine is in use by process {os.getpid()} on \S+: wait"
+    with run_folder(config("mine")) as folder:
+        folder.step({"step": 1})
+        before = snapshot(folder.path)
+        with pytest.raises(UserError, match=told), run_folder(config("mine", name="other")):
+            pass
+        assert snapshot(folder.path) == before
+        lock = (folder.path / LOCK).read_bytes()
+    # The lock of a process that was killed says nothing.
+    (folder.path / LOCK).write_bytes(lock)
+    with pytest.raises(UserError, match="mine already holds another run"), run_folder(config("mine")):
+        pass
+    assert sorted(os.listdir(folder.path)) == ["config.toml", "metrics.jsonl"]
+
+
+def test_a_command_that_is_told_can_be_pasted() -> None:
+    with pytest.raises(Interrupted, match="--run.dir 'my run' --resume auto"), run_folder(config("my run")) as folder:
+        folder.step({"step": 1})
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="--run.dir 'my run' --resume auto"), run_folder(config("my run")):
+        pass
+
+
 def test_what_a_kill_left_half_done_goes_where_the_run_goes_on(here: Path) -> None:
     started(config("run"))
     (here / "run/evaluations").mkdir()

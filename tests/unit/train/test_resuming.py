@@ -11,12 +11,16 @@ import torch
 
 from gadcore.checkpoint import store
 from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RunSettings, StudentSettings
+from gadcore.data.batches import Loader
 from gadcore.data.groups import Group, Response
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
 from gadcore.models.student import Student
+from gadcore.record import run_folder as run_folder_module
+from gadcore.record import tracking
 from gadcore.record.run_folder import RunFolder, run_folder
 from gadcore.train.checkpoints import Checkpoints
+from gadcore.train.progress import Progress
 from gadcore.train.resuming import check, chosen, fingerprint, finished
 from tests.support.builders import groups
 from tests.support.tiny import tiny_model
@@ -25,7 +29,9 @@ DATA = {"train": "one", "eval": "two"}
 
 
 def saved(folder: RunFolder, step: int) -> store.Checkpoint:
-    store.save(folder.checkpoints, step, {}, {"data": DATA, "records": folder.counts()}, keep=9)
+    counts = folder.counts()
+    state = {"data": DATA, "records": counts, "digests": folder.digests(counts)}
+    store.save(folder.checkpoints, step, {}, state, keep=9)
     return store.load(store.at(folder.checkpoints, step))
 
 
@@ -88,6 +94,39 @@ def test_missing_records_are_told_with_the_ways_out(folder: RunFolder, damage: C
         check(Config(), DATA, folder, newest(folder))
     assert "the checkpoint of step 4 counts on it" in str(error.value)
     assert "--resume step-000002" in str(error.value)
+
+
+def swap(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("evaluations/before.jsonl", '"a"', '"c"', "changed in its first 2 rows"),
+        # As many rows, none of them new.
+        ("evaluations/before.jsonl", '"a"}\n{"prompt": "b"', '"b"}\n{"prompt": "a"', "changed in its first 2 rows"),
+        ("samples.jsonl", '{"step": 2}', '{"step": 2, "reward": 9}', "changed in its first 4 rows"),
+        ("metrics.jsonl", '{"step": 4}', '{"step": 4, "loss": 0}', "changed in its first 4 rows"),
+    ],
+)
+def test_records_that_were_changed_are_told(folder: RunFolder, file: str, old: str, new: str, told: str) -> None:
+    swap(folder.path / file, old, new)
+    with pytest.raises(UserError, match=f"{file} has been {told}, and the checkpoint of step 4 counts on it"):
+        check(Config(), DATA, folder, newest(folder))
+
+
+def test_what_the_checkpoint_does_not_count_on_may_change(folder: RunFolder) -> None:
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        swap(folder.path / file, '{"step": 5}', '{"step": 5, "x": 1}')
+    folder.write_evaluation("after_warmup", [{"prompt": "a"}])
+    assert check(Config(), DATA, folder, newest(folder)) == []
+    # An older gadcore kept no digests.
+    store.save(folder.checkpoints, 4, {}, {"data": DATA, "records": folder.counts()}, keep=9)
+    swap(folder.path / "evaluations/before.jsonl", '"a"', '"c"')
+    assert check(Config(), DATA, folder, newest(folder)) == []
 
 
 def test_a_checkpoint_that_says_nothing_of_rows_is_told(folder: RunFolder) -> None:
@@ -189,3 +228,23 @@ def test_a_reference_in_autocasts_dtype_is_restored_to_the_bit(tmp_path) -> None
         for name, p in pupil.reference.named_parameters():
             assert p.dtype == expected[name].dtype and torch.equal(p, expected[name])
         store.save(folder.reference, 4, {"reference": in_fp32}, {}, keep=1)
+
+
+def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(folder: RunFolder, monkeypatch) -> None:
+    """A power cut in between leaves more than the checkpoint needs, never less."""
+    settings = StudentSettings()
+    pupil = Student(tiny_model(tied=False), settings, AlgorithmSettings(), temperature=1.0, micro_batch_tokens=64)
+    memory = Colocation(torch.device("cpu"), MemorySettings(offload="none"), folder.path, shared=True)
+    loader = Loader(groups(3), 2, 0)
+    checkpoints = Checkpoints(folder, memory, loader, ["gad"], pupil, None, lambda: DATA)
+    done: list[str] = []
+    for module in (tracking, run_folder_module):
+        monkeypatch.setattr(module, "sync", lambda path: done.append(f"sync {path.name}"))
+    save = store.save
+    monkeypatch.setattr(store, "save", lambda *given, **more: done.append("save") or save(*given, **more))
+    path = checkpoints.save(Progress(step=6), keep=9)
+    assert done[-1] == "save" and set(done[:-1]) == {"sync metrics.jsonl", "sync samples.jsonl", "sync run"}
+    assert check(Config(), DATA, folder, store.load(path)) == []
+    swap(folder.path / "samples.jsonl", '{"step": 6}', '{"step": 6, "reward": 9}')
+    with pytest.raises(UserError, match="samples.jsonl has been changed in its first 6 rows"):
+        check(Config(), DATA, folder, store.load(path))
