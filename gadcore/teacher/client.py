@@ -174,6 +174,8 @@ class _Run:
             self._store.add(request, self._endpoint.model, answer, spent, time.monotonic() - began)
             taken.amount = spent.tokens
             tally.odd.update(answer.told)
+            if spent.uncounted and {"prompt_tokens", "completion_tokens"} <= (answer.usage or {}).keys():
+                tally.odd["usage counts fewer tokens than so much text can have: estimated"] += 1
             tally.answered += 1
             self._failed_in_a_row = 0
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gadcore.data.forms import CONVERSATIONS, RESPONSES, parse_row, wanted_columns
 from gadcore.data.records import Record
+from gadcore.data.rows import BadRow, BadRows
 from gadcore.data.sources import records
 from gadcore.errors import UserError
 from gadcore.teacher.settings import PromptSettings
@@ -26,7 +27,7 @@ class PromptRow:
 
 
 def read_prompts(settings: PromptSettings) -> list[PromptRow]:
-    """The prompts of a source, in order; raises UserError, with file and line or row, for what cannot be used."""
+    """The prompts of a source, in order; raises UserError that names whatever cannot be used, with its line or row."""
     if not settings.source:
         raise UserError("no prompts are named: set prompts.source to a file, directory or hub id")
     for name in settings.columns:
@@ -34,7 +35,17 @@ def read_prompts(settings: PromptSettings) -> list[PromptRow]:
             raise UserError(f"prompts.columns has no use for {name!r}: it maps {', '.join(CONVERSATIONS)}")
     plain = settings.source.endswith(".txt")
     found = _plain_text(Path(settings.source)) if plain else _rows(settings.source, settings.columns)
-    prompts = list(islice(found, settings.rows))
+    prompts, bad = list[PromptRow](), BadRows()
+    for row in islice(found, settings.rows):
+        bad.read += 1
+        if isinstance(row, PromptRow):
+            prompts.append(row)
+            continue
+        bad.add(row)
+        if bad.hopeless:
+            break
+    if bad.count:
+        raise bad.error(settings.source)
     if not prompts:
         raise UserError(f"{settings.source} has no prompts")
     return prompts
@@ -47,7 +58,7 @@ def asked_messages(row: PromptRow, system_prompt: str | None) -> Messages:
     return ({"role": "system", "content": system_prompt}, *row.messages)
 
 
-def _plain_text(path: Path) -> Iterator[PromptRow]:
+def _plain_text(path: Path) -> Iterator[PromptRow | BadRow]:
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
@@ -58,14 +69,19 @@ def _plain_text(path: Path) -> Iterator[PromptRow]:
         try:
             text = line.decode().strip()
         except UnicodeDecodeError:
-            raise UserError(f"{path}:{number}: not UTF-8: save the file as UTF-8") from None
+            yield BadRow(f"{path}:{number}", "not UTF-8: save the file as UTF-8")
+            continue
         if text:
             yield PromptRow(({"role": "user", "content": text},), f"{path}:{number}")
 
 
-def _rows(source: str, columns: Mapping[str, str]) -> Iterator[PromptRow]:
+def _rows(source: str, columns: Mapping[str, str]) -> Iterator[PromptRow | BadRow]:
     for where, record in records(source, "train", {*wanted_columns(columns), "source"}):
-        messages = _parse(record, columns, where)
+        try:
+            messages = _parse(record, columns, where)
+        except UserError as error:
+            yield BadRow(where, str(error).removeprefix(f"{where}: "))
+            continue
         name = record.get("source")
         yield PromptRow(messages, name if isinstance(name, str) and name else where)
 

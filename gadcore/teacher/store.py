@@ -48,6 +48,10 @@ class ChatRequest:
         return int(self.parameters.get("max_completion_tokens") or self.parameters.get("max_tokens") or 0)
 
 
+# Bytes. The longest tokens of the vocabularies in use are runs of spaces.
+_LONGEST_TOKEN = 128
+
+
 def estimate_tokens(text: str) -> int:
     """Rather too many than too few: English has about 4 bytes a token, Chinese about 3 and more."""
     return len(text.encode(errors="replace")) // 3 + 1
@@ -75,12 +79,23 @@ class Spent:
 
     @classmethod
     def of(cls, request: ChatRequest, usage: Mapping[str, Any] | None, text: str = "") -> Spent:
-        """One answer's; tokens are estimated where the server has not counted them. usage: as of Reply."""
-        usage = usage or {}
-        prompt, response = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if prompt is not None and response is not None:
-            return cls(1, prompt, response)
-        return cls(1, request.prompt_estimate(), estimate_tokens(text), 1)
+        """One answer's; tokens are estimated where the server has not counted them, or fewer than there can be.
+        usage: as of Reply."""
+        counted = usage or {}
+        asked = sum(len(message["content"].encode(errors="replace")) for message in request.messages)
+        prompt = _credible(counted.get("prompt_tokens"), asked)
+        response = _credible(counted.get("completion_tokens"), len(text.encode(errors="replace")))
+        return cls(
+            1,
+            request.prompt_estimate() if prompt is None else prompt,
+            estimate_tokens(text) if response is None else response,
+            int(prompt is None or response is None),
+        )
+
+
+def _credible(count: int | None, size: int) -> int | None:
+    """A count of tokens, None where it is none of so many bytes: a server that counts nothing spends no budget."""
+    return count if count is not None and count * _LONGEST_TOKEN >= size else None
 
 
 @dataclass(frozen=True)

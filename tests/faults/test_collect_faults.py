@@ -185,6 +185,21 @@ def test_a_budget_stops_it_and_holds_for_all_runs_together(
         assert len(server.seen) == 4
 
 
+def test_a_server_that_counts_no_tokens_spends_the_budget_all_the_same(tmp_path: Path, capsys) -> None:
+    """As one does that says nothing of tokens."""
+    prompts, asked = prompts_file(tmp_path / "prompts.txt", 12), []
+    for usage in (None, {"prompt_tokens": 0, "completion_tokens": 0}):
+        body = completion("An answer of some words. " * 20) | {"usage": usage}
+        with serve(lambda *_, body=body: lambda h: h.reply(200, body)) as server:
+            argv = arguments(prompts, server.base_url, tmp_path / f"out-{len(asked)}", "--sampling.max_tokens", "20")
+            assert main([*argv, "--budget.tokens", "700", "--endpoint.concurrency", "1"]) == 1
+            asked.append(len(server.seen))
+    assert asked[0] == asked[1] < 12
+    assert f"odd ({asked[1]}): usage counts fewer tokens than so much text can have: estimated" in (
+        capsys.readouterr().out
+    )
+
+
 def test_unusable_answers_count_against_the_budget(prompts: Path, tmp_path: Path) -> None:
     with serve(lambda *_: lambda h: h.reply(200, completion(None))) as server:
         assert main(arguments(prompts, server.base_url, tmp_path / "out", "--budget.requests", "3")) == 1

@@ -155,6 +155,61 @@ def test_prompts_that_cannot_be_used(name: str, content: bytes | None, text: str
     assert str(caught.value).startswith(text.format(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        (
+            "p.jsonl",
+            b'{"prompt": " "}\n3\n{"prompt": "good"}\n{"prompt": ""}\n{"prompt": "cut\n',
+            [
+                "{0}:1, {0}:4: the last user turn is empty: remove the row or fill it in",
+                "{0}:2: expected an object with columns, found a number",
+                "{0}:5: broken JSON: Unterminated string starting at (column 12)",
+            ],
+        ),
+        (
+            "p.txt",
+            b"\xff\ngood\n\ncaf\xe9\n",
+            ["{0}:1, {0}:4: not UTF-8: save the file as UTF-8"],
+        ),
+    ],
+)
+def test_all_prompts_that_cannot_be_used_are_told_at_once(
+    name: str, content: bytes, lines: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_prompts(PromptSettings(source=str(path)))
+    first, *others = str(caught.value).split("\n")
+    assert " cannot be used: mend them or take them out" in first and str(path) in first
+    assert others == [f"  {line.format(path)}" for line in lines]
+    # What is beyond the limit is not asked for.
+    with pytest.raises(UserError, match=f"^{path}:1: "):
+        read_prompts(PromptSettings(source=str(path), rows=1))
+
+
+@pytest.mark.parametrize(
+    ("usage", "spent"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 100}, Spent(1, 3, 100)),
+        ({"prompt_tokens": 3, "completion_tokens": 8}, Spent(1, 3, 8)),
+        # No token holds so much text.
+        ({"prompt_tokens": 0, "completion_tokens": 100}, Spent(1, 2 + 8, 100, 1)),
+        ({"prompt_tokens": 3, "completion_tokens": 0}, Spent(1, 3, 334, 1)),
+        ({"prompt_tokens": 0, "completion_tokens": 7}, Spent(1, 2 + 8, 334, 1)),
+        ({"prompt_tokens": 3}, Spent(1, 3, 334, 1)),
+        (None, Spent(1, 2 + 8, 334, 1)),
+    ],
+)
+def test_a_count_that_cannot_be_is_estimated(usage: dict[str, int] | None, spent: Spent) -> None:
+    assert Spent.of(ChatRequest((USER,), {}), usage, "x" * 1000) == spent
+
+
+def test_no_text_may_have_no_tokens() -> None:
+    assert Spent.of(ChatRequest((USER,), {}), {"prompt_tokens": 3, "completion_tokens": 0}) == Spent(1, 3, 0)
+
+
 def test_what_must_be_given(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="no prompts are named: set prompts.source"):
         main([])
