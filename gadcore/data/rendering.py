@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from gadcore.data.limits import TooLong, limited
+from gadcore.data.limits import TooLarge, TooLong, limited, tried
 from gadcore.errors import UserError, foreign
 
 Message = Mapping[str, str]
@@ -18,30 +18,75 @@ Message = Mapping[str, str]
 # Some templates (Llama 3.2) write today's date into the prompt. Runs must not depend on the day, so every template
 # sees the day that Llama 3's templates use when they know no clock.
 _DAY = datetime.datetime(2024, 7, 26)
-# Of one conversation. Templates take milliseconds.
+# Of one conversation. Templates take milliseconds, and write some thousand characters of their own.
 _SECONDS = 10.0
+_MEMORY = 512 << 20
+_CHARACTERS = 1_000_000
+
+
+def try_template(tokenizer: Any, conversations: Sequence[Sequence[Message]]) -> None:
+    """Renders short conversations where that does no harm. UserError where it takes too long or too much memory.
+
+    A template is a program of whoever made the model, and one operation of it cannot be stopped in this process.
+    """
+
+    def render_all() -> None:
+        for messages in conversations:
+            for header in (True, False):
+                try:
+                    _apply(tokenizer, messages, header)
+                except MemoryError:
+                    raise
+                except Exception:  # told where it is rendered in earnest
+                    continue
+
+    try:
+        tried(render_all, seconds=_SECONDS, memory=_MEMORY)
+    except TooLong:
+        raise _too_long(tokenizer) from None
+    except TooLarge:
+        raise UserError(
+            f"the chat template of {name_of(tokenizer)} takes more than {_MEMORY >> 20} MiB of memory for a "
+            "conversation of two lines: mend what it repeats or builds up there"
+        ) from None
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, header: bool) -> str:
     """A conversation as text. header: with the header of an assistant's turn behind it.
 
-    Raises UserError for whatever the template raises, and where it takes longer than a few seconds.
+    Raises UserError for whatever the template raises, and where it takes longer than a few seconds or makes a text that
+    no conversation is.
     """
     name = name_of(tokenizer)
     try:
         with foreign(f"the chat template of {name} fails on the conversation"), limited(_SECONDS):
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=header, tokenize=False, strftime_now=_DAY.strftime
-            )
+            text = str(_apply(tokenizer, messages, header))
     except UserError as error:
         if isinstance(error.__cause__, TemplateError):
             raise UserError(f"the chat template of {name} refuses the conversation: {error.__cause__}") from None
         if isinstance(error.__cause__, TooLong):
-            raise UserError(
-                f"the chat template of {name} was not done with a conversation after {_SECONDS:g} s: mend its loops"
-            ) from None
+            raise _too_long(tokenizer) from None
         raise
-    return str(text)
+    said = sum(len(message["content"]) for message in messages)
+    if len(text) > _CHARACTERS + 100 * said:
+        raise UserError(
+            f"the chat template of {name} makes {len(text)} characters of a conversation that has {said}: mend what it "
+            "repeats"
+        )
+    return text
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], header: bool) -> Any:
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=header, tokenize=False, strftime_now=_DAY.strftime
+    )
+
+
+def _too_long(tokenizer: Any) -> UserError:
+    return UserError(
+        f"the chat template of {name_of(tokenizer)} was not done with a conversation after {_SECONDS:g} s: mend its "
+        "loops"
+    )
 
 
 def name_of(tokenizer: Any) -> str:

@@ -19,14 +19,15 @@ from gadcore.data.rendering import (
     render,
     set_arguments,
     set_header,
+    try_template,
     unused_arguments,
 )
 from gadcore.errors import UserError
 
-_PROBE = [{"role": "user", "content": "Hello"}]
+_PROBE: list[Message] = [{"role": "user", "content": "Hello"}]
 _SENTINEL = "Sentinel answer"
 # What a turn is found out by: a question, and a question after a turn.
-_CONVERSATIONS = (
+_CONVERSATIONS: tuple[list[Message], ...] = (
     _PROBE,
     [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, *_PROBE],
 )
@@ -46,7 +47,8 @@ class ChatTemplate:
     notes: what was changed, in sentences.
 
     Raises UserError for a tokenizer without a chat template, without an end marker, with tokens that the model does not
-    have, or whose template renders an assistant turn otherwise than as prompt, text, end marker.
+    have, or whose template renders an assistant turn otherwise than as prompt, text, end marker, or takes seconds or
+    half a gigabyte for it.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class ChatTemplate:
                 "chat_template.jinja to its directory"
             )
         set_arguments(tokenizer, self._arguments)
+        tried = [*_CONVERSATIONS, *(self._answered(conversation) for conversation in _CONVERSATIONS)]
+        try_template(tokenizer, [self.conversation(conversation) for conversation in tried])
         self._check_vocabulary()
         # Text between a response and its marker, and text before a response by which its first token is chosen.
         self._gap, self._anchor = "", ""
