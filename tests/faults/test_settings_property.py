@@ -68,6 +68,27 @@ def test_any_value_of_any_setting(data: st.DataObject, model: type[Section]) -> 
     assert dump(type(found).model_validate(found.model_dump(), strict=False)) == dump(found)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.seed", "9" * 4301),
+        ("run.seed", "1e29"),
+        ("run.seed", str(2**31)),
+        ("rollout.group_size", str(2**31)),
+        ("data.columns", "[" * 400 + "]" * 400),
+        ("data.template_arguments", "{a = " + "[" * 400 + "]" * 400 + "}"),
+    ],
+)
+def test_a_number_or_depth_beyond_all_use_is_told(key: str, value: str, tmp_path: Path) -> None:
+    section, _, name = key.partition(".")
+    (tmp_path / "mine.toml").write_text(f"[{section}]\n{name} = {value}\n")
+    for argv in ([f"--{key}={value}"], ["--config", str(tmp_path / "mine.toml")]):
+        with pytest.raises(UserError) as caught:
+            load(argv)
+        assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+        assert name in str(caught.value) or "mine.toml" in str(caught.value)
+
+
 @thorough
 @given(
     data=st.data(),

@@ -91,12 +91,16 @@ def test_another_export_into_the_same_folder_is_refused_and_what_others_made_sta
     assert (tmp_path / "out.partial/note").exists() and (tmp_path / ".tmp-out/note").exists()
 
 
-def test_bad_arguments_are_named(trained, tmp_path, capsys) -> None:
+def test_bad_arguments_are_named(trained, tmp_path, capsys, monkeypatch) -> None:
     assert "'last' is no step: write a number" in refused(capsys, trained, "--step", "last", "--out", tmp_path / "x")
     assert f"has checkpoints of the steps {STEPS}" in refused(capsys, trained, "--step", 5, "--out", tmp_path / "x")
     assert "is no run folder" in refused(capsys, tmp_path, "--out", tmp_path / "x")
     assert "exists and is not empty: choose another folder" in refused(capsys, trained, "--out", trained)
     assert "--out" in refused(capsys, trained)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", tmp_path / "here"):
+        assert "is the folder that you are in" in refused(capsys, trained, "--out", name)
     assert not (tmp_path / "x").exists()
 
 

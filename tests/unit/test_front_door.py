@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 from gadcore import __version__
 from gadcore.run import COMMANDS, main
 from tests.support.runs import ROOT
+from tests.support.tiny import save_tiny
 
 HEAVY = {"torch", "transformers", "vllm", "datasets"}
 
@@ -50,6 +54,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"gadcore {__version__}\n"
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_tracker_that_is_not_installed_is_told_first(
+    more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *given: None if name == "wandb" else find(name, *given)
+    )
+    # Neither the rows nor the model are there: they would be told next.
+    absent = ["--data.train", "absent.jsonl", "--student.model", "absent"]
+    assert main([*more, *absent, "--tracking.tracker", "wandb"]) == 2
+    assert 'tracking.tracker = "wandb" needs the package wandb' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_command_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["repotr"]) == 2
     assert "did you mean report?" in capsys.readouterr().err
@@ -66,3 +86,36 @@ def test_a_reader_that_goes_away_ends_nothing(module: str, tmp_path: Path) -> No
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+
+
+EVIL = "\x1b[2J\u202e\x9b"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [EVIL],
+        ["--" + EVIL, "1"],
+        ["--data.train", f"{EVIL}.jsonl"],
+        ["--run.name", f"{EVIL}/x"],
+        ["--run.seed", EVIL],
+        ["data", "columns.jsonl"],
+        ["data", "rows.jsonl", "--student.model", "model"],
+        ["report", EVIL],
+        ["tally", EVIL, EVIL],
+        ["export", EVIL, "--out", "x"],
+        ["eval", f"--eval.models=a={EVIL}", "--eval.in_domain=a=rows.jsonl", "--eval.out", EVIL],
+    ],
+)
+def test_nothing_that_stands_in_a_name_or_file_is_obeyed_by_a_terminal(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("columns.jsonl").write_text(json.dumps({EVIL: "a", f"{EVIL}b": "c"}) + "\n")
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "teacher_response": "b"}) + "\n")
+    save_tiny(Path("model"))
+    # A template that says something of its own.
+    Path("model/chat_template.jinja").write_text("{{ raise_exception('" + EVIL + "') }}")
+    assert main(arguments) == 2
+    said = "".join(capfd.readouterr())
+    assert re.search(r"(·|\\x1b|\\u001b)\[2J", said) and not {"\x1b", "\u202e", "\x9b"} & set(said)
