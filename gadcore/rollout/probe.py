@@ -7,11 +7,11 @@ it has drawn are the trainer's, under the weights that were synchronised, up to 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gadcore.data.groups import Group, Prompt, Response
 from gadcore.distributed.fsdp import reshard_all
@@ -20,6 +20,8 @@ from gadcore.rollout.engine import SampleRequest
 
 # How far log-probs of samples may lie from the trainer's, in the mean, by the engine's dtype: rounding, and no more.
 BOUNDS = {"float32": 0.01, "bfloat16": 0.2}
+# Of every family's config.json.
+_OF_ALL = {"model_type", "output_attentions", "transformers_version"}
 # Per group and sample the log-probs [tokens] of its tokens by the trainer, at the sampler's temperature.
 Score = Callable[[Sequence[Group]], Sequence[Sequence[Tensor]]]
 # Of a probe: sequences, the shortest prompts' first, and tokens of each.
@@ -94,10 +96,18 @@ def check_distribution(
     found = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
     difference = (found - torch.tensor(sample.logprobs, device=found.device)).abs().mean().item()
     if not difference < BOUNDS[dtype]:
+        unknown = ", ".join(_unknown(model.config))
+        mend = f"take {unknown} out of its config.json, which only vLLM obeys, or " if unknown else ""
         raise UserError(
             f"vLLM does not compute what the trainer does for the model {model_path} ({model.config.model_type}): "
-            f'log-probs of a sample differ by {difference:.2g} in the mean; set rollout.engine = "hf"'
+            f'log-probs of a sample differ by {difference:.2g} in the mean; {mend}set rollout.engine = "hf"'
         )
+
+
+def _unknown(config: PreTrainedConfig) -> list[str]:
+    """Settings that the model's own family does not have; vLLM asks for some by name whatever the family is."""
+    known = {field.name for field in fields(config)} | config.attribute_map.keys() | _OF_ALL
+    return sorted(name for name in config.to_dict().keys() - known if not name.startswith("_"))
 
 
 def sample_for_check(model: PreTrainedModel, context_tokens: int) -> tuple[tuple[int, ...], int]:

@@ -134,8 +134,9 @@ class VLLMEngine(Engine):
             with foreign(f"vLLM cannot run the model {model_path} with an adapter"):
                 self._bring(AdaptedWeights(self.engine_model, self.adapter, shared=self.shared, few=few), model, there)
         prompt, tokens = sample_for_check(model, config.context_tokens)
-        ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
         with foreign(f"vLLM cannot run the model {model_path}", 'rollout.engine = "hf" may'):
+            # Whether there is a kernel for its shapes shows here.
+            ((sample,),) = self._draw([SampleRequest(prompt, 1, 0)], temperature=1.0, max_tokens=tokens)
             if world.size > 1 and not has_adapter(model):
                 self.sync = ShardedWeights(self.engine_model, model, world)
             elif self.adapter is not None and not brought:

@@ -6,6 +6,7 @@ Some have a model of vLLM's own, others run transformers' inside vLLM, in the tr
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.support.engines import wake_with
 from tests.support.tiny import save_tiny
 
 # Llama and Qwen2 are in test_engines.
-FAMILIES = ["smollm3", "qwen3", "mistral", "gemma3"]
+FAMILIES = ["smollm3", "qwen3", "mistral", "gemma3", "olmo2", "gpt_neox"]
 
 
 @pytest.mark.slow
@@ -68,4 +69,23 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None
     for layer in model.model.layers:
         layer.self_attn.scaling *= 3
     with pytest.raises(UserError, match=r'vLLM does not compute what .* \(llama\): .* set rollout.engine = "hf"'):
+        make_engine(make_config("vllm"), path, model, TEMPLATE)
+
+
+def test_a_setting_that_only_vllm_obeys_is_named(tmp_path: Path) -> None:
+    """GPT-NeoX has a key for each of its heads; transformers does not look for another number, vLLM does."""
+    pytest.importorskip("vllm")
+    path = save_tiny(tmp_path, "gpt_neox")
+    config = json.loads((path / "config.json").read_text()) | {"num_key_value_heads": 1}
+    (path / "config.json").write_text(json.dumps(config))
+    model = load_causal_lm(str(path), "float32", torch.device("cpu"))
+    with pytest.raises(UserError, match="take num_key_value_heads out of its config.json, which only vLLM obeys, or "):
+        make_engine(make_config("vllm"), str(path), model, TEMPLATE)
+
+
+def test_a_shape_that_vllm_has_no_kernel_for_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    path = str(save_tiny(tmp_path, head_dim=16))
+    model = load_causal_lm(path, "float32", torch.device("cpu"))
+    with pytest.raises(UserError, match=r'vLLM cannot run the model .*head_dim=16.*: rollout.engine = "hf" may$'):
         make_engine(make_config("vllm"), path, model, TEMPLATE)

@@ -9,10 +9,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -73,16 +77,23 @@ FAMILIES = {
     ),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, dict(no_rope_layers=[1, 0])),
 }
+# Which the sampler alone is asked about: norms over all heads together; one matrix for q, k and v, head by head, a
+# rotation of a part of each, attention and MLP side by side.
+MORE_FAMILIES = {
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}),
+    # Its heads share no keys. vLLM would believe another number, which transformers does not know of this family.
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, dict(num_key_value_heads=2)),
+}
 
 
 def tiny_model(
     kind: str = "llama", *, tied: bool = True, seed: int = 0, kv_heads: int = 1, head_dim: int | None = None
 ):
-    """A random model of two layers over the tiny tokenizer's vocabulary; kind: one of FAMILIES.
+    """A random model of two layers over the tiny tokenizer's vocabulary; kind: one of FAMILIES or MORE_FAMILIES.
 
     head_dim: default the family's; the kernels for a GPU take 64 and more.
     """
-    model, config, special = FAMILIES[kind]
+    model, config, special = (FAMILIES | MORE_FAMILIES)[kind]
     if head_dim is not None:
         special = special | dict(head_dim=head_dim)
     shape = dict(
@@ -100,7 +111,7 @@ def tiny_model(
         pad_token_id=2,
     )
     torch.manual_seed(seed)
-    made = model(config(**shape, **special)).eval()
+    made = model(config(**shape | special)).eval()
     with torch.no_grad():
         # Norms and biases as training leaves them: at 1 and 0 their mistakes would not show.
         for name, p in made.named_parameters():
