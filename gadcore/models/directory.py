@@ -22,6 +22,7 @@ _MOST = (
     (re.compile(r"layers?$"), 1000),
     (re.compile(r"(heads?|groups|experts|labels)$"), 100_000),
     (re.compile(r"(size|dim|rank|embd|inner)$"), 1 << 24),
+    (re.compile(r"(positions|position_embeddings|ctx)$"), 1 << 25),
 )
 
 

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server on loopback."""
+"""vLLM's OpenAI server on loopback, as `gadcore serve` starts it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from pathlib import Path
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     # Whatever an engine in the tests' own process has set: the log is read.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 STARTS_WITHIN_S = 240
 
@@ -38,13 +36,13 @@ class VllmServer:
             port = probe.getsockname()[1]
         self.base_url, self._log = f"http://127.0.0.1:{port}/v1", log
         arguments = [
-            "--model", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-model-len", "256",
-            "--max-num-seqs", "8", "--enable-log-requests",
+            str(model), "--name", "tiny", "--port", str(port), "--",
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8",
+            "--enable-log-requests",
         ]  # fmt: skip
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+                [sys.executable, "-m", "gadcore", "serve", *arguments],
                 env=os.environ | ENVIRONMENT,
                 stdout=file,
                 stderr=subprocess.STDOUT,

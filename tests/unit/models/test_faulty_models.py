@@ -100,7 +100,8 @@ def test_settings_that_transformers_raises_for(model: Path, role: Any, change: d
         ("num_key_value_heads", 10**9),
         ("head_dim", 10**9),
         ("intermediate_size", 10**9),
-        # Of this transformers makes a dictionary of names.
+        # Of these vLLM makes a table of angles, and transformers a dictionary of names.
+        ("max_position_embeddings", 10**9),
         ("num_labels", 10**9),
     ],
 )
