@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file
 
 from gadcore.errors import UserError, cause, foreign
+from gadcore.text import short
 
 _FILE = "generation_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -46,7 +47,7 @@ def read_generation_config(path: str) -> tuple[GenerationConfig, str | None]:
         return GenerationConfig.from_dict(sampling), (
             f"{file} has settings of sampling and no do_sample: the student is saved with do_sample = true"
         )
-    ids = {name: content.get(name) for name in _IDS if _is_ids(content.get(name))}
+    ids = {name: content.get(name) for name in _IDS if _is_ids(name, content.get(name))}
     return GenerationConfig.from_dict(ids), f"{file} is not valid ({problem}): the student is saved with its ids alone"
 
 
@@ -61,11 +62,11 @@ def _read(file: str) -> dict[str, Any]:
 def _problem(content: dict[str, Any]) -> str | None:
     """Why transformers would not save these settings, None where it would."""
     try:
+        if wrong := [name for name in _IDS if not _is_ids(name, content.get(name))]:
+            raise ValueError(f"{wrong[0]} = {short(repr(content[wrong[0]]))}")
         settings = GenerationConfig.from_dict(dict(content))
         settings.validate(strict=True)
         settings.to_json_string()
-        if wrong := [name for name in _IDS if not _is_ids(content.get(name))]:
-            raise ValueError(f"{wrong[0]} = {content[wrong[0]]!r}")
         # It would be saved, and then raise in whoever samples by it.
         if settings.do_sample and settings.temperature is not None and not settings.temperature > 0:
             raise ValueError(f"do_sample with temperature = {settings.temperature}")
@@ -74,6 +75,7 @@ def _problem(content: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_ids(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
+def _is_ids(name: str, value: Any) -> bool:
+    # A text may end in several tokens; it begins in one and is padded with one.
+    values = value if isinstance(value, list) and value and name == "eos_token_id" else [value]
     return value is None or all(type(item) is int and item >= 0 for item in values)

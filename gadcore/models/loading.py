@@ -39,6 +39,7 @@ from gadcore.models.directory import check_pointers, check_sizes, check_weight_f
 from gadcore.models.generation import read_generation_config
 from gadcore.models.load_report import report_of_what_is_unexpected
 from gadcore.models.sharded import fetch, load_sharded, parameters_on_meta
+from gadcore.text import short
 
 T = TypeVar("T")
 # name -> (Python package that carries the weights, file inside it)
@@ -140,7 +141,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     with foreign(what):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # Where it is not compared before, an odd length raises in the first call.
-        int(tokenizer.model_max_length)
+        longest: Any = tokenizer.model_max_length
+        if isinstance(longest, bool) or not isinstance(longest, int | float):
+            value = short(repr(longest))
+            raise UserError(f"{what}: model_max_length = {value} of its tokenizer_config.json is no number")
+        int(longest)
     return tokenizer
 
 

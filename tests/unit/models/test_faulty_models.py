@@ -191,6 +191,8 @@ def without(key: str, **changes: Any) -> Damage:
         (lambda path: (path / "tokenizer_config.json").write_text("[]"), "cannot load a tokenizer"),
         (lambda path: edit(path / "tokenizer_config.json", eos_token=5), "eos_token has to be"),
         (lambda path: edit(path / "tokenizer_config.json", model_max_length="long"), "'long'"),
+        (lambda path: edit(path / "tokenizer_config.json", model_max_length="3"), "model_max_length = '3'"),
+        (lambda path: edit(path / "tokenizer_config.json", model_max_length=float("nan")), "NaN"),
     ],
 )
 def test_tokenizers_that_cannot_be_read(model: Path, damage: Damage, words: str) -> None:
@@ -252,7 +254,9 @@ def test_a_tokenizer_whose_only_special_token_is_its_end_marker(model: Path) -> 
         ({"eos_token_id": [2, 1], "do_sample": False, "top_p": 0.6}, {"eos_token_id": [2, 1], "top_p": None}, "top_p"),
         ({"temperature": 0.0}, {"temperature": None}, "temperature"),
         ({"eos_token_id": 2, "max_new_tokens": "many"}, {"eos_token_id": 2, "max_new_tokens": None}, "ids alone"),
-        ({"eos_token_id": "x", "num_return_sequences": 4}, {"eos_token_id": None}, "num_return_sequences"),
+        ({"eos_token_id": "x", "num_return_sequences": 4}, {"eos_token_id": None}, "eos_token_id = 'x'"),
+        ({"eos_token_id": 2, "pad_token_id": []}, {"eos_token_id": 2, "pad_token_id": None}, "pad_token_id"),
+        ({"eos_token_id": [], "bos_token_id": [1]}, {"eos_token_id": None, "bos_token_id": None}, "ids alone"),
         ({"watermarking_config": {"strange": 1}}, {"watermarking_config": None}, "strange"),
     ],
     ids=str,
