@@ -87,8 +87,8 @@ def write_responses(path: Path, rows: Sequence[ResponseRow]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one move."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Writes a JSON file in one move. Half of a surrogate pair becomes its JSON escape."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 
 def digest_of(value: object) -> str:

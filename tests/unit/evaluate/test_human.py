@@ -239,6 +239,14 @@ def test_a_damaged_key(key: dict, tmp_path: Path) -> None:
         tally(write(tmp_path / "key.json", whole | key), [given])
 
 
+def test_half_a_surrogate_pair_in_a_key_is_kept_as_its_escape(tmp_path: Path, capsys) -> None:
+    key = sheet_of(4).key | {"a": "half \ud83d"}
+    given = write(tmp_path / "ada.json", answers(key, {0: WIN}))
+    assert tally_main([str(write(tmp_path / "key.json", key)), str(given)]) == 0
+    assert json.loads((tmp_path / "tally.json").read_text())["a"] == "half \ud83d"
+    assert "half ·" in capsys.readouterr().out
+
+
 def test_a_raters_name_is_text_and_nothing_else(tmp_path: Path, capsys) -> None:
     key = sheet_of(4).key
     evil = "\x1b[2J<img src=x>|[a](http://x)\u202e"
