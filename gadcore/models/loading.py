@@ -146,6 +146,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             value = short(repr(longest))
             raise UserError(f"{what}: model_max_length = {value} of its tokenizer_config.json is no number")
         int(longest)
+        unknown: Any = tokenizer.unk_token
+        if unknown is not None and tokenizer.is_fast and tokenizer.backend_tokenizer.token_to_id(unknown) is None:
+            # Which transformers would look for without end.
+            raise UserError(f"{what}: unk_token = {short(repr(unknown))} is no token of its tokenizer.json")
     return tokenizer
 
 

@@ -191,6 +191,7 @@ def without(key: str, **changes: Any) -> Damage:
         (lambda path: (path / "tokenizer_config.json").write_text("[]"), "cannot load a tokenizer"),
         (lambda path: edit(path / "tokenizer_config.json", eos_token=5), "eos_token has to be"),
         (lambda path: edit(path / "tokenizer_config.json", model_max_length="long"), "'long'"),
+        (lambda path: edit(path / "tokenizer_config.json", unk_token=""), "unk_token = '' is no token"),
         (lambda path: edit(path / "tokenizer_config.json", model_max_length="3"), "model_max_length = '3'"),
         (lambda path: edit(path / "tokenizer_config.json", model_max_length=float("nan")), "NaN"),
     ],
