@@ -83,10 +83,10 @@ def linear_logprob(
     entropy [T]); float32 (float64 for float64), accumulated in float32 whatever comes in. Gradients go to hidden,
     weight and bias; entropy carries none. keep_bytes: of float32 logits that "cpu" may hold from this call to its
     backward pass, of as many tokens as fit; the others' are computed again, which makes four products of three. 0 holds
-    none, and nothing is held where no gradient is wanted, or by another implementation. The memory stays with the
-    process, for the next call: that of the largest. impl: "cpu" (native code), "triton" (NVIDIA GPUs), "reference"
-    (PyTorch, everywhere), or "auto". Raises ValueError for arguments that do not fit, RuntimeError for an `impl` that
-    is not there.
+    none, and nothing is held where no gradient is wanted, or by another implementation. impl: "cpu" (native code; the
+    memory of held logits and of weight's gradient stays with the process for the next call), "triton" (NVIDIA GPUs),
+    "reference" (PyTorch, everywhere), or "auto". Raises ValueError for arguments that do not fit, RuntimeError for an
+    `impl` that is not there.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature)

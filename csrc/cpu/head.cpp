@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kept.h"
 #include "product.h"
 
 #ifdef GADCORE_X86
@@ -287,10 +288,11 @@ HeadGradients::HeadGradients(const at::Tensor& hidden, const at::Tensor& weight,
   } else if (added_) {
     weight_ = weight_sums_ = *add_to;
   } else {
-    weight_ = any_ ? at::empty(weight.sizes(), weight.options()) : at::zeros(weight.sizes(), weight.options());
-    if (any_) {
-      weight_sums_ = weight.scalar_type() == at::kFloat ? weight_ : at::empty({weight_rows, weight.size(1)}, sums);
-    }
+    const bool direct = any_ && weight.scalar_type() == at::kFloat;
+    weight_ = direct ? kept_memory(weight.sizes())
+              : any_ ? at::empty(weight.sizes(), weight.options())
+                     : at::zeros(weight.sizes(), weight.options());
+    if (any_) weight_sums_ = direct ? weight_ : at::empty({weight_rows, weight.size(1)}, sums);
   }
 }
 

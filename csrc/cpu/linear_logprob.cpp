@@ -4,57 +4,20 @@
 // logits of a block never leave the cache, but for those of as many tokens as the caller has memory for, and the backward
 // pass, which computes the others again, finishes one block of d weight before it begins the next.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
 #include <tuple>
 
 #include "head.h"
+#include "kept.h"
 
 namespace gadcore {
 namespace {
 
 using at::Tensor;
-
-// The memory that held one call's logits, kept for the next call's: the first touch of a page costs about as much as the
-// whole softmax over it.
-struct Spare {
-  std::mutex mutex;
-  Tensor memory;
-
-  // Never destroyed: tensors may be freed after everything static is.
-  static Spare& instance() {
-    static Spare& one = *new Spare;
-    return one;
-  }
-};
-
-// float32 [rows, columns] of any content.
-Tensor held_logits(int64_t rows, int64_t columns) {
-  const int64_t size = rows * columns;
-  if (size == 0) return at::empty({rows, columns}, at::kFloat);
-  Spare& spare = Spare::instance();
-  Tensor memory;
-  {
-    const std::lock_guard lock(spare.mutex);
-    std::swap(memory, spare.memory);
-  }
-  if (!memory.defined() || memory.numel() < size) {
-    // Before the larger one is there: both together were more than the caller allowed.
-    memory.reset();
-    memory = at::empty({size}, at::kFloat);
-  }
-  const auto give_back = [memory, &spare](void*) {
-    const std::lock_guard lock(spare.mutex);
-    if (!spare.memory.defined() || spare.memory.numel() < memory.numel()) spare.memory = memory;
-  };
-  return at::from_blob(memory.data_ptr(), {rows, columns}, give_back, at::kFloat);
-}
 
 // held_columns: of the logits that are kept, 0 for none, else a lane_stride().
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
@@ -73,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden,
     if (target[t] != kIgnored) index.push_back(t);
   }
   const TokenList counted(std::move(index), tokens);
-  const Tensor held = held_logits(weight.size(0), held_columns);
+  const Tensor held = kept_memory({weight.size(0), held_columns});
   const TokenSums sums =
       head_sums(counted.gather(hidden), weight, Bias(bias_in).data(), counted.gather(target), inv_t, entropy, held);
   // Columns that no token has: the same op must give the same numbers.

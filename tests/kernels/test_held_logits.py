@@ -137,6 +137,28 @@ def test_the_memory_of_one_call_is_the_next_ones_and_never_of_two_at_once() -> N
     assert loss.requires_grad and later[0].data_ptr() in (places[0], places[2])
 
 
+def d_weight(seed: int) -> Tensor:
+    hidden, weight, bias, targets = inputs()
+    slopes = torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed))
+    logprob = linear_logprob(hidden, weight, targets, bias=bias, keep_bytes=NONE, impl="cpu")
+    return torch.autograd.grad(logprob, weight, slopes)[0]
+
+
+def test_the_memory_of_a_gradient_is_the_next_ones_once_it_is_freed() -> None:
+    alive = [d_weight(seed) for seed in range(4)]
+    assert len({gradient.data_ptr() for gradient in alive}) == 4
+    copies = [gradient.clone() for gradient in alive]
+    places = {gradient.data_ptr() for gradient in alive}
+    del alive
+    again = d_weight(0)
+    assert again.data_ptr() in places and torch.equal(again, copies[0])
+    # Kept as any other gradient is: added up by a second pass, and saved.
+    leaf = torch.zeros_like(again).requires_grad_()
+    for gradient in (again, copies[1]):
+        leaf.backward(gradient)
+    assert leaf.grad is not None and torch.equal(leaf.grad, copies[0] + copies[1])
+
+
 @pytest.mark.parametrize("keep", [NONE, FEW, PART, ALL])
 def test_no_more_than_the_budget_is_kept_for_the_backward_pass(keep: int) -> None:
     hidden, weight, bias, targets = inputs()
