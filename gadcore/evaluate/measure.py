@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydantic import TypeAdapter
 from gadcore.errors import UserError
 from gadcore.evaluate.judge_rows import JUDGED
 from gadcore.evaluate.responses import ResponseRow, by_prompt, read_responses
-from gadcore.measure.diversity import distinct_values, repetition
+from gadcore.measure.diversity import distinct_of_samples, repetition
 from gadcore.measure.figures import Measure
 from gadcore.measure.intervals import bootstrap, difference, wilson
 from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
@@ -96,13 +97,9 @@ def _own(rows: Sequence[ResponseRow], texts: Sequence[str]) -> dict[str, list[fl
 
 
 def _distinct(rows: Sequence[ResponseRow], texts: Sequence[str], n: int) -> list[float]:
-    """Over one response to each prompt at a time: over all of them together it would fall with their number alone."""
-    values = [0.0] * len(rows)
-    for sample in range(max(row.sample for row in rows) + 1):
-        places = [place for place, row in enumerate(rows) if row.sample == sample]
-        for place, value in zip(places, distinct_values([texts[place] for place in places], n), strict=True):
-            values[place] = value
-    return values
+    each = max(row.sample for row in rows) + 1
+    samples = [texts[start : start + each] for start in range(0, len(rows), each)]
+    return list(chain.from_iterable(distinct_of_samples(samples, n)))
 
 
 def measure_set(

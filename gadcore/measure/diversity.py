@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
-from statistics import fmean
 
 from gadcore.measure.likeness import ngrams, words
 
@@ -42,11 +41,12 @@ def distinct_values(texts: Sequence[str], n: int) -> list[float]:
     return [d + (k - 1) * (mean - value) for value in without]
 
 
-def distinct_by_prompt(samples: Sequence[Sequence[str]], n: int) -> list[float]:
-    """distinct-n as a value per prompt, of as many samples to each: counted over one sample to each prompt at a time.
+def distinct_of_samples(samples: Sequence[Sequence[str]], n: int) -> list[list[float]]:
+    """distinct-n as a value per sample of every prompt, of as many samples to each: counted over one sample to each
+    prompt at a time.
 
     Over all of them together it would fall with their number alone, and could not be held against the teacher's, who
     has one response to a prompt.
     """
     rounds = [distinct_values(texts, n) for texts in zip(*samples, strict=True)]
-    return [fmean(values) for values in zip(*rounds, strict=True)]
+    return [list(values) for values in zip(*rounds, strict=True)]

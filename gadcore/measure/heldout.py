@@ -8,7 +8,7 @@ from typing import Any
 
 from gadcore.data.groups import Group
 from gadcore.measure import style
-from gadcore.measure.diversity import distinct_by_prompt, distinct_values, repetition
+from gadcore.measure.diversity import distinct_of_samples, distinct_values, repetition
 from gadcore.measure.likeness import NGRAMS, length_ratio, ngram_f1, rouge_l, words
 from gadcore.models.discriminator import Discriminator
 
@@ -30,9 +30,9 @@ def evaluate(
     """
     within = style.word_range([group.teacher.text for group in groups])
     rows = [_row(group, within) for group in groups]
-    distinct = distinct_by_prompt([[sample.text for sample in group.samples] for group in groups], 2)
-    for row, value in zip(rows, distinct, strict=True):
-        row["distinct_2"] = value
+    distinct = distinct_of_samples([[sample.text for sample in group.samples] for group in groups], 2)
+    for row, values in zip(rows, distinct, strict=True):
+        row["distinct_2"] = fmean(values)
     names = ("rouge_l", "length_ratio", "cut_share", "repeated", "distinct_2", "words", "style", "word_range")
     result: dict[str, Any] = {name: fmean(row[name] for row in rows) for name in names}
     result["ngram_f1"] = {str(n): fmean(row["ngram_f1"][str(n)] for row in rows) for n in NGRAMS}
