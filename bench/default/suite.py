@@ -8,6 +8,7 @@ sampled again at a higher temperature: what that changes too is no gain of GAD's
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from bench import options, record
 from bench.default.control import control
 from gadcore.errors import UserError
+from gadcore.files import write_whole
 from gadcore.measure.figures import MEASURES
 from gadcore.report import files, findings
 from gadcore.report.parts import figures_of
@@ -57,9 +59,14 @@ def run(quick: bool, seeds: int = SEEDS, work: Path = WORK, settings: Sequence[s
 
 
 def train(folder: Path, seed: int, settings: Sequence[str]) -> None:
-    """Makes the run in its folder, or the rest of it."""
+    """Makes the run in its folder, or the rest of it. UserError where a finished one was made with other settings."""
+    kept = folder.with_name(f"{folder.name}-settings.json")
     if (folder / "summary.json").is_file():
+        # One of `make run` has none but the preset's.
+        if list(settings) != (json.loads(kept.read_text()) if kept.is_file() else []):
+            raise UserError(f"the run in {folder} was made with other settings: name another --work, or delete it")
         return
+    write_whole(kept, json.dumps(list(settings)))
     record.say(f"default: seed {seed}: {folder}")
     command = [sys.executable, "-m", "gadcore.run", f"--preset={PRESET}", f"--run.seed={seed}", f"--run.dir={folder}"]
     # One where each stage ends: the control begins where GAD does.

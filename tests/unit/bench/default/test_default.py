@@ -56,6 +56,16 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path: Path, calls: list[l
     assert row["seconds"]["total"] == 100.0 and row["prompts"] == 40
 
 
+def test_a_finished_run_of_other_settings_is_no_result_of_these(tmp_path: Path, calls: list[list[str]]) -> None:
+    with pytest.raises(RuntimeError):
+        next(suite.run(False, work=tmp_path, settings=["--student.lr=1e-6"]))
+    written(tmp_path / "seed-0")
+    for settings in ([], ["--student.lr=1e-5"]):
+        with pytest.raises(UserError, match="seed-0 was made with other settings: name another --work, or delete it"):
+            next(suite.run(False, work=tmp_path, settings=settings))
+    assert next(suite.run(False, work=tmp_path, settings=["--student.lr=1e-6"]))["seed"] == 0 and len(calls) == 1
+
+
 def test_a_run_that_was_stopped_goes_on_and_one_that_is_not_there_begins(
     tmp_path: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
