@@ -23,8 +23,16 @@ def threads(text: str) -> list[int]:
 
 
 def count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, is {text}")
+    return _from(1, text)
+
+
+def seed(text: str) -> int:
+    return _from(0, text)
+
+
+def _from(least: int, text: str) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a number from {least}, is {text}")
     return int(text)
 
 

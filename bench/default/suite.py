@@ -38,7 +38,10 @@ QUICK = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Other settings are those of python -m gadcore.run, for every seed."
-    parser.add_argument("--seeds", type=options.count, default=SEEDS, help=f"seeds 0 to N - 1, default {SEEDS}")
+    parser.add_argument("--seeds", type=options.count, default=SEEDS, help=f"how many, default {SEEDS}")
+    parser.add_argument(
+        "--first", type=options.seed, default=0, help="the first one, default 0; a later one goes on there"
+    )
     parser.add_argument("--work", type=Path, default=WORK, help=f"where the runs are, WORK/seed-N, default {WORK}")
 
 
@@ -46,13 +49,15 @@ def key(row: Row) -> tuple[Any, ...]:
     return (row["seed"],)
 
 
-def run(quick: bool, seeds: int = SEEDS, work: Path = WORK, settings: Sequence[str] = ()) -> Iterator[Row]:
-    """A row for every seed. quick: one seed and a few steps, whose results say nothing.
+def run(
+    quick: bool, seeds: int = SEEDS, first: int = 0, work: Path = WORK, settings: Sequence[str] = ()
+) -> Iterator[Row]:
+    """A row for every seed from `first` on. quick: one seed and a few steps, whose results say nothing.
 
     Raises RuntimeError where a run ends with an error, UserError where its folder is damaged.
     """
     given = [*(f"--{name}={value}" for name, value in QUICK.items() if quick), *settings]
-    for seed in range(1 if quick else seeds):
+    for seed in range(first, first + (1 if quick else seeds)):
         folder = work.absolute() / f"seed-{seed}{'-quick' if quick else ''}"
         train(folder, seed, given)
         yield row_of(folder, seed)

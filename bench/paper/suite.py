@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", metavar="WHAT", help=f"{', '.join(EXPERIMENTS)}; default all")
     parser.add_argument("--seeds", type=options.count, default=SEEDS, help=f"how many, default {SEEDS}")
     parser.add_argument(
-        "--first", type=options.count, default=FIRST, help=f"the first one, default {FIRST}; a later one goes on there"
+        "--first", type=options.seed, default=FIRST, help=f"the first one, default {FIRST}; a later one goes on there"
     )
     parser.add_argument("--arms", type=options.names, help="of the language, default all: gad,frozen for instance")
 

@@ -56,6 +56,15 @@ def test_a_finished_run_is_read_and_not_made_again(tmp_path: Path, calls: list[l
     assert row["seconds"]["total"] == 100.0 and row["prompts"] == 40
 
 
+def test_a_later_first_seed_goes_on_there(tmp_path: Path, calls: list[list[str]]) -> None:
+    for seed in (2, 3):
+        written(tmp_path / f"seed-{seed}")
+    assert [row["seed"] for row in suite.run(False, seeds=2, first=2, work=tmp_path)] == [2, 3]
+    with pytest.raises(SystemExit):
+        command.main(["default", "--first", "-1"])
+    assert calls == []
+
+
 def test_a_finished_run_of_other_settings_is_no_result_of_these(tmp_path: Path, calls: list[list[str]]) -> None:
     with pytest.raises(RuntimeError):
         next(suite.run(False, work=tmp_path, settings=["--student.lr=1e-6"]))
