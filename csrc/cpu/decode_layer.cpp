@@ -8,6 +8,10 @@
 // float32 [positions, D], cosines of the D / 2 angles and then their sines. kv_cache: float32 [N, Hk, B, 2 D] without
 // gaps, as vLLM's CPU backend fills it: of a block and head first the keys as [D, B], then the values as [B, D]. slots:
 // int64 [M], block * B + place, negative for what is not to be kept. Anything else is an error.
+//
+// Adapters beside a product's weight W [N, K]: y += scale (x A^T) B^T. A is one matrix [sum of ranks, K] for all that
+// stand beside a W, each B [n, rank] changes the columns start .. start + n - 1 of y: queries, keys and values are one
+// product with adapters of their own.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -76,18 +80,57 @@ void rotate_into_cache(Tensor& qkv, const Tensor& positions, const Tensor& cos_s
   }
 }
 
+// Adapters of the four products. downs: A, where a product has some. ups: their B, product by product. starts: where
+// each of them begins in y. scales: one a product.
+struct Adapters {
+  const c10::List<std::optional<Tensor>>& downs;
+  at::TensorList ups;
+  at::IntArrayRef starts;
+  at::ArrayRef<double> scales;
+  size_t next = 0;
+
+  // Of the products in their order: adds to y [M, N] what stands beside product i for x [M, K].
+  void add(size_t i, const Tensor& x, Tensor& y) {
+    const std::optional<Tensor> down = downs.get(i);
+    if (!down) return;
+    const Tensor low = linear_few_rows(x, *down, std::nullopt);
+    for (int64_t column = 0; column < low.size(1); ++next) {
+      TORCH_CHECK(next < ups.size(), "cpu_decode_layer: product ", i, " has a matrix A of ", low.size(1),
+                  " rows and not as many columns of B");
+      const Tensor& up = ups[next];
+      TORCH_CHECK(up.dim() == 2 && up.size(1) > 0 && up.size(1) <= low.size(1) - column && starts[next] >= 0 &&
+                      starts[next] <= y.size(1) - up.size(0),
+                  "cpu_decode_layer: B ", up.sizes(), " from column ", starts[next], " on does not fit product ", i,
+                  " of ", y.size(1), " columns and its A of ", low.size(1), " rows");
+      y.narrow(1, starts[next], up.size(0)).addmm_(low.narrow(1, column, up.size(1)), up.t(), 1, scales[i]);
+      column += up.size(1);
+    }
+  }
+};
+
 // weights: of the norm before the attention, of the queries, keys and values, of the attention's output, of the norm
 // before the MLP, of gate and up, of down. biases: those of the four products.
 std::tuple<Tensor, Tensor> decode_layer(const Tensor& hidden, const std::optional<Tensor>& residual,
                                         const Tensor& positions, const Tensor& cos_sin, at::TensorList weights,
                                         const c10::List<std::optional<Tensor>>& biases, double eps_before,
                                         double eps_after, Tensor& kv_cache, const Tensor& block_table,
-                                        const Tensor& seq_lens, const Tensor& slots, double scale) {
+                                        const Tensor& seq_lens, const Tensor& slots, double scale,
+                                        const c10::List<std::optional<Tensor>>& downs, at::TensorList ups,
+                                        at::IntArrayRef starts, at::ArrayRef<double> scales) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK(weights.size() == 6 && biases.size() == 4, "cpu_decode_layer: takes 6 weights and 4 biases, got ",
               weights.size(), " and ", biases.size());
+  TORCH_CHECK(downs.size() == 4 && scales.size() == 4 && ups.size() == starts.size(),
+              "cpu_decode_layer: takes 4 A (or None), 4 scales and as many starts as B, got ", downs.size(), ", ",
+              scales.size(), ", ", starts.size(), " and ", ups.size());
+  Adapters adapters{downs, ups, starts, scales};
+  const auto product = [&](size_t i, const Tensor& x, const Tensor& weight) {
+    Tensor y = linear_few_rows(x, weight, biases.get(i));
+    adapters.add(i, x, y);
+    return y;
+  };
   const Tensor total = residual ? hidden.add(*residual) : hidden;
-  Tensor qkv = linear_few_rows(std::get<0>(rms_norm(total, weights[0], eps_before, 0.0)), weights[1], biases[0]);
+  Tensor qkv = product(0, std::get<0>(rms_norm(total, weights[0], eps_before, 0.0)), weights[1]);
   rotate_into_cache(qkv, positions, cos_sin, kv_cache, slots);
   const int64_t blocks = kv_cache.size(0), heads = kv_cache.size(1), block = kv_cache.size(2);
   const int64_t width = kv_cache.size(3) / 2, m = qkv.size(0), query_heads = qkv.size(1) / width - 2 * heads;
@@ -96,12 +139,15 @@ std::tuple<Tensor, Tensor> decode_layer(const Tensor& hidden, const std::optiona
   const Tensor attended = at::empty({m, query_heads, width}, qkv.options());
   decode_attention(query, cache.narrow(2, 0, block), cache.narrow(2, block, block), block_table, seq_lens, scale,
                    attended);
-  Tensor after = linear_few_rows(attended.view({m, -1}), weights[2], biases[1]);
+  Tensor after = product(1, attended.view({m, -1}), weights[2]);
   after.add_(total);
-  const Tensor both = linear_few_rows(std::get<0>(rms_norm(after, weights[3], eps_after, 0.0)), weights[4], biases[2]);
+  const Tensor both = product(2, std::get<0>(rms_norm(after, weights[3], eps_after, 0.0)), weights[4]);
   const int64_t inner = both.size(1) / 2;
   const Tensor activated = swiglu(both.narrow(1, 0, inner), both.narrow(1, inner, inner));
-  return {linear_few_rows(activated, weights[5], biases[3]), after};
+  const Tensor down = product(3, activated, weights[5]);
+  TORCH_CHECK(adapters.next == ups.size(), "cpu_decode_layer: ", ups.size() - adapters.next,
+              " matrices B stand beside no product");
+  return {down, after};
 }
 
 }  // namespace
@@ -111,7 +157,7 @@ TORCH_LIBRARY_FRAGMENT(gadcore, m) {
   m.def(
       "cpu_decode_layer(Tensor hidden, Tensor? residual, Tensor positions, Tensor cos_sin, Tensor[] weights, Tensor?[] "
       "biases, float eps_before, float eps_after, Tensor(a!) kv_cache, Tensor block_table, Tensor seq_lens, Tensor "
-      "slots, float scale) -> (Tensor, Tensor)");
+      "slots, float scale, Tensor?[] downs, Tensor[] ups, int[] starts, float[] scales) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(gadcore, CPU, m) { m.impl("cpu_decode_layer", &gadcore::decode_layer); }

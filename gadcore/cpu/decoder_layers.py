@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gadcore.cpu.decode_attention import is_installed, only_decodes
 from gadcore.kernels.cpu import native
-from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS
+from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, Adapters
 
 Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 _OPS = ("cpu_rms_norm", "cpu_swiglu")
@@ -108,10 +108,10 @@ def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tenso
     products = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
     qkv_proj, o_proj, gate_up_proj, down_proj = products
     attend, rotary = attention.attn, attention.rotary_emb
-    # It reads the weights itself: what a layer's product does beside that (an adapter) would be left out.
-    plain = not any(hasattr(part.cpu_linear, "base") for part in products)
-    if not (plain and native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
+    if not (native.available("cpu_decode_layer") and _rotates_halves(rotary, attend.head_size)):
         return lambda *_: None
+    # It reads weights itself, so it has to know what a layer's product computes beside them.
+    beside: list[Adapters | None] = [getattr(part.cpu_linear, "adapters", None) for part in products]
     decode, name = torch.ops.gadcore.cpu_decode_layer.default, attend.layer_name
 
     def forward(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -137,6 +137,10 @@ def _decode(layer: Any) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tenso
             step.seq_lens,
             slots,
             attend.impl.scale,
+            [None if each is None else each.down for each in beside],
+            [up for each in beside if each is not None for up in each.ups],
+            [start for each in beside if each is not None for start in each.starts],
+            [0.0 if each is None else each.scale for each in beside],
         )
 
     return forward

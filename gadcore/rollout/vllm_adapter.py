@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.errors import UserError
+from gadcore.kernels.cpu.linear_few_rows import Adapters
 from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
 from gadcore.kernels.quantised_linear import layers_of_bits, plain_weight
 from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, engine_parameters, lay_out
@@ -90,37 +91,28 @@ class AdaptedProduct:
     def __init__(self, base: Product, parts: Sequence[_Part], weight: Tensor) -> None:
         """base: the product without. weight: vLLM's, in whose dtype A and B are here."""
         self.base, dtype = base, weight.dtype
-        self._alone = len(parts) == 1 and parts[0].end - parts[0].start == len(weight)
-        first = parts[0].layer
-        self.scale = first.scale
         # One product for all members: A of q, k and v is one matrix.
-        self.a = torch.cat([part.layer.lora_A.detach().to(dtype) for part in parts])
-        self.bs = [part.layer.lora_B.detach().to(dtype, copy=True) for part in parts]
-        rank = first.rank
-        self._pieces = [
-            (part.start, part.end, slice(i * rank, (i + 1) * rank), b.t())
-            for i, (part, b) in enumerate(zip(parts, self.bs, strict=True))
-        ]
+        self.adapters = Adapters(
+            torch.cat([part.layer.lora_A.detach().to(dtype) for part in parts]),
+            [part.layer.lora_B.detach().to(dtype, copy=True) for part in parts],
+            [part.start for part in parts],
+            parts[0].layer.scale,
+        )
         self._names = [part.name for part in parts]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y, t = self.base(x, weight, bias), self.base(x, self.a, None)
-        rows, low = y.view(-1, y.shape[-1]), t.view(-1, t.shape[-1])
-        if self._alone:
-            rows.addmm_(low, self._pieces[0][3], alpha=self.scale)
-            return y
-        for start, end, its, b in self._pieces:
-            rows[:, start:end].addmm_(low[:, its], b, alpha=self.scale)
-        return y
+        return self.adapters.add_to(self.base(x, weight, bias), self.base(x, self.adapters.down, None))
 
     def aliases(self) -> list[Tensor]:
-        """All that __call__() reads of them."""
-        return [self.a, *self.bs, *(b for *_, b in self._pieces)]
+        """All that is read of them."""
+        return [self.adapters.down, *self.adapters.ups]
 
     def weights(self) -> dict[str, Tensor]:
+        ups = self.adapters.ups
+        downs = self.adapters.down.split([b.shape[1] for b in ups])
         found: dict[str, Tensor] = {}
-        for name, (_, _, its, _), b in zip(self._names, self._pieces, self.bs, strict=True):
-            found |= {f"{name}.{DOWN}": self.a[its], f"{name}.{UP}": b}
+        for name, a, b in zip(self._names, downs, ups, strict=True):
+            found |= {f"{name}.{DOWN}": a, f"{name}.{UP}": b}
         return found
 
 

@@ -7,6 +7,7 @@ goes into reading the weight, and general matrix products, which copy it into an
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,28 @@ from gadcore.kernels.cpu import native
 from gadcore.kernels.cpu.linear import onednn_is_faster, onednn_product
 
 MAX_ROWS = 64
+
+
+class Adapters(NamedTuple):
+    """What stands beside a product with W [N, K]: y[:, start : start + n] += scale (x A^T) B^T for every B [n, r].
+
+    down: [sum of r, K], the A of all, one matrix. ups, starts: their B in the same order, and where each begins in y.
+    """
+
+    down: Tensor
+    ups: list[Tensor]
+    starts: list[int]
+    scale: float
+
+    def add_to(self, y: Tensor, low: Tensor) -> Tensor:
+        """y [.., N] with what stands beside it added in place. low: [.., sum of r], x A^T."""
+        rows, columns = (
+            y.view(-1, y.shape[-1]),
+            low.view(-1, low.shape[-1]).split([b.shape[1] for b in self.ups], dim=1),
+        )
+        for start, b, its in zip(self.starts, self.ups, columns, strict=True):
+            rows[:, start : start + len(b)].addmm_(its, b.t(), alpha=self.scale)
+        return y
 
 
 def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: native.Impl = "auto") -> Tensor:

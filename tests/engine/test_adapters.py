@@ -54,8 +54,8 @@ class Sampled:
         self.student.step(lr=3e-3)
 
 
-# Adapters beside all layers, where steps of decoding are one native call without them; and beside some members of
-# vLLM's fused layers. The slot is vLLM's own, which is CUDA's way: here it computes on the CPU.
+# Adapters beside all layers, and beside some members of vLLM's fused layers. The slot is vLLM's own, which is CUDA's
+# way: here it computes on the CPU.
 CASES = {
     "products": ("llama", False, {}),
     "some products": ("qwen2", False, {"adapter_targets": "q_proj,v_proj,down_proj"}),
@@ -108,6 +108,16 @@ def test_three_updates_give_the_trainers_distribution(sampled) -> None:
         assert found.max() <= 1e-3 and found.mean() <= 1e-4
         sampled.step()
         sampled.engine.update_weights(PlainWeights(sampled.student.model))
+
+
+@pytest.mark.native
+def test_a_layer_of_a_decoding_step_is_one_call_with_its_adapters_too(sampled) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        longest = max(map(len, sampled.greedy(sampled.engine)))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    # The first token comes from the prompt's step. vLLM's own adapters hang on modules that it calls.
+    steps = 0 if sampled.engine.adapter.request else longest - 1
+    assert longest > 1 and calls.get("gadcore::cpu_decode_layer", 0) == 2 * steps
 
 
 def test_the_adapter_is_the_trainers_and_the_base_is_one(sampled) -> None:

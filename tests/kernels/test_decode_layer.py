@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gadcore.kernels.cpu.linear_few_rows import Adapters
 from tests.support.kernel_grid import F64
 
 pytestmark = pytest.mark.native
 
 HEADS, KEY_HEADS, WIDTH, BLOCK, HIDDEN, INNER = 6, 2, 32, 32, 40, 56
 EPS = 1e-5, 1e-6
+RANK = 3
+# Of the layer's weights, those of its products.
+OF_PRODUCT = 1, 2, 4, 5
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -39,11 +44,18 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-def problem(biased: bool) -> dict[str, Any]:
+def problem(biased: bool, adapted: Sequence[int] = ()) -> dict[str, Any]:
     """Three requests that see 71, 64 and 5 tokens, the one of this step among them; two share a block."""
     lengths = torch.tensor([71, 64, 5], dtype=torch.int32)
     table = torch.tensor([[3, 1, 6], [3, 5, 0], [2, 0, 0]], dtype=torch.int32)
     widths = (HEADS + 2 * KEY_HEADS) * WIDTH, HIDDEN, 2 * INNER, HIDDEN
+    # Columns that have an adapter of their own, of a product: queries and values, not keys; gate and up; all of it.
+    members = (
+        [(0, HEADS * WIDTH), ((HEADS + KEY_HEADS) * WIDTH, widths[0])],
+        [(0, HIDDEN)],
+        [(0, INNER), (INNER, 2 * INNER)],
+        [(0, HIDDEN)],
+    )
     depths = HIDDEN, HEADS * WIDTH, HIDDEN, INNER
     products = [randn(n, k, seed=n + k) / k**0.5 for n, k in zip(widths, depths, strict=True)]
     norms = [randn(HIDDEN, seed=i) for i in (1, 2)]
@@ -60,12 +72,26 @@ def problem(biased: bool) -> dict[str, Any]:
         "lengths": lengths,
         "slots": table[torch.arange(3), positions // BLOCK].long() * BLOCK + positions % BLOCK,
         "scale": 0.2,
+        "adapters": {
+            i: Adapters(
+                randn(RANK * len(members[i]), depths[i], seed=20 + i) / depths[i] ** 0.5,
+                [randn(end - start, RANK, seed=30 + start) for start, end in members[i]],
+                [start for start, _ in members[i]],
+                0.5 + i / 4,
+            )
+            for i in adapted
+        },
     }
 
 
 def truth(p: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The two results and the cache, float64."""
     weights = [w.to(F64) for w in p["weights"]]
+    for i, adapters in p["adapters"].items():
+        weight = weights[OF_PRODUCT[i]]
+        downs = adapters.down.to(F64).split(RANK)
+        for a, b, start in zip(downs, adapters.ups, adapters.starts, strict=True):
+            weight[start : start + len(b)] += adapters.scale * b.to(F64) @ a
     cache = p["kv_cache"].to(F64).clone()
 
     def product(x: Tensor, weight: int, bias: int) -> Tensor:
@@ -92,11 +118,20 @@ def truth(p: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return product(torch.nn.functional.silu(gate) * up, 5, 3), after, cache
 
 
-def run(p: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def run(p: dict[str, Any], **beside: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """beside: arguments about adapters that take the place of the problem's."""
     cache = p["kv_cache"].clone()
+    adapters = list(p["adapters"].values())
+    given = {
+        "downs": [p["adapters"][i].down if i in p["adapters"] else None for i in range(4)],
+        "ups": [b for each in adapters for b in each.ups],
+        "starts": [start for each in adapters for start in each.starts],
+        "scales": [p["adapters"][i].scale if i in p["adapters"] else 0.0 for i in range(4)],
+    }
     hidden, after = torch.ops.gadcore.cpu_decode_layer(
         *(p["hidden"], p["residual"], p["positions"], p["cos_sin"], p["weights"], p["biases"], *EPS, cache),
         *(p["table"], p["lengths"], p["slots"], p["scale"]),
+        **(given | beside),
     )
     return hidden, after, cache
 
@@ -111,6 +146,24 @@ def test_against_float64(biased: bool, first: bool) -> None:
     for actual, expected in zip(run(p), truth(p), strict=True):
         torch.testing.assert_close(actual.to(F64), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(p["hidden"], given)
+
+
+@pytest.mark.parametrize("adapted", [(0, 1, 2, 3), (0,), (1, 3), (2,)])
+def test_adapters_against_float64(adapted: Sequence[int]) -> None:
+    p = problem(biased=True, adapted=adapted)
+    for actual, expected in zip(run(p), truth(p), strict=True):
+        torch.testing.assert_close(actual.to(F64), expected, rtol=2e-5, atol=2e-5)
+    assert not torch.allclose(run(p)[0], run(problem(biased=True))[0], rtol=1e-2)
+
+
+def test_a_product_adds_to_y_what_the_layer_adds() -> None:
+    adapters = problem(biased=False, adapted=(0,))["adapters"][0]
+    x, weight = randn(5, HIDDEN, seed=7), problem(biased=False)["weights"][1]
+    y = adapters.add_to((x @ weight.T)[None], (x @ adapters.down.T)[None])
+    whole = weight.clone()
+    for a, b, start in zip(adapters.down.split(RANK), adapters.ups, adapters.starts, strict=True):
+        whole[start : start + len(b)] += adapters.scale * b @ a
+    torch.testing.assert_close(y, (x @ whole.T)[None], rtol=1e-5, atol=1e-5)
 
 
 def test_a_token_without_a_slot_is_kept_nowhere() -> None:
@@ -142,3 +195,20 @@ def test_what_is_refused() -> None:
     refused(r"positions\[0\] must be 0 to 69, is 70", cos_sin=good["cos_sin"][:70])
     refused(r"slots\[2\] must be below 224, is 224", slots=torch.tensor([1, 2, 224]))
     refused("takes 6 weights and 4 biases, got 5 and 4", weights=good["weights"][:5])
+
+
+def test_adapters_that_are_refused() -> None:
+    p = problem(biased=False, adapted=(0, 1))
+    ups, starts = [b for each in p["adapters"].values() for b in each.ups], [0, (HEADS + KEY_HEADS) * WIDTH, 0]
+
+    def refused(match: str, **beside: Any) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            run(p, **beside)
+
+    refused("takes 4 A .or None., 4 scales and as many starts as B, got 4, 3, 3 and 3", scales=[1.0] * 3)
+    refused("got 4, 4, 2 and 3", starts=starts[:2])
+    refused("product 1 has a matrix A of 3 rows and not as many columns of B", ups=ups[:2], starts=starts[:2])
+    refused("1 matrices B stand beside no product", ups=[*ups, ups[-1]], starts=[*starts, 0])
+    refused(r"B \[64, 3\] from column 257 on does not fit product 0 of 320 columns", starts=[0, 257, 0])
+    refused("from column -1 on does not fit", starts=[-1, *starts[1:]])
+    refused("of 320 columns and its A of 6 rows", ups=[torch.zeros(HEADS * WIDTH, 7), *ups[1:]])
