@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from gadcore.config.kinds import Section
 from gadcore.text import short
@@ -41,18 +41,20 @@ def print_help(config: Section, program: str, introduction: str) -> None:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry = ConstructorRegistry()
-    metavars: dict[Any, str] = {dict: "TABLE", tuple: "LIST", None: "{true,false}"}
+    metavars: dict[Any, str] = {dict: "TABLE", tuple: "LIST", Literal: "NAME", None: "{true,false}"}
 
     @registry.primitive_rule
     def _as_toml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        if info.type is not bool and get_origin(info.type) not in (dict, tuple):
+        # A choice of one word is that between classes of settings; others may be named, which change what is shown.
+        one_word = get_origin(info.type) is Literal and len(get_args(info.type)) == 1
+        if info.type is not bool and get_origin(info.type) not in (dict, tuple) and not one_word:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar=metavars[get_origin(info.type)],
             instance_from_str=lambda texts: texts[0],
             is_instance=lambda value: True,
-            str_from_instance=lambda value: [to_toml(value)],
+            str_from_instance=lambda value: [value if isinstance(value, str) else to_toml(value)],
         )
 
     tyro.cli(

@@ -546,6 +546,8 @@ def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFi
     assert "--schedule.batch_size" in out
     assert "(default: 77)" in out
     assert "--preset" in out
+    # One of several engines, though the settings in force are those of one.
+    assert "--rollout.engine NAME" in out and "(default: vllm)" in out
 
 
 def test_the_home_folder_is_that_and_no_folder_of_its_name(monkeypatch: pytest.MonkeyPatch, toml) -> None:
