@@ -13,6 +13,7 @@ from gadcore.measure.figures import MEASURES, Measure, number
 from gadcore.measure.intervals import margin
 from gadcore.measure.likeness import NGRAMS, ngram_f1
 from gadcore.measure.power import least_seen, rows_needed
+from gadcore.measure.rewarded import HELD, LENGTH, Association, associations
 from gadcore.record.health import Warning, percent, watched
 from gadcore.record.tracking import Row
 
@@ -191,7 +192,35 @@ def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str
         sentence = f"{nothing}; {told[0]}." if told else f"{nothing}, and nothing worse."
     if moved:
         sentence += f" It moved what a higher temperature moves as well: {'; '.join(_others(moved, stage, rows))}."
-    return [sentence]
+    return [sentence, *_climbed(associations(rows[stage[0]]), why=not better)]
+
+
+def _climbed(found: Mapping[str, Association], why: bool) -> list[str]:
+    """What the score went with among a prompt's samples when GAD began, and so what GAD could learn from it."""
+    if not found:
+        return []
+    told = []
+    if (length := found.get(LENGTH)) is not None:
+        which = {1: "longer ones higher", -1: "shorter ones higher", 0: "longer and shorter ones alike"}[length.sign]
+        told.append(f"{which} (correlation {_correlation(length)})")
+    beside = [
+        f"{_WORDS[each.sign]} those {_THOSE[name]} ({_correlation(each)})"
+        for name in HELD
+        if (each := found.get(name)) is not None
+    ]
+    told += [f"of equally long ones {', '.join(beside)}"] if beside else []
+    sentence = (
+        f"GAD climbs the discriminator's score. As GAD began, it scored of a prompt's responses {'; '.join(told)}."
+    )
+    return [f"Why: {sentence}" if why else sentence]
+
+
+_WORDS = {1: "higher", -1: "lower", 0: "no higher"}
+_THOSE = {"style": "that keep more rules of style", "rouge_l": "nearer to the teacher's by ROUGE-L"}
+
+
+def _correlation(found: Association) -> str:
+    return f"{found.correlation:+.2f} [{found.low:+.2f}, {found.high:+.2f}]".translate(MINUS)
 
 
 def _main(names: list[str], evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]], count: int) -> str:

@@ -131,3 +131,38 @@ def test_what_the_prompts_could_have_shown_and_how_many_it_takes() -> None:
     assert "the change that takes the fewest is that of" in told(before=before, after_gad=weak)[1]
     clear = told(before=before, after_gad=answers(2, count=20, rouge_l=0.4))
     assert not any("four of five tries" in sentence for sentence in clear)
+
+
+def scored(rows: list[dict[str, Any]], pays: float) -> list[dict[str, Any]]:
+    """The rows with four samples each, whose scores are `pays` times their words, and noise."""
+    rng = random.Random(11)
+    for row in rows:
+        counts = [rng.randint(3, 20) for _ in range(4)]
+        row["samples"] = [
+            {"text": " ".join(rng.choices("rstuvwxy", k=n)), "finished": True, "score": pays * n + rng.gauss(0, 0.5)}
+            for n in counts
+        ]
+    return rows
+
+
+def test_what_gad_could_learn_stands_behind_what_it_did() -> None:
+    before = answers(1)
+    sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=1.0)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85))
+    assert re.match(
+        r"Why: GAD climbs the discriminator's score\. As GAD began, it scored of a prompt's responses longer ones "
+        r"higher \(correlation \+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\]\); of equally long ones ",
+        said[1],
+    )
+    assert (
+        "those that keep more rules of style (" in said[1] and "those nearer to the teacher's by ROUGE-L (" in said[1]
+    )
+    sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=-1.0)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85, repeated=0.0))
+    assert said[0].startswith("GAD made the student better")
+    assert said[1].startswith("GAD climbs the discriminator's score.") and " shorter ones higher (" in said[1]
+    sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=0.0)
+    said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85))
+    assert (
+        " longer and shorter ones alike (" in said[1] and "; of equally long ones no higher those that keep" in said[1]
+    )
