@@ -37,7 +37,7 @@ def document(read: Read = rows_of) -> str:
     for row in rows:
         blocks += [
             f"## Seed {row['seed']}",
-            "\n".join(f"- {sentence}" for sentence in row["sentences"][:2]),
+            "\n".join(f"- {sentence}" for sentence in row["sentences"][:3]),
             _measures(row),
         ]
     return "\n\n".join(block for block in blocks if block) + "\n"

@@ -149,7 +149,8 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
         ]
     first, last = evaluations[names[0]], evaluations[names[-1]]
     count = last.get("rows", len(rows.get(names[-1], ())))
-    sentences = [*_of_gad(names, rows), _main(names, evaluations, rows, count), *_power(names, rows)]
+    of_gad, why = _of_gad(names, rows)
+    sentences = [*of_gad, _main(names, evaluations, rows, count), *why, *_power(names, rows)]
     if len(names) > 2:
         steps = [_step(a, b, evaluations, rows) for a, b in pairwise(names)]
         sentences.append("Stage by stage: " + "; ".join(steps) + ".")
@@ -171,15 +172,15 @@ def verdict(evaluations: Mapping[str, Row], rows: Mapping[str, Sequence[Row]]) -
     return sentences
 
 
-def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str]:
-    """What the GAD stage made better, or that it made nothing better: where it is the last of several stages."""
+def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[str]]:
+    """(what the GAD stage made better, or that it made nothing better, why): where it is the last of several stages."""
     if len(names) < 3 or names[-1] != "after_gad":
-        return []
+        return [], []
     stage = names[-2:]
     headlines = [measure for measure in MEASURES if measure.path in HEADLINES]
     found = [between(stage[0], stage[1], rows, measure) for measure in headlines]
     if not any(each and each.margin is not None for each in found):
-        return []
+        return [], []
     led = _led(stage, rows, headlines)
     better, worse, moved = ([each for each in led if each[1].change == change] for change in ("better", "worse", None))
     where = f"on {len(rows[stage[1]])} held-out prompts"
@@ -192,7 +193,7 @@ def _of_gad(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> list[str
         sentence = f"{nothing}; {told[0]}." if told else f"{nothing}, and nothing worse."
     if moved:
         sentence += f" It moved what a higher temperature moves as well: {'; '.join(_others(moved, stage, rows))}."
-    return [sentence, *_climbed(associations(rows[stage[0]]), why=not better)]
+    return [sentence], _climbed(associations(rows[stage[0]]), why=not better)
 
 
 def _climbed(found: Mapping[str, Association], why: bool) -> list[str]:
@@ -212,7 +213,7 @@ def _climbed(found: Mapping[str, Association], why: bool) -> list[str]:
     sentence = (
         f"GAD climbs the discriminator's score. As GAD began, it scored of a prompt's responses {'; '.join(told)}."
     )
-    return [f"Why: {sentence}" if why else sentence]
+    return [f"Why GAD made nothing better: {sentence}" if why else sentence]
 
 
 _WORDS = {1: "higher", -1: "lower", 0: "no higher"}

@@ -145,24 +145,24 @@ def scored(rows: list[dict[str, Any]], pays: float) -> list[dict[str, Any]]:
     return rows
 
 
-def test_what_gad_could_learn_stands_behind_what_it_did() -> None:
+def test_what_gad_could_learn_stands_behind_what_changed() -> None:
     before = answers(1)
     sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=1.0)
     said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85))
     assert re.match(
-        r"Why: GAD climbs the discriminator's score\. As GAD began, it scored of a prompt's responses longer ones "
-        r"higher \(correlation \+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\]\); of equally long ones ",
-        said[1],
+        r"Why GAD made nothing better: GAD climbs the discriminator's score\. As GAD began, it scored of a prompt's "
+        r"responses longer ones higher \(correlation \+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\]\); of equally long ones ",
+        said[2],
     )
     assert (
-        "those that keep more rules of style (" in said[1] and "those nearer to the teacher's by ROUGE-L (" in said[1]
+        "those that keep more rules of style (" in said[2] and "those nearer to the teacher's by ROUGE-L (" in said[2]
     )
     sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=-1.0)
     said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85, repeated=0.0))
     assert said[0].startswith("GAD made the student better")
-    assert said[1].startswith("GAD climbs the discriminator's score.") and " shorter ones higher (" in said[1]
+    assert said[2].startswith("GAD climbs the discriminator's score.") and " shorter ones higher (" in said[2]
     sft = scored(answers(2, rouge_l=0.4, style=0.85), pays=0.0)
     said = told(before=before, after_sft=sft, after_gad=answers(3, rouge_l=0.4, style=0.85))
     assert (
-        " longer and shorter ones alike (" in said[1] and "; of equally long ones no higher those that keep" in said[1]
+        " longer and shorter ones alike (" in said[2] and "; of equally long ones no higher those that keep" in said[2]
     )
