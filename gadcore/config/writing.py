@@ -25,14 +25,13 @@ def to_toml(value: Any) -> str:
         return "{" + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
-    return str(value)
+    # Python writes no integer of more than 4300 digits; one in hexadecimal may have them.
+    return hex(value) if isinstance(value, int) and value.bit_length() > 1000 else str(value)
 
 
 def shown(value: Any) -> str:
     """A value for a message: as TOML, in a bounded length."""
-    # Python writes no integer of more than 4300 digits; one in hexadecimal may have them.
-    text = hex(value) if isinstance(value, int) and value.bit_length() > 1000 else to_toml(value)
-    return short(text, 100)
+    return short(to_toml(value), 100)
 
 
 def print_help(config: Section, program: str, introduction: str) -> None:

@@ -538,6 +538,15 @@ def test_a_long_value_makes_no_long_sentence() -> None:
     assert sentence.endswith("(data.template_arguments: command line)")
 
 
+def test_a_number_that_python_does_not_write_is_told(toml) -> None:
+    number = "0x" + "f" * 4000
+    for written in (f"[data]\neval_rows = {number}", f"[data.columns]\nprompt = {number}"):
+        sentence = error_of("--config", toml(written))
+        assert sentence.startswith("data.") and "0xfff" in sentence and len(sentence) < 1200
+    arguments = load(["--config", toml(f"[data.template_arguments]\nx = {number}")])
+    assert load(["--config", toml(dump(arguments))]).data.template_arguments == {"x": int(number, 16)}
+
+
 def test_help_shows_the_values_in_force_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load(["--schedule.batch_size", "77", "--help"])
