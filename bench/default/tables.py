@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench import record
 from bench.tables import Read, missing, provenance, rows_of, table
 from gadcore.measure.figures import MEASURES, Measure, clock
+from gadcore.measure.intervals import margin
 from gadcore.report.findings import pretty
 
 Row = dict[str, Any]
@@ -33,7 +35,7 @@ def document(read: Read = rows_of) -> str:
     rows = sorted(read("default"), key=lambda row: row["seed"])
     if not rows:
         return "\n\n".join([TITLE, ABOUT, *missing("default")]) + "\n"
-    blocks = [TITLE, ABOUT, provenance(rows), _times(rows)]
+    blocks = [TITLE, ABOUT, provenance(rows), _times(rows), *(_over_seeds(rows) if len(rows) > 1 else ())]
     for row in rows:
         blocks += [
             f"## Seed {row['seed']}",
@@ -51,6 +53,34 @@ def _times(rows: Sequence[Row]) -> str:
         seconds = [f"{row['seconds'].get(name, 0.0):.0f}" for name in phases]
         body.append([str(row["seed"]), str(row["threads"]), clock(row["seconds"]["total"]), *seconds])
     return table(header, body)
+
+
+def _over_seeds(rows: Sequence[Row]) -> list[str]:
+    """What GAD changed, and GAD beside the control: means over the seeds with intervals over them."""
+    columns: dict[str, Callable[[Row], Row]] = {
+        "by GAD": lambda row: row["stages"][-1]["changes"],
+        "GAD beside the control": lambda row: (row.get("control") or {}).get("changes", {}),
+    }
+    body = []
+    for measure in MEASURES:
+        found = [[of(row).get(measure.label) for row in rows] for of in columns.values()]
+        if any(None not in changes for changes in found):
+            body.append([measure.label, *(_of_seeds(measure, changes) for changes in found)])
+    told = (
+        f"Means over the {len(rows)} seeds, ± half of the 95 % interval over the seeds (t): what differs from run to "
+        "run, where the tables below have what differs from prompt to prompt. Marked as there."
+    )
+    return ["## Over the seeds", told, table(["measure", *columns], body)]
+
+
+def _of_seeds(measure: Measure, changes: Sequence[Row | None]) -> str:
+    means = [change["mean"] for change in changes if change is not None]
+    if len(means) < len(changes):
+        return "–"
+    mean, around = fmean(means), margin(means) or 0.0
+    sign = {"higher": 1, "lower": -1}.get(measure.better, 0) * (mean if abs(mean) > around else 0)
+    change = "better" if sign > 0 else "worse" if sign < 0 else None
+    return _change(measure, {"mean": mean, "margin": around, "change": change})
 
 
 def _measures(row: Row) -> str:

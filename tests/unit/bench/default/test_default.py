@@ -122,6 +122,26 @@ def test_the_document_has_gad_beside_the_control(tmp_path: Path) -> None:
     assert lines["distinct-2"].endswith(" | – | – |")
 
 
+def test_the_document_has_means_over_the_seeds(tmp_path: Path) -> None:
+    row = suite.row_of(written(tmp_path / "run"), 0)
+
+    def of_seed(seed: int, rouge_l: float, style: float) -> dict[str, Any]:
+        of = {"ROUGE-L": rouge_l, "responses cut": style}
+        changes = {name: {"mean": mean, "margin": 0.5, "change": "noise"} for name, mean in of.items()}
+        control = {"temperature": 0.9, "means": {}, "changes": {"ROUGE-L": changes["ROUGE-L"]}}
+        return {**row, "seed": seed, "stages": [{**row["stages"][-1], "changes": changes}], "control": control}
+
+    text = tables.document(lambda name: [of_seed(0, 0.01, 0.02), of_seed(1, 0.02, 0.03), of_seed(2, 0.03, -0.05)])
+    lines = text[text.index("## Over the seeds") : text.index("## Seed 0")].splitlines()
+    # The t interval of .01, .02, .03 is 4.303 * .01 / sqrt(3) = .025; of .02, .03, -.05 it is .108.
+    assert "| ROUGE-L | +0.020 ± 0.025 | +0.020 ± 0.025 |" in lines
+    assert "| responses cut | +0.0 pp ± 10.8 | – |" in lines
+    text = tables.document(lambda name: [of_seed(i, 0.02 + i / 1000, 0.02 + i / 1000) for i in range(3)])
+    assert "| ROUGE-L | **+0.021 ± 0.002** | **+0.021 ± 0.002** |" in text
+    assert "| responses cut | *+2.1 pp ± 0.2* | – |" in text
+    assert "Over the seeds" not in tables.document(lambda name: [of_seed(0, 0.01, 0.02)])
+
+
 def test_document_is_what_the_results_give() -> None:
     """After a new result: python -m bench tables."""
     assert tables.DOCUMENT.read_text(encoding="utf-8") == tables.document()
