@@ -38,7 +38,7 @@ _BATCH = 1024
 # Seconds between two words on how far it is.
 _SILENCE = 10
 _ROWS, _INDEX, _REPORT = "rows.arrow", "index.npy", "report.json"
-_INDEXED = np.dtype([("prompt", np.int32), ("response", np.int32), ("key", np.uint64)])
+_INDEXED = np.dtype([("prompt", np.int32), ("response", np.int32), ("key", np.uint64), ("digest", np.uint64)])
 # Seconds after which a folder that nobody fills any more was left behind by a process that was killed.
 _ABANDONED = 3600
 _SCHEMA = pa.schema(
@@ -84,7 +84,7 @@ class _Lazy(Sequence[Group]):
 class EncodedGroups(_Lazy):
     """The groups of a folder that write() filled. Raises UserError where it is damaged.
 
-    known: of every row the tokens of its prompt and response, and prompt_key() of its prompt.
+    known: of every row the tokens of its prompt and response, prompt_key() of its prompt, and a digest of all of it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,6 +136,14 @@ def token_lengths(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
     lengths = [(len(group.prompt.token_ids), len(group.teacher.token_ids)) for group in groups]
     prompts, responses = np.array(lengths, dtype=np.int64).reshape(-1, 2).T
     return prompts, responses
+
+
+def row_digests(groups: Sequence[Group]) -> np.ndarray | None:
+    """[rows] uint64, of all that a row is, as they were written; None for groups that are on no disk."""
+    if isinstance(groups, Subset):
+        found = row_digests(groups.groups)
+        return None if found is None else found[groups.places]
+    return groups.known["digest"] if isinstance(groups, EncodedGroups) else None
 
 
 def prompt_keys(groups: Sequence[Group]) -> np.ndarray:
@@ -261,16 +269,18 @@ def _all_cores() -> Iterator[None]:
 
 def write(folder: Path, groups: Iterable[Group]) -> None:
     """Writes groups without samples as EncodedGroups reads them."""
-    lengths, keys = array("i"), array("Q")
+    lengths, keys, digests = array("i"), array("Q"), array("Q")
     with pa.OSFile(str(folder / _ROWS), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         left = iter(groups)
         while batch := list(islice(left, _BATCH)):
-            writer.write_batch(pa.RecordBatch.from_pylist([_record(group) for group in batch], schema=_SCHEMA))
+            records = [_record(group) for group in batch]
+            writer.write_batch(pa.RecordBatch.from_pylist(records, schema=_SCHEMA))
+            digests.extend(map(_digest, records))
             for group in batch:
                 lengths.extend((len(group.prompt.token_ids), len(group.teacher.token_ids)))
                 keys.append(prompt_key(group.prompt.messages))
     index = np.empty(len(keys), _INDEXED)
-    index["prompt"], index["response"], index["key"] = lengths[::2], lengths[1::2], keys
+    index["prompt"], index["response"], index["key"], index["digest"] = lengths[::2], lengths[1::2], keys, digests
     np.save(folder / _INDEX, index)
 
 
@@ -291,3 +301,14 @@ def _record(group: Group) -> dict[str, Any]:
         "response": group.teacher.token_ids,
         "finished": group.teacher.finished,
     }
+
+
+def _digest(record: dict[str, Any]) -> int:
+    """64 bits that change with any part of it."""
+    messages, text, prompt = record["messages"].encode(), record["text"].encode(), record["prompt"]
+    sizes = record["index"], record["finished"], len(messages), len(text), len(prompt)
+    ids = np.fromiter((*sizes, *prompt, *record["response"]), dtype=np.int64)
+    digest = xxhash.xxh3_64(messages)
+    digest.update(text)
+    digest.update(ids.tobytes())
+    return digest.intdigest()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gadcore.checkpoint import store
 from gadcore.config.settings import AlgorithmSettings, Config, MemorySettings, RunSettings, StudentSettings
+from gadcore.data import encoded
 from gadcore.data.batches import Loader
+from gadcore.data.encoded import EncodedGroups, Subset
 from gadcore.data.groups import Group, Response
 from gadcore.errors import UserError
 from gadcore.memory.colocation import Colocation
@@ -189,23 +193,51 @@ def test_a_finished_run_is_known_by_its_summary(folder: RunFolder) -> None:
         finished(config, ["warmup", "gad"])
 
 
-def test_a_fingerprint_knows_every_row_and_its_place() -> None:
+def in_memory(rows: Sequence[Group], tmp_path: Path) -> Sequence[Group]:
+    return rows
+
+
+def on_the_disk(rows: Sequence[Group], tmp_path: Path) -> Sequence[Group]:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    encoded.write(folder, rows)
+    return EncodedGroups(folder)
+
+
+def of_many(rows: Sequence[Group], tmp_path: Path) -> Sequence[Group]:
+    """Some of the rows on the disk, as training rows are where others are held out."""
+    places = np.arange(0, 2 * len(rows), 2)
+    return Subset(on_the_disk([row for row in rows for _ in range(2)], tmp_path), places)
+
+
+@pytest.mark.parametrize("kept", [in_memory, on_the_disk, of_many])
+def test_a_fingerprint_knows_every_row_and_its_place(
+    kept: Callable[[Sequence[Group], Path], Sequence[Group]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kept is not in_memory:
+        # A million of them would take minutes.
+        monkeypatch.setattr(EncodedGroups, "_group", lambda *_: pytest.fail("a group was made"))
     rows = groups(3)
-    mine = fingerprint(rows)
-    assert mine == fingerprint([Group(group.prompt, group.teacher) for group in rows])
+    mine = fingerprint(kept(rows, tmp_path))
+    assert mine == fingerprint(kept([Group(group.prompt, group.teacher) for group in rows], tmp_path))
     first, *others = rows
     text = Response(first.teacher.text + " ", first.teacher.token_ids, first.teacher.finished)
     ids = Response(first.teacher.text, first.teacher.token_ids[:-1], first.teacher.finished)
+    cut = Response(first.teacher.text, first.teacher.token_ids, not first.teacher.finished)
+    # The same ids, with another border between prompt and response.
+    border = replace(first.prompt, token_ids=(*first.prompt.token_ids, first.teacher.token_ids[0]))
+    short = Response(first.teacher.text, first.teacher.token_ids[1:], first.teacher.finished)
     asked = replace(first.prompt, messages=({"role": "user", "content": "Else?"},))
     changed = [
         [*others, first],
         others,
         [Group(first.prompt, text), *others],
         [Group(first.prompt, ids), *others],
+        [Group(first.prompt, cut), *others],
+        [Group(border, short), *others],
         [Group(asked, first.teacher), *others],
         [],
     ]
-    assert len({mine, *map(fingerprint, changed)}) == len(changed) + 1
+    assert len({mine, *(fingerprint(kept(each, tmp_path)) for each in changed)}) == len(changed) + 1
 
 
 def test_a_reference_in_autocasts_dtype_is_restored_to_the_bit(tmp_path) -> None:
