@@ -34,6 +34,7 @@ from gadcore.files import clear_temporaries
 from gadcore.record.run_folder import LATEST, RUNS, RunFolder
 from gadcore.record.tracking import check_tracker
 from gadcore.text import say
+from gadcore.train.early import check_files
 
 if TYPE_CHECKING:
     from gadcore.train.job import Job
@@ -285,6 +286,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             f"{loading.DEFAULT_PRESET}",
             sys.stderr,
         )
+    check_files(config, new=not dry_run)
     _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
     from gadcore.rollout.engine import check_own_engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ class Source:
             f"there is no file or directory {name}: data is 'builtin', a {', '.join(ENDINGS)} file, "
             "a directory of these or a hub id owner/name"
         )
+
+    @classmethod
+    def check(cls, name: str) -> None:
+        """Raises UserError for the name of a file that is not there; other sources are not asked, which is slow."""
+        if name != BUILTIN and name.endswith(_ALL) and not os.path.lexists(name):
+            raise UserError(f"the data file {name} does not exist")
 
     @property
     def size(self) -> int:

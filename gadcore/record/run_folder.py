@@ -265,6 +265,19 @@ def _new(config: Config) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def check_free(config: Config) -> None:
+    """Before anything slow: raises UserError where a new run cannot have its folder, as run_folder() does later."""
+    if config.run.resume or config.run.dir is None:
+        return
+    path = Path(config.run.dir)
+    if not (path / LOCK).exists():
+        _refuse_another_run(path)
+        return
+    # The lock knows which process is at work there.
+    with held(path / LOCK, f"the run {path}"):
+        _refuse_another_run(path)
+
+
 def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
