@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from gadcore.evaluate import chat_command
 from gadcore.run import main
@@ -93,6 +94,18 @@ def test_serve_is_vllms_server_on_loopback(finished: Path, monkeypatch, capsys) 
     assert "--served-model-name student --host 127.0.0.1 --port 8123" in text and text.endswith("--max-model-len 64")
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
     assert "'Be brief.'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "eager"), [("cpu", True), ("cuda", False)])
+def test_on_a_cpu_the_server_compiles_nothing_unless_told(
+    device: str, eager: bool, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr("gadcore.config.device.best_device", lambda: torch.device(device))
+    command, _ = served([str(finished), "--", "--no-enforce-eager"], monkeypatch)
+    assert ("--enforce-eager" in command) == eager
+    # vLLM takes the last one of the two.
+    assert command[-1] == "--no-enforce-eager"
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])
