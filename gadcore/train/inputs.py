@@ -215,11 +215,12 @@ def describe_plan(config: Config, stages: Sequence[str], inputs: Inputs) -> str:
         begin += count
         line = f"{stage}: {count} steps of {min(size, rows)} prompts"
         if rows % size and rows > size:
-            line += f" (the last of an epoch of {rows % size})"
+            line += f" (an epoch's last one: {rows % size})"
         if stage == "gad" or (stage == "warmup" and config.algorithm.discriminator_warmup):
             samples = (last - first) * config.rollout.group_size
             line += f", {samples} samples of at most {config.data.max_response_tokens} tokens"
         lines.append(line)
+    lines.append("how long that takes, and the memory of every phase: gadcore plan, with the same settings")
     return "\n".join(lines)
 
 

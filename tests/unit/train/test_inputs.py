@@ -106,8 +106,8 @@ def test_much_lost_text_is_a_warning_with_the_limit_that_rows_need(tmp_path: Pat
     ("rows", "batch", "epochs", "lines"),
     [
         (3, 256, (1, 1), ["warmup: 1 steps of 3 prompts, 24 samples", "gad: 1 steps of 3 prompts, 24 samples"]),
-        (10, 4, (1, 2), ["warmup: 3 steps of 4 prompts (the last of an epoch of 2), 80 samples", "gad: 6 steps of 4 "
-                         "prompts (the last of an epoch of 2), 160 samples"]),
+        (10, 4, (1, 2), ["warmup: 3 steps of 4 prompts (an epoch's last one: 2), 80 samples", "gad: 6 steps of 4 "
+                         "prompts (an epoch's last one: 2), 160 samples"]),
         (8, 4, (1, 1), ["warmup: 2 steps of 4 prompts, 64 samples", "gad: 2 steps of 4 prompts, 64 samples"]),
     ],
 )  # fmt: skip
@@ -130,8 +130,8 @@ def test_samples_are_counted_where_a_limit_ends_a_stage_within_an_epoch(tmp_path
     inputs = read_inputs(config, ("warmup", "gad"))
     told = describe_plan(config, ("warmup", "gad"), inputs)
     drawn = [len(next(batches)) * 2 for batches in [Loader(inputs.train, 4, 0)] for _ in range(4)]
-    assert f"warmup: 2 steps of 4 prompts (the last of an epoch of 2), {sum(drawn[:2])} samples" in told
-    assert f"gad: 2 steps of 4 prompts (the last of an epoch of 2), {sum(drawn[2:])} samples" in told
+    assert f"warmup: 2 steps of 4 prompts (an epoch's last one: 2), {sum(drawn[:2])} samples" in told
+    assert f"gad: 2 steps of 4 prompts (an epoch's last one: 2), {sum(drawn[2:])} samples" in told
 
 
 def test_a_broken_row_is_told_before_a_model_that_is_not_there(tmp_path: Path) -> None:
