@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ def import_vllm(settings: VLLMSettings, linear: Linear | None):  # type: ignore[
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         # The trainer's threads are not vLLM's to bind.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Nothing here needs Triton on a CPU; it is warned of before the level above is read.
+        logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
         keep_plain_weights(linear)
     else:
         # Read by vLLM as it is imported, too.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -95,3 +97,16 @@ def test_an_engine_of_one_process_is_refused_to_several(monkeypatch) -> None:
     config = Config.model_validate({"rollout": {"engine": "hf"}})
     with pytest.raises(UserError, match='rollout.engine = "hf" samples in one process, and 4 train together'):
         make_engine(config, "", tiny_model(), TEMPLATE, world=World(0, 4))
+
+
+def test_nothing_is_said_of_triton_where_a_cpu_samples() -> None:
+    pytest.importorskip("vllm")
+    program = """
+from torch.nn.functional import linear
+from gadcore.config.rollout import VLLMSettings
+from gadcore.rollout.vllm_start import import_vllm
+import_vllm(VLLMSettings(engine="vllm"), linear)
+import vllm.triton_utils
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "Triton" not in done.stdout + done.stderr
