@@ -87,6 +87,7 @@ $(PACKAGES): requirements/$(GADCORE_STACK).lock requirements/install.py
 # Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every start would compile everything again. Its exit code says
 # nothing: torch carries a file in the syntax of a newer Python.
 $(READY): $(PACKAGES) setup.py pyproject.toml $(wildcard csrc/cpu/* csrc/cuda/*)
+	@echo "gadcore: compiling csrc/, then the packages' Python: about a minute, and longer where cores are busy"
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 ifeq ($(GADCORE_STACK),cuda)
 	-$(PYTHON) csrc/cuda/build.py
