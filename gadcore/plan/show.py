@@ -169,7 +169,8 @@ def parts(memory: StateMemory) -> list[float]:
 
 def _bar(state: str, memory: StateMemory, case: Case) -> Text:
     usable = case.machine.usable_bytes
-    bar = Text(f"{state:>14} ")
+    # As wide as the longest, discriminator_update.
+    bar = Text(f"{state:>20} ")
     width = 0
     ends = 0.0
     for size, (_, character, colour) in zip(parts(memory), _PARTS, strict=True):
@@ -200,12 +201,16 @@ def _time_table(plan: Plan) -> Table:
 
 
 def _hours(plan: Plan, given: Plan) -> str:
-    line = f"predicted: {plan.time.total / 3600:.3g} hours"
+    line = f"predicted: {_span(plan.time.total)}"
     if given.fits:
-        line += f"; {given.time.total / 3600:.3g} with the settings as given"
+        line += f"; {_span(given.time.total)} with the settings as given"
     if (plan.case.student.name, plan.case.machine.ranks) == _PAPER[:2]:
         line += f"; the paper states about {_PAPER[2]:.0f} hours for this model on {_PAPER[1]} H100 (arXiv 2511.10643)"
     return line
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else f"{seconds / 60:.3g} minutes"
 
 
 def resharding_table(found: Sequence[Resharding]) -> Table:

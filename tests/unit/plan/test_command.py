@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -10,7 +11,7 @@ from gadcore import run
 from gadcore.config import loading
 from gadcore.errors import UserError
 from gadcore.memory.holdings import NEEDS
-from gadcore.plan import calibrate, calibration
+from gadcore.plan import calibrate, calibration, show
 from gadcore.plan.assumptions import Assumption, Assumptions
 from gadcore.plan.command import main
 from gadcore.plan.dimensions import read_config, read_dimensions
@@ -39,6 +40,8 @@ def test_the_papers_case_end_to_end(tmp_path, capsys) -> None:
     plan = content["to_use"]
     assert plan["fits"] and plan["problems"] == [] and content["machine"]["ranks"] == 16
     assert f"{plan['seconds']['total'] / 3600:.3g} hours" in text
+    bars = [line for line in text.splitlines() if re.search(r"[|] \d+\.\d of \d+\.\d GB$", line)]
+    assert len(bars) == len(NEEDS) and len({line.index("|") for line in bars}) == 1
     states = plan["memory_bytes"]
     assert set(states) == set(NEEDS)
     for state in states.values():
@@ -210,3 +213,8 @@ def test_a_step_is_predicted_for_its_own_tokens(tmp_path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no step that sampled"):
         compare(tmp_path, case)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(59.0, "0.983 minutes"), (642.0, "10.7 minutes"), (7200.0, "2 hours")])
+def test_a_short_run_is_told_in_minutes(seconds: float, told: str) -> None:
+    assert show._span(seconds) == told
