@@ -31,7 +31,7 @@ def fingerprint(groups: Sequence[Group]) -> str:
     """Changes with the rows, their order, and what template, tokenizer and limits make of them."""
     # Making a million groups takes minutes, and a checkpoint waits for it.
     if (kept := row_digests(groups)) is not None:
-        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(kept))
+        return xxhash.xxh3_128_hexdigest(kept.tobytes())
     digest = xxhash.xxh3_128()
     for group in groups:
         prompt, teacher = group.prompt, group.teacher
