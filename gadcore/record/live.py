@@ -29,6 +29,19 @@ from gadcore.record.tracking import Row
 from gadcore.text import clean
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+# What the line "now" says in a phase that nobody has said more of.
+DOING = {
+    "synchronise": "giving the sampler the student's weights",
+    "rollout": "waiting for samples",
+    "discriminator": "the discriminator computes",
+    "discriminator_update": "the discriminator is updated",
+    "student": "the student computes",
+    "student_update": "the student is updated",
+    "reference": "the reference policy computes",
+    "rewards": "the rewards are computed",
+}
+# Phases that a status speaks of, which was said just before them.
+SPOKEN_OF = ("setup", "synchronise", "rollout", "evaluation", "checkpoint")
 
 
 class LiveView:
@@ -43,7 +56,7 @@ class LiveView:
         self._stage, self._stage_steps = "starting", 0
         self._row: Row = {}
         self._triplet: Row = {}
-        self._status, self._since = "starting", time.monotonic()
+        self._now_is("starting", said=True)
         self._began = time.monotonic()
         self._history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=2000))
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
@@ -58,14 +71,25 @@ class LiveView:
         with self._lock:
             self._stage, self._stage_steps, self._row = name, steps, {}
             self._history.pop("student/loss", None)  # another loss in every stage
+            self._now_is(f"beginning with {name}")
 
     def status(self, text: str) -> None:
         with self._lock:
-            self._status, self._since = text, time.monotonic()
+            self._now_is(text, said=True)
+
+    def phase(self, name: str) -> None:
+        with self._lock:
+            if not (self._said and name in SPOKEN_OF):
+                self._now_is(DOING.get(name, name))
+
+    def _now_is(self, text: str, *, said: bool = False) -> None:
+        """said: by status(), which tells more than the name of a phase."""
+        self._status, self._since, self._said = text, time.monotonic(), said
 
     def step(self, row: Row) -> None:
         with self._lock:
             self._row = row
+            self._now_is(f"step {row['stage_step']} is done")
             self._stage_steps = row["stage_steps"]  # the gate can make a stage longer
             for key, value in row.items():
                 if isinstance(value, int | float):
@@ -78,6 +102,8 @@ class LiveView:
             self._triplet = triplet
 
     def evaluation(self, name: str, result: Row) -> None:
+        with self._lock:
+            self._now_is("the evaluation is done")
         self._console.print(Text(clean(evaluation_line(name, result)), style="bold"))
 
     def summary(self, summary: Row) -> None:
@@ -90,7 +116,7 @@ class LiveView:
     def close(self) -> None:
         if self._live.is_started:
             with self._lock:
-                self._status, self._since = "ended", time.monotonic()
+                self._now_is("ended")
             self._live.stop()
             for handler, stream in self._rebound:
                 handler.setStream(stream)

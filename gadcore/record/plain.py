@@ -47,6 +47,9 @@ class PlainView:
         if not self._stepped or time.monotonic() - self._last > 10:
             self._print(f"status {text}")
 
+    def phase(self, name: str) -> None:
+        """Many a step: none has a line."""
+
     def step(self, row: Row) -> None:
         self._stepped = True
         figures = " ".join(f"{key}={number(row[key])}" for key in PLAIN_KEYS if key in row)

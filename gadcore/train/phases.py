@@ -26,11 +26,13 @@ class Phases:
 
     seconds: total per phase since the run began (resumed runs go on counting).
     memory: what holds the device when; a phase that is one of its states enters it. None: nobody minds.
-    before_update: called as an optimizer's phase begins.
+    before_update: called as an optimizer's phase begins. on_begin: told of every phase that begins, but for those
+    inside an evaluation.
     """
 
     memory: Colocation | None = None
     before_update: Callable[[], object] | None = None
+    on_begin: Callable[[str], object] | None = None
 
     def __init__(self, on_span: Callable[[str, float, float], None] | None = None) -> None:
         """on_span: told of every phase at its end: name, start and end, both by time.perf_counter()."""
@@ -68,6 +70,8 @@ class Phases:
             raise RuntimeError(f"phase {name} begins inside phase {self._current}")
         if self.before_update is not None and name.endswith("_update"):
             self.before_update()
+        if self.on_begin is not None:
+            self.on_begin(name)
         self._current = name
         start = time.perf_counter()
         try:

@@ -29,6 +29,9 @@ class Records:
     def status(self, text: str) -> None:
         """What is going on from now on."""
 
+    def phase(self, name: str) -> None:
+        """A phase begins."""
+
     def message(self, text: str) -> None:
         """A sentence that stays."""
 
@@ -82,6 +85,9 @@ class RunRecords(Records):
 
     def status(self, text: str) -> None:
         self.view.status(text)
+
+    def phase(self, name: str) -> None:
+        self.view.phase(name)
 
     def message(self, text: str) -> None:
         self.view.message(text)

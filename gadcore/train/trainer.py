@@ -74,6 +74,7 @@ class Trainer:
         self.student, self._discriminator = student, discriminator
         self.sampler, self.loader = sampler, loader
         self.phases = phases or Phases()
+        self.phases.on_begin = self.records.phase
         self.memory = memory or Colocation(
             student.model.device, MemorySettings(offload="none"), Path(), sampler.engine, shared=sampler.engine.shared
         )

@@ -85,6 +85,43 @@ def test_the_panel_tells_what_matters() -> None:
         assert part in text
 
 
+def now_of(view: LiveView) -> str:
+    return next(line.strip("│ ") for line in panel(view) if line.startswith("│ now ")).removeprefix("now  ")
+
+
+def test_what_is_going_on_ends_with_what_comes_next() -> None:
+    view = live()
+    status = "evaluating on 16 held-out prompts"
+
+    def held() -> str:
+        view.status(status)
+        view.phase("evaluation")
+        assert now_of(view) == status
+        return status
+
+    for ends in (
+        lambda: view.step(row(3)),
+        lambda: view.evaluation("before", RESULT),
+        lambda: view.stage("sft", 10),
+        lambda: view.phase("student"),
+        lambda: view.phase("discriminator"),
+    ):
+        held()
+        ends()
+        assert status not in now_of(view)
+    # A phase that the status speaks of does not end it; the same one later in a step has no status.
+    view.status("sampling 32 responses")
+    for phase, now in (
+        ("synchronise", "sampling 32 responses"),
+        ("rollout", "sampling 32 responses"),
+        ("discriminator", "the discriminator computes"),
+        ("rollout", "waiting for samples"),
+        ("student_update", "the student is updated"),
+    ):
+        view.phase(phase)
+        assert now_of(view) == now
+
+
 def test_the_run_is_estimated_from_the_stages_to_come() -> None:
     view = live()
     view.stage("warmup", 4)

@@ -179,6 +179,19 @@ def test_a_pass_and_its_update_are_phases_of_their_own(tmp_path) -> None:
     assert row["perf/student_tokens_per_s"] == pytest.approx(rate), "the reference's pass is the student's work"
 
 
+def test_records_are_told_of_every_phase_but_those_of_an_evaluation(tmp_path, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Rows, "phase", lambda _, name: told.append(name))
+    monkeypatch.setattr(Rows, "status", lambda _, text: told.append(text))
+    run = trainer(tmp_path, schedule={"gad_steps": 1})
+    run.evaluate("before")
+    assert told == ["evaluating on 3 held-out prompts", "evaluation"]
+    told.clear()
+    gad(run)
+    learn = ["discriminator", "discriminator_update", "reference", "student", "student_update"]
+    assert told == ["sampling 6 responses", *learn], "the sampler of this run has no phases"
+
+
 def test_the_stages_of_a_command() -> None:
     for schedule in ({}, {"sft_epochs": 2, "sft_steps": 0}, {"sft_steps": 5}):
         assert stages_of(Config(schedule=ScheduleSettings(**schedule)), "train") == ("warmup", "gad")
