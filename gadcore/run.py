@@ -344,7 +344,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     except UserError as error:
         if not dry_run:
             raise
-        fitted, refused = Fitted(config, [], []), error
+        fitted, refused = Fitted(config, [], [], {}), error
     config = fitted.config
     inputs.notes.extend([*job.notes, *fitted.notes])
     needed = disk.predict(config, inputs.student.path, planned_steps(config, stages, inputs))
@@ -362,7 +362,9 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     stop = job.agreed_stop()
     with (
         job.folder(config) as folder,
-        build(config, stages, inputs, folder, stop_requested=stop, world=world) as trainer,
+        build(
+            config, stages, inputs, folder, stop_requested=stop, world=world, step_seconds=fitted.step_seconds
+        ) as trainer,
     ):
         job.follows(trainer.where)
         signals.finish_steps()

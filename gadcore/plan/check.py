@@ -22,11 +22,14 @@ S = TypeVar("S", bound=Section)
 
 
 class Fitted(NamedTuple):
-    """config: with what was changed for the run to fit. notes: sentences that say so. lines: bytes of every state."""
+    """config: with what was changed for the run to fit. notes: sentences that say so. lines: bytes of every state.
+    step_seconds: predicted, of a step of each stage; empty where nothing is predicted.
+    """
 
     config: Config
     notes: list[str]
     lines: list[str]
+    step_seconds: Mapping[str, float]
 
 
 def fit(
@@ -45,7 +48,7 @@ def fit(
     try:
         case = _case(config, student_path, groups, stages, world)
     except UserError as error:
-        return Fitted(config, [f"the memory of this run is not predicted: {error}"], [])
+        return Fitted(config, [f"the memory of this run is not predicted: {error}"], [], {})
     given, lowered, told = as_given(case), _open(config), []
     if "rollout.gpu_memory_utilization" not in lowered:
         trusted = as_given(case, sequence_fits=True)
@@ -65,7 +68,8 @@ def fit(
             f"{machine.figures['memory_bytes'] / GIB:.2f} GiB: others may have to give way"
         )
     verdict = f"memory, predicted, {plan.fullest} is the fullest state: {plan.room / 1e9:.2f} GB left"
-    return Fitted(config, notes, [*ledger(plan), verdict])
+    step_seconds = {stage: sum(phases.values()) for stage, phases in plan.time.steps.items()}
+    return Fitted(config, notes, [*ledger(plan), verdict], step_seconds)
 
 
 def _case(config: Config, student_path: str, groups: Sequence[Group], stages: Sequence[str], world: World) -> Case:

@@ -59,7 +59,9 @@ class LiveView:
         self._now_is("starting", said=True)
         self._began = time.monotonic()
         self._history: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=2000))
+        # Of steps, by stage; of evaluations.
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
+        self._evaluations: list[float] = []
 
     def start(self, plan: RunPlan) -> None:
         self._plan, self._began = plan, time.monotonic()
@@ -103,6 +105,7 @@ class LiveView:
 
     def evaluation(self, name: str, result: Row) -> None:
         with self._lock:
+            self._evaluations.append(time.monotonic() - self._since)
             self._now_is("the evaluation is done")
         self._console.print(Text(clean(evaluation_line(name, result)), style="bold"))
 
@@ -163,19 +166,34 @@ class LiveView:
         return grid
 
     def _left(self) -> Text:
-        """Time left: of this stage, and of the run, in which a stage that was not timed counts like this one."""
+        """Time left: of this stage, and of the run with the evaluations that follow each of its stages."""
         text = f"elapsed {clock(time.monotonic() - self._began)}"
-        pace = self._seconds.get(self._stage)
-        if not pace or not self._row:
+        if not self._seconds:
             return Text(text + " · time left is known after the first step", style="dim", no_wrap=True)
-        each = fmean(pace)
-        stage = each * max(self._stage_steps - self._row["stage_step"], 0)
+        each, _ = self._each(self._stage)
+        run = stage = each * max(self._stage_steps - self._row.get("stage_step", 0), 0)
         names = [name for name, _ in self._plan.stages]
         later = self._plan.stages[names.index(self._stage) + 1 :] if self._stage in names else ()
-        run = stage + each * sum(steps for _, steps in later)
-        mark = "about " if later else ""
+        mark = "about " if later or self._evaluations else ""
+        for name, steps in later:
+            seconds, known = self._each(name)
+            run += seconds * steps
+            if steps and not known:
+                mark = "at least "
+        if self._evaluations:
+            run += fmean(self._evaluations) * (1 + len(later))
         text += f" · left: stage {clock(stage)}, run {mark}{clock(run)} · {number(each)} s a step"
         return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def _each(self, stage: str) -> tuple[float, bool]:
+        """(seconds of a step of a stage, whether they are known). Until one was timed they are those of the stage timed
+        last, by the predicted ratio of both; where that is missing, as if the stages were alike."""
+        if stage in self._seconds:
+            return fmean(self._seconds[stage]), True
+        timed = next(reversed(self._seconds))
+        one, other = (self._plan.step_seconds.get(name, 0.0) for name in (timed, stage))
+        known = one > 0 and other > 0
+        return fmean(self._seconds[timed]) * (other / one if known else 1.0), known
 
     def _now(self) -> Text:
         waited = time.monotonic() - self._since

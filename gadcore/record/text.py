@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
@@ -24,7 +25,9 @@ BETTER = {
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is about to do. stages: (name, steps) in order."""
+    """What a run is about to do. stages: (name, steps) in order. step_seconds: predicted, of a step of each stage, for
+    their ratios; empty where nothing is predicted.
+    """
 
     run: str
     folder: Path
@@ -32,6 +35,7 @@ class RunPlan:
     discriminator: str
     device: str
     stages: tuple[tuple[str, int], ...]
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluation_line(name: str, result: Row) -> str:

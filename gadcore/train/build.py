@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -58,10 +58,11 @@ def build(
     *,
     stop_requested: Callable[[], str | None],
     world: World = ALONE,
+    step_seconds: Mapping[str, float] | None = None,
 ) -> Iterator[Trainer]:
     """A Trainer for the run in `folder`, resumed where the config says so; closes everything at the end.
 
-    world: every process of it builds one; the first one's is seen and writes records.
+    world: every process of it builds one; the first one's is seen and writes records. step_seconds: as of RunPlan.
     """
     with ExitStack() as stack:
         trace = None
@@ -84,7 +85,7 @@ def build(
             if machine is not None:
                 stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-            view.start(_plan(config, stages, folder, device, loader, world))
+            view.start(_plan(config, stages, folder, device, loader, world, step_seconds or {}))
             for note in (*inputs.notes, *notes_of(config, world), *notes):
                 view.message(note)
             sampling = engine_class(config)
@@ -186,7 +187,13 @@ def _resumed_tiles(folder: RunFolder) -> list[str]:
 
 
 def _plan(
-    config: Config, stages: Sequence[str], folder: RunFolder, device: torch.device, loader: Loader, world: World
+    config: Config,
+    stages: Sequence[str],
+    folder: RunFolder,
+    device: torch.device,
+    loader: Loader,
+    world: World,
+    step_seconds: Mapping[str, float],
 ) -> RunPlan:
     return RunPlan(
         run=config.run.name,
@@ -195,6 +202,7 @@ def _plan(
         discriminator=config.discriminator_model if has_discriminator(stages) else "none",
         device=str(device) if world.size == 1 else f"{device} in {world.size} processes",
         stages=tuple(stage_steps(config, stages, loader.steps_per_epoch).items()),
+        step_seconds=step_seconds,
     )
 
 

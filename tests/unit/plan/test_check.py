@@ -54,6 +54,7 @@ def test_a_run_that_fits_stays_as_it_is(monkeypatch) -> None:
     assert len(same.lines) == 9 and all(line.startswith("memory, predicted, ") for line in same.lines)
     assert "student.optimizer" in same.lines[6] and "activations and head" in same.lines[5]
     assert "is the fullest state" in same.lines[-1] and "GB left" in same.lines[-1]
+    assert set(same.step_seconds) == set(STAGES) and 0 < same.step_seconds["warmup"] < same.step_seconds["gad"]
 
 
 @pytest.mark.parametrize("name", presets())
@@ -142,7 +143,7 @@ def test_the_baseline_needs_no_discriminator(monkeypatch) -> None:
 def test_a_model_that_cannot_be_read_is_told_and_not_guessed(tmp_path) -> None:
     config = load([])
     done = fit(config, str(tmp_path / "none"), groups(3), STAGES)
-    assert done.config == config and done.lines == []
+    assert done.config == config and done.lines == [] and done.step_seconds == {}
     assert done.notes[0].startswith("the memory of this run is not predicted: ")
 
 

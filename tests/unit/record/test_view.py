@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,48 @@ def test_what_is_going_on_ends_with_what_comes_next() -> None:
         assert now_of(view) == now
 
 
-def test_the_run_is_estimated_from_the_stages_to_come() -> None:
+def step_of(view: LiveView, stage: str, stage_step: int, seconds: float) -> None:
+    more = {"stage": stage, "stage_steps": dict(view._plan.stages)[stage], "time/total": seconds}
+    view.step(row(stage_step) | more)
+
+
+def test_a_stage_to_come_takes_what_the_planner_makes_of_the_one_that_was_timed() -> None:
+    view = live()
+    stages = (("sft", 10), ("warmup", 4), ("gad", 8))
+    view._plan = replace(PLAN, stages=stages, step_seconds={"sft": 2.0, "warmup": 10.0, "gad": 20.0})
+    view.stage("sft", 10)
+    step_of(view, "sft", 9, 3.0)
+    # 1 step of 3 s, 4 of 3 * 5, 8 of 3 * 10.
+    assert "stage 0:00:03, run about 0:05:03" in "\n".join(panel(view))
+    view.stage("warmup", 4)
+    assert "stage 0:01:00, run about 0:05:00" in "\n".join(panel(view))
+    step_of(view, "warmup", 1, 30.0)
+    # What this stage took counts now: 3 of 30, 8 of 30 * 2.
+    assert "stage 0:01:30, run about 0:09:30" in "\n".join(panel(view))
+    view.stage("gad", 8)
+    step_of(view, "gad", 6, 11.0)
+    assert "stage 0:00:22, run 0:00:22" in "\n".join(panel(view))
+
+
+def test_without_a_prediction_the_run_takes_at_least_so_long() -> None:
     view = live()
     view.stage("warmup", 4)
-    view.step(row(1) | {"stage": "warmup", "step": 1, "stage_steps": 4, "time/total": 10.0})
-    assert "stage 0:00:30, run about 0:01:50" in "\n".join(panel(view))
+    step_of(view, "warmup", 1, 10.0)
+    assert "stage 0:00:30, run at least 0:01:50" in "\n".join(panel(view))
+
+
+def test_the_run_counts_the_evaluations_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    view = live()
+    view._plan = replace(PLAN, step_seconds={"warmup": 1.0, "gad": 1.0})
+    view.status("evaluating on 16 held-out prompts")
+    now[0] += 60.0
+    view.evaluation("before", RESULT)
+    view.stage("warmup", 4)
+    step_of(view, "warmup", 1, 10.0)
+    # One after either stage.
+    assert "stage 0:00:30, run about 0:03:50" in "\n".join(panel(view))
 
 
 def test_the_panel_before_the_first_step_has_no_figures() -> None:

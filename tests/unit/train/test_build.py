@@ -15,8 +15,12 @@ from gadcore.algorithm import train
 from gadcore.checkpoint import store
 from gadcore.config import loading
 from gadcore.distributed.world import World
+from gadcore.errors import UserError
 from gadcore.memory import colocation
+from gadcore.record.plain import PlainView
 from gadcore.record.run_folder import run_folder
+from gadcore.record.text import RunPlan
+from gadcore.run import main
 from gadcore.train.build import build
 from gadcore.train.inputs import read_inputs
 from tests.support.device_bytes import DeviceBytes, HostTier
@@ -122,3 +126,18 @@ def test_no_state_holds_more_than_it_needs(device, arguments, tmp_path, monkeypa
     assert found.keys() == MOST.keys()
     assert {state: share for state, share in found.items() if share > MOST[state]} == {}, found
     assert found["student_update"] > 3.9 and found["set-up"] > 2.9, "they are counted"
+
+
+def test_the_view_is_told_the_planners_seconds_of_a_step(tmp_path, monkeypatch, capsys) -> None:
+    plans: list[RunPlan] = []
+
+    def start(view: PlainView, plan: RunPlan) -> None:
+        plans.append(plan)
+        raise UserError("enough")
+
+    monkeypatch.setattr(PlainView, "start", start)
+    assert main(["train", *tiny_arguments(tmp_path), "--run.dir", str(tmp_path / "run")]) == 2
+    assert "enough" in capsys.readouterr().err
+    seconds = plans[0].step_seconds
+    assert list(seconds) == [name for name, _ in plans[0].stages]
+    assert 0 < seconds["warmup"] < seconds["gad"], "the student's samples are more than the teacher's one response"
