@@ -99,7 +99,7 @@ def figures_of(run: RunFiles) -> dict[str, Row]:
 
 def _figures_of(rows: Sequence[Row]) -> Row:
     """E of the rows of an evaluation."""
-    found: Row = {"rows": len(rows)}
+    found: Row = {"rows": len(rows), "samples": max(len(row.get("samples") or [row["student"]]) for row in rows)}
     for measure in MEASURES:
         values = findings.values_of(measure, rows)
         if values is not None:

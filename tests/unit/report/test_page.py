@@ -126,6 +126,16 @@ def test_an_unfinished_run(tmp_path: Path) -> None:
     assert "100.0 %" in page.text  # the accuracy, counted from the scores of the rows
 
 
+def test_an_unfinished_run_says_how_many_samples_a_prompt_has(tmp_path: Path) -> None:
+    drawn = [{"text": f"Sample {i}", "finished": True} for i in range(4)]
+    runs = {"one": answers(0.2), "four": answers(0.2, samples=drawn)}
+    pages = {
+        name: page_of(folder(tmp_path / name, metrics()[:2], {"before": rows}, False)) for name, rows in runs.items()
+    }
+    assert "On 40 held-out prompts, one response each." in pages["one"].text
+    assert "On 40 held-out prompts, 4 responses each." in pages["four"].text
+
+
 def test_a_run_without_any_step(tmp_path: Path) -> None:
     page = page_of(folder(tmp_path / "run", [], {}, False))
     assert "not finished, no step made yet" in page.text
