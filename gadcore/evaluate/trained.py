@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+from gadcore.config.settings import CheckpointSettings
 from gadcore.errors import UserError
+from gadcore.record.tracking import read_rows
 
 
 class Trained(NamedTuple):
@@ -26,14 +29,46 @@ def trained_student(path: Path) -> Trained:
     settings = path / "config.toml"
     if not settings.is_file():
         raise UserError(f"{path} is neither a run folder nor a model's: give one, for example runs/latest")
-    student = path / "student"
-    if not (student / "config.json").is_file():
-        raise UserError(
-            f"{path} has not finished, so it has no student/: go on with it by --resume auto, or write a checkpoint "
-            f"as a model by `gadcore export {path} --out FOLDER` and name that folder"
-        )
     try:
-        found = tomllib.loads(settings.read_text(encoding="utf-8")).get("data", {}).get("system_prompt")
+        found = tomllib.loads(settings.read_text(encoding="utf-8"))
+        system_prompt = found.get("data", {}).get("system_prompt")
+        every = found.get("checkpoint", {}).get("every", CheckpointSettings().every)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{settings} cannot be read: {error}") from None
-    return Trained(student, found if isinstance(found, str) and found.lower() != "none" else None)
+    student = path / "student"
+    if not (student / "config.json").is_file():
+        raise UserError(_unfinished(path, every))
+    known = isinstance(system_prompt, str) and system_prompt.lower() != "none"
+    return Trained(student, system_prompt if known else None)
+
+
+def _unfinished(path: Path, every: int) -> str:
+    """What helps to the student of a run that has not finished. every: steps between its checkpoints."""
+    # Only now: it loads torch.
+    from gadcore.checkpoint import store
+
+    folder = shlex.quote(str(path))
+    sentence = f"{path} has not finished, so it has no student/"
+    goes_on = f"go on with it by --run.dir {folder} --resume auto"
+    if store.available(path / "checkpoints"):
+        return (
+            f"{sentence}: {goes_on}, or write a checkpoint as a model by `gadcore export {folder} --out FOLDER` and "
+            "name that folder"
+        )
+    if not every:
+        return f"{sentence}, and no checkpoint, which it writes as it is stopped (checkpoint.every = 0): {goes_on}"
+    return (
+        f"{sentence}, and no checkpoint yet: wait for the next one, at {_next_checkpoint(path, every)}, while it runs; "
+        f"else {goes_on}"
+    )
+
+
+def _next_checkpoint(path: Path, every: int) -> str:
+    """When a run writes its next checkpoint: every so many steps, and as a stage ends."""
+    try:
+        last = read_rows(path / "metrics.jsonl")[-1]
+        step, rest = last["step"], last["stage_steps"] - last["stage_step"]
+        return f"step {step + min(rest, every - step % every)}"
+    except (UserError, LookupError, TypeError):
+        # No step yet, or none that tells how long its stage is.
+        return f"step {every} or the end of its first stage"

@@ -119,6 +119,31 @@ def test_what_holds_no_student_is_told(command: str, tmp_path: Path, capsys) -> 
     assert f"see {command} --help" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_of_an_unfinished_run_only_what_is_there_is_named(command: str, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    go_on = f"go on with it by --run.dir '{run}' --resume auto"
+
+    def told(every: int) -> str:
+        (run / "config.toml").write_text(f"[checkpoint]\nevery = {every}\n")
+        assert main([command, str(run)]) == 2
+        return capsys.readouterr().err
+
+    assert "no checkpoint yet: wait for the next one, at step 20 or the end of its first stage" in told(20)
+    row = '{"stage": "sft", "step": 3, "stage_step": 3, "stage_steps": 10}\n'
+    (run / "metrics.jsonl").write_text(row + '{"stage": "s')
+    # As the stage ends, or before that.
+    assert "wait for the next one, at step 10, while it runs" in told(20)
+    assert "wait for the next one, at step 4, while it runs" in (text := told(4))
+    assert go_on in text and "export" not in text
+    assert "(checkpoint.every = 0)" in (text := told(0))
+    assert go_on in text and "export" not in text and "wait" not in text
+    (run / "checkpoints" / "step-000002").mkdir(parents=True)
+    text = told(4)
+    assert go_on in text and f"`gadcore export '{run}' --out FOLDER`" in text and "no checkpoint" not in text
+
+
 def test_settings_that_cannot_be_read_are_told(finished: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "student").symlink_to(finished / "student")
     (tmp_path / "config.toml").write_bytes(b"\xff")
