@@ -310,7 +310,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     from gadcore.doctor.command import at_start
     from gadcore.plan import disk
     from gadcore.plan.check import Fitted, fit
-    from gadcore.report.page import in_short, write_report
+    from gadcore.report.page import last_words, write_report
     from gadcore.train.ahead import check_elsewhere
     from gadcore.train.build import build
     from gadcore.train.data_command import warning_panel, wide
@@ -372,7 +372,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
         if world.is_first:
             write_report(folder.path)
         trainer.records.finished(summary)
-        sentences = in_short(folder.path)[:2] if world.is_first else []
+        sentences = last_words(folder.path) if world.is_first else []
     # Once the view is closed.
     for sentence in sentences:
         say(sentence)

@@ -5,6 +5,7 @@ It can be written at any time: for a run that has not finished, or has made no s
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from gadcore.files import file_name, write_whole
@@ -26,11 +27,13 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def in_short(run_dir: Path) -> list[str]:
-    """The sentences on the held-out prompts with which the report begins, of a run without evaluations none; raises as
-    above."""
-    run = load(run_dir)
-    return verdict(figures_of(run), run.evaluations) if run.evaluations else []
+def last_words(run_dir: Path) -> list[str]:
+    """Lines for the end of a run: the first two sentences of the report, of a run without evaluations none, and what to
+    do next; raises as above."""
+    run, folder = load(run_dir), shlex.quote(str(run_dir))
+    sentences = verdict(figures_of(run), run.evaluations)[:2] if run.evaluations else []
+    report = f"report: {run_dir / 'report.html'}"
+    return [*sentences, report, f"next: gadcore chat {folder}, or gadcore serve {folder}"]
 
 
 def write_overlay(one: Path, two: Path) -> Path:

@@ -49,7 +49,10 @@ def whole(module_folder: Path) -> Path:
     assert "it no longer falls, the cross-entropy ends" in done.stdout
     assert "it no longer rises, the warmup ends" in done.stdout
     # The report's first sentences stand at the end of the log.
-    assert "GAD made " in done.stdout.splitlines()[-2] and done.stdout.splitlines()[-1].startswith("Held-out ")
+    *_, by_gad, held_out, report, following = done.stdout.splitlines()
+    assert "GAD made " in by_gad and held_out.startswith("Held-out ")
+    assert report == "report: whole/report.html"
+    assert following == "next: gadcore chat whole, or gadcore serve whole"
     return module_folder
 
 

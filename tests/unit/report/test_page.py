@@ -17,7 +17,7 @@ from gadcore.errors import UserError
 from gadcore.report import findings
 from gadcore.report.charts import Band, Chart, Series, describe, draw, smooth, thin
 from gadcore.report.curves import STATES, groups_of
-from gadcore.report.page import write_overlay, write_report
+from gadcore.report.page import last_words, write_overlay, write_report
 from gadcore.report.svg import nice_ticks
 from gadcore.run import main as run_command
 from tests.support.report_runs import THREE, answers, folder, lines, metrics
@@ -124,6 +124,14 @@ def test_an_unfinished_run(tmp_path: Path) -> None:
                  "summary.json is not written yet", "0:00:18 in steps so far"):  # fmt: skip
         assert part in page.text, part
     assert "100.0 %" in page.text  # the accuracy, counted from the scores of the rows
+
+
+def test_the_end_of_a_run_says_what_to_do_next(tmp_path: Path) -> None:
+    run = folder(tmp_path / "my run", metrics(), THREE)
+    sentences, after = last_words(run)[:-2], last_words(run)[-2:]
+    assert len(sentences) == 2 and all(sentence in page_of(run).text for sentence in sentences)
+    assert after == [f"report: {run}/report.html", f"next: gadcore chat '{run}', or gadcore serve '{run}'"]
+    assert last_words(folder(tmp_path / "other", metrics(), {}))[0] == f"report: {tmp_path}/other/report.html"
 
 
 def test_an_unfinished_run_says_how_many_samples_a_prompt_has(tmp_path: Path) -> None:
