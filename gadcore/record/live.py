@@ -62,6 +62,7 @@ class LiveView:
         # Of steps, by stage; of evaluations.
         self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._evaluations: list[float] = []
+        self._evaluated = False  # after this stage
 
     def start(self, plan: RunPlan) -> None:
         self._plan, self._began = plan, time.monotonic()
@@ -71,7 +72,7 @@ class LiveView:
 
     def stage(self, name: str, steps: int) -> None:
         with self._lock:
-            self._stage, self._stage_steps, self._row = name, steps, {}
+            self._stage, self._stage_steps, self._row, self._evaluated = name, steps, {}, False
             self._history.pop("student/loss", None)  # another loss in every stage
             self._now_is(f"beginning with {name}")
 
@@ -106,6 +107,7 @@ class LiveView:
     def evaluation(self, name: str, result: Row) -> None:
         with self._lock:
             self._evaluations.append(time.monotonic() - self._since)
+            self._evaluated = True
             self._now_is("the evaluation is done")
         self._console.print(Text(clean(evaluation_line(name, result)), style="bold"))
 
@@ -174,14 +176,15 @@ class LiveView:
         run = stage = each * max(self._stage_steps - self._row.get("stage_step", 0), 0)
         names = [name for name, _ in self._plan.stages]
         later = self._plan.stages[names.index(self._stage) + 1 :] if self._stage in names else ()
-        mark = "about " if later or self._evaluations else ""
+        evaluations = len(later) + (not self._evaluated) if self._evaluations else 0
+        mark = "about " if later or evaluations else ""
         for name, steps in later:
             seconds, known = self._each(name)
             run += seconds * steps
             if steps and not known:
                 mark = "at least "
-        if self._evaluations:
-            run += fmean(self._evaluations) * (1 + len(later))
+        if evaluations:
+            run += fmean(self._evaluations) * evaluations
         text += f" · left: stage {clock(stage)}, run {mark}{clock(run)} · {number(each)} s a step"
         return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 

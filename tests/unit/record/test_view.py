@@ -165,6 +165,11 @@ def test_the_run_counts_the_evaluations_to_come(monkeypatch: pytest.MonkeyPatch)
     step_of(view, "warmup", 1, 10.0)
     # One after either stage.
     assert "stage 0:00:30, run about 0:03:50" in "\n".join(panel(view))
+    view.stage("gad", 8)
+    step_of(view, "gad", 8, 10.0)
+    assert "stage 0:00:00, run about 0:01:00" in "\n".join(panel(view))
+    view.evaluation("after_gad", RESULT)
+    assert "stage 0:00:00, run 0:00:00" in "\n".join(panel(view))
 
 
 def test_the_panel_before_the_first_step_has_no_figures() -> None:
