@@ -129,7 +129,7 @@ class Encoder:
         if self._refused.count:
             self._refused.read = self._bad.read or self._counts["rows"]
             raise self._refused.error(source)
-        if self._bad.count and (not skip or self._bad.hopeless):
+        if self._bad.count and (not skip or self._bad.all):
             raise self._bad.error(source, may_skip=may_skip)
         counts = self._counts
         report = DataReport(
