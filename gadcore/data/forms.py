@@ -97,11 +97,7 @@ class LackingColumns(UserError):
     def __init__(self, message: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         super().__init__(message)
         self.record, self.names = record, _names(record)
-        self.kept = {
-            name: column
-            for name, column in columns.items()
-            if column in record or column == UNUSED or all(part in record for part in column.split("+"))
-        }
+        self.kept = {name: column for name, column in columns.items() if has_column(record, column)}
         row = _mapped(record, self.kept)
         conversation = _choose(row, self.kept, CONVERSATIONS)
         response = _choose(row, self.kept, _responses(conversation, self.kept))
@@ -119,6 +115,11 @@ class LackingColumns(UserError):
             )
             if lacks
         )
+
+
+def has_column(record: Mapping[str, Any], column: str) -> bool:
+    """Whether a record has what a column map names: a column, several that are joined, or none."""
+    return column in record or column == UNUSED or all(part in record for part in column.split("+"))
 
 
 class _Unusable(Exception):
