@@ -115,12 +115,17 @@ def _counts(facts: Facts) -> Iterator[str]:
     yield f"turns: {_listed(facts.turns)}; of an assistant's turns the last of a row alone is trained on"
     yield f"responses by script: {_listed(facts.scripts)}"
     repeated = f"{facts.repeated_prompts}, with the same response {facts.repeated_rows}"
-    yield f"rows with a prompt that was there before: {repeated}"
-    yield f"responses that begin like a refusal: {facts.refusals}"
+    yield f"rows with a prompt that was there before: {repeated}{_rows(facts, 'repeated_prompts')}"
+    yield f"responses that begin like a refusal: {facts.refusals}{_rows(facts, 'refusals')}"
     if facts.html:
         yield f"responses with tags or entities of HTML, which the student learns to write: {facts.html}"
     if facts.markers:
         yield f"rows with the marker of a chat template in a text: {_listed(facts.markers)}"
+
+
+def _rows(facts: Facts, kind: str) -> str:
+    count = getattr(facts, kind)
+    return f": {facts.named(kind, count)}" if count else ""
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -38,8 +38,8 @@ def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
     assert f"{folder / 'mine.json'}: 20 rows" in said
     for text in (
         "responses by script: Latin 19, Han 1",
-        "rows with a prompt that was there before: 1, with the same response 1",
-        "responses that begin like a refusal: 1",
+        f"rows with a prompt that was there before: 1, with the same response 1: row 3 (from 0) of {folder}/mine.json",
+        f"responses that begin like a refusal: 1: row 4 (from 0) of {folder}/mine.json",
         "responses with tags or entities of HTML, which the student learns to write: 1",
         "rows with the marker of a chat template in a text: <|im_end|> 1",
         "turns: user 20;",
@@ -64,6 +64,19 @@ def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
 def test_the_default_rows_are_shown_without_an_argument(folder: Path, capsys) -> None:
     code, said, _ = show(capsys, "data", "--student.model", folder / "model", "--data.max_prompt_tokens", 128)
     assert code == 0 and "builtin: 240 rows" in said
+
+
+def test_refusals_and_repeated_prompts_are_named(folder: Path, capsys) -> None:
+    rows = [f'Question {i % 16}?,"{"Sorry, no." if i % 2 else "Yes,"}\nindeed."' for i in range(28)]
+    (folder / "named.csv").write_text("\n".join(["prompt,teacher_response", *rows]))
+    limits = ("--data.max_prompt_tokens", 96, "--data.max_response_tokens", 100)
+    code, said, _ = show(capsys, "data", folder / "named.csv", "--student.model", folder / "model", *limits)
+    # A row is two lines, below one of a header.
+    assert code == 0
+    lines = ", ".join(f"{2 + 2 * i}" for i in range(1, 21, 2))
+    assert f"begin like a refusal: 14: lines {lines} and 4 more of {folder}/named.csv\n" in said
+    lines = ", ".join(f"{2 + 2 * i}" for i in range(16, 26))
+    assert f"with the same response 12: lines {lines} and 2 more of {folder}/named.csv\n" in said
 
 
 def test_two_files_are_refused(capsys) -> None:
