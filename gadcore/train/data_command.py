@@ -87,7 +87,7 @@ def wide(console: Console) -> Console:
 def warning_panel(warnings: Sequence[str]) -> Panel:
     """What no run should begin without being read."""
     text = Text("\n".join(visible(warning) for warning in warnings))
-    return Panel(text, title=Text("WARNING: much text is lost"), border_style="bold red", box=box.HEAVY)
+    return Panel(text, title=Text("WARNING: look at these rows first"), border_style="bold red", box=box.HEAVY)
 
 
 def lengths_table(facts: Facts) -> Table:

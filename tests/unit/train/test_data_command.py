@@ -46,7 +46,7 @@ def test_rows_are_shown_as_a_run_would_read_them(folder: Path, capsys) -> None:
         "1 of 20 teacher responses ended in the text of an end marker, which was taken off",
         "of the 20 rows of",
         "trained on, from here",
-        "WARNING: much text is lost",
+        "WARNING: look at these rows first",
     ):
         assert text in said, text
     assert said.count("<|im_start|>assistant") == 3
@@ -79,6 +79,25 @@ def test_refusals_and_repeated_prompts_are_named(folder: Path, capsys) -> None:
     assert f"with the same response 12: lines {lines} and 2 more of {folder}/named.csv\n" in said
 
 
+def test_the_words_of_missing_values_are_a_warning(folder: Path, capsys) -> None:
+    answers = ["NULL", "Four.", "nan", "None of them.", "#N/A", "null", " NaN ", "N/A", "None", "Five.", "0", "NULL"]
+    rows = [f'Question {i}?,"{answer}"' for i, answer in enumerate(answers)]
+    (folder / "gaps.csv").write_text("\n".join(["prompt,teacher_response", *rows]))
+    settings = ("--student.model", folder / "model", "--data.max_prompt_tokens", 96, "--data.max_response_tokens", 100)
+    sentence = (
+        "training: 8 of 12 teacher responses are nothing but the word of a missing value (NULL 2, nan 1, #N/A 1, "
+        "null 1, NaN 1, N/A 1, None 1): take out those that are no answers, lines 2, 4, 6, 7, 8, 9, 10, 13 of "
+        f"{folder}/gaps.csv"
+    )
+    code, said, _ = show(capsys, "data", folder / "gaps.csv", *settings)
+    assert code == 0 and "WARNING: look at these rows first" in said
+    assert f"note: {sentence}" in said
+    run_settings = ("--data.train", folder / "gaps.csv", "--rollout.engine", "hf", "--dry-run")
+    code, _, said = show(capsys, *settings, *run_settings)
+    assert code == 0 and "WARNING: look at these rows first" in said
+    assert "".join(sentence.split()) in "".join(said.replace("┃", " ").split())
+
+
 def test_two_files_are_refused(capsys) -> None:
     code, _, said = show(capsys, "data", "a.jsonl", "--run.seed", 3, "b.jsonl")
     assert code == 2 and "data takes one FILE, not a.jsonl b.jsonl" in said
@@ -95,7 +114,7 @@ def test_a_run_warns_before_it_begins(folder: Path, capsys) -> None:
     settings = ("--data.train", folder / "mine.json", "--student.model", folder / "model", "--rollout.engine", "hf")
     limits = ("--data.max_prompt_tokens", 96, "--data.max_response_tokens")
     code, _, said = show(capsys, *settings, *limits, 12, "--dry-run")
-    assert code == 0 and "WARNING: much text is lost" in said
+    assert code == 0 and "WARNING: look at these rows first" in said
     assert "95 % of the rows need" in " ".join(said.replace("┃", " ").split())
     code, _, said = show(capsys, *settings, *limits, 150, "--data.train_rows", 6, "--dry-run")
     assert code == 0 and "WARNING" not in said
