@@ -17,6 +17,8 @@ from gadcore.errors import UserError
 _REASONS, _PLACES = 12, 5
 # So many rows without a good one among them, and no further one is read.
 _HOPELESS = 1000
+# Ends the first line of what is said of rows that were left out.
+SKIPPED = '(data.bad_rows = "skip")'
 
 
 class BadRowsError(UserError):
@@ -85,8 +87,7 @@ class BadRows:
     def sentence(self, source: str) -> str:
         """Of rows that were left out."""
         return (
-            f"{self.count} of {self.read} rows of {source} cannot be used and were left out "
-            f'(data.bad_rows = "skip")\n{self._listed()}'
+            f"{self.count} of {self.read} rows of {source} cannot be used and were left out {SKIPPED}\n{self._listed()}"
         )
 
     def _listed(self) -> str:

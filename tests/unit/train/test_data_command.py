@@ -103,11 +103,37 @@ def test_two_files_are_refused(capsys) -> None:
     assert code == 2 and "data takes one FILE, not a.jsonl b.jsonl" in said
 
 
-def test_bad_rows_are_listed(folder: Path, capsys) -> None:
-    (folder / "bad.jsonl").write_text('{"a": 1}\n{\n{"prompt": "x", "teacher_response": "y"}\n')
-    model = ("--student.model", folder / "model")
-    code, _, said = show(capsys, "data", folder / "bad.jsonl", *model)
-    assert code == 2 and "bad.jsonl:1: no prompt" in said and "bad.jsonl:2: broken JSON" in said
+def test_bad_rows_hide_nothing(folder: Path, capsys) -> None:
+    good = [{"prompt": f"Question {i}?", "teacher_response": "Sorry, no."} for i in range(12)]
+    lines = ['{"a": 1}', "{", *map(json.dumps, good), json.dumps({"prompt": "x", "teacher_response": "<|im_end|>"})]
+    (folder / "bad.jsonl").write_text("\n".join(lines))
+    settings = ("--student.model", folder / "model", "--data.max_prompt_tokens", 96, "--data.max_response_tokens", 100)
+    code, page, said = show(capsys, "data", folder / "bad.jsonl", *settings)
+    sentence = (
+        f"3 of 15 rows of {folder}/bad.jsonl cannot be used: mend them, or leave them out by --data.bad_rows skip"
+    )
+    assert code == 2 and said.startswith(f"gadcore: {sentence}\n")
+    for place in (":1: no prompt", ":2: broken JSON", ":15: the response is nothing but an end marker"):
+        assert said.count(f"bad.jsonl{place}") == 1 and f"bad.jsonl{place}" not in page
+    assert f"{folder}/bad.jsonl: 12 rows" in page and "begin like a refusal: 12" in page
+    assert "trained on, from here" in page and "left out" not in page
+    code, skipping, _ = show(capsys, "data", folder / "bad.jsonl", *settings, "--data.bad_rows", "skip")
+    assert code == 0 and "3 of 15 rows" in skipping
+    # But for the note on what was left out it is the same page.
+    assert all(line in skipping.splitlines() for line in page.splitlines())
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_where_all_rows_are_bad_they_cannot_be_left_out(policy: str, folder: Path, capsys) -> None:
+    (folder / "all.csv").write_text("ID,User Question,GPT-4 Answer\n1,Is it?,It is.\n2,Was it?,It was.\n")
+    settings = ("--student.model", folder / "model", "--data.bad_rows", policy)
+    code, page, said = show(capsys, "data", folder / "all.csv", *settings)
+    assert code == 2 and page == "" and "bad_rows" not in said and "left out" not in said
+    advice = '--data.columns "prompt=User Question,teacher_response=GPT-4 Answer"'
+    assert said.startswith(f"gadcore: 2 of 2 rows of {folder}/all.csv cannot be used: name the columns by {advice}\n")
+    (folder / "one.jsonl").write_text("{")
+    code, page, said = show(capsys, "data", folder / "one.jsonl", *settings)
+    assert code == 2 and page == "" and "one.jsonl:1: broken JSON" in said and "bad_rows" not in said
 
 
 def test_a_run_warns_before_it_begins(folder: Path, capsys) -> None:
