@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -78,6 +79,9 @@ def named_object(name: str, key: str, what: str, example: str) -> str:
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Of all settings of a command: {"section.key" that it has not, though others do: what to do instead}.
+    instead: ClassVar[Mapping[str, str]] = {}
 
 
 class Trained(Section):

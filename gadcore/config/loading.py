@@ -249,7 +249,8 @@ def _merge(
     refuse_old_names(values, origins)
     for key in values:
         if key not in kinds:
-            raise UserError(f"unknown setting {short(key)} ({origins[key]}){_suggest(key, kinds)}")
+            instead = f": {model.instead[key]}" if key in model.instead else _suggest(key, kinds)
+            raise UserError(f"unknown setting {short(key)} ({origins[key]}){instead}")
     for section, field in model.model_fields.items():
         key = f"{section}.engine"
         engine = values.get(key, getattr(field.default, "engine", None))

@@ -49,7 +49,7 @@ class DataReport:
 
     def sentences(self) -> list[str]:
         """What the user should be told: one line for every kind of row that was shortened or left out."""
-        told = [sentence for count, sentence in self._losses() if count]
+        told = [*(sentence for count, sentence in self._losses() if count), *self._missing()]
         if self.ended:
             told.append(
                 f"{self.ended} of {self.rows} teacher responses ended in the text of an end marker, which was taken off"
@@ -59,8 +59,21 @@ class DataReport:
         return ([self.skipped] if self.skipped else []) + told
 
     def warnings(self) -> list[str]:
-        """Of the sentences, those that no run should begin without: text of more than a tenth of the rows is lost."""
-        return [sentence for count, sentence in self._losses() if count > _MANY * self.rows]
+        """Of the sentences, those that no run should begin without.
+
+        Text of more than a tenth of the rows is lost, or a student would learn the word of a missing value.
+        """
+        return [*(sentence for count, sentence in self._losses() if count > _MANY * self.rows), *self._missing()]
+
+    def _missing(self) -> list[str]:
+        if not self.facts or not self.facts.missing:
+            return []
+        count = sum(self.facts.missing.values())
+        words = ", ".join(f"{word} {times}" for word, times in self.facts.missing.items())
+        return [
+            f"{count} of {self.rows} teacher responses are nothing but the word of a missing value ({words}): take out "
+            f"those that are no answers, {self.facts.named('missing', count)}"
+        ]
 
     def _losses(self) -> list[tuple[int, str]]:
         prompt, response = (self.facts.prompt, self.facts.response) if self.facts else (None, None)
@@ -129,7 +142,7 @@ class Encoder:
         if self._refused.count:
             self._refused.read = self._bad.read or self._counts["rows"]
             raise self._refused.error(source)
-        if self._bad.count and (not skip or self._bad.hopeless):
+        if self._bad.count and (not skip or self._bad.all):
             raise self._bad.error(source, may_skip=may_skip)
         counts = self._counts
         report = DataReport(

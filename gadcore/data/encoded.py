@@ -23,6 +23,7 @@ import xxhash
 
 from gadcore.config.data import DataSettings
 from gadcore.data.batches import DataReport, Encoder
+from gadcore.data.columns import by_setting
 from gadcore.data.facts import prompt_key
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Group, Prompt, Response
@@ -183,10 +184,15 @@ def split_off(
 class Rows:
     """The rows of one source: read at once where they are few, else no earlier than their groups are asked for."""
 
-    def __init__(self, source: Source, settings: DataSettings, limit: int | None) -> None:
-        """limit: at most so many rows. Raises UserError where the source cannot be read."""
+    def __init__(
+        self, source: Source, settings: DataSettings, limit: int | None, columns: str = "data.columns"
+    ) -> None:
+        """limit: at most so many rows. columns: the setting that settings.columns come from.
+
+        Raises UserError where the source cannot be read.
+        """
         self._source, self._settings, self._limit = source, settings, limit
-        self._bad = BadRows()
+        self._bad = BadRows(told=by_setting(columns))
         self.many = source.size >= KEPT_FROM
         self._rows: Iterable[RawRow] = good_rows(read_rows(source, settings.columns, limit, skip=self._skip), self._bad)
         if not self.many:

@@ -39,7 +39,12 @@ _SCRIPTS = {
     "Thai": "\u0e00-\u0e7f",
     "Greek": "\u0370-\u03ff",
 }
+_PLACE = re.compile(r"(.+)(?:(:)(\d{1,18})|(\[)(\d{1,18})\])", re.DOTALL)
 _LETTERS = {name: re.compile(f"[{letters}]") for name, letters in _SCRIPTS.items()}
+# What databases, pandas and spreadsheets write for a value that is not there.
+_MISSING = {"null", "nan", "none", "n/a", "#n/a", "<na>"}
+# Rows of one kind that are named.
+_NAMED = 10
 # Characters at a text's beginning that its script is told by, and the share of one that makes it that script.
 _LOOKED_AT, _SHARE = 400, 0.15
 
@@ -73,7 +78,9 @@ class Facts:
     prompt, response: in the student's tokens, headers and end markers included. repeated_prompts, repeated_rows: rows
     beyond the first with an equal prompt, or with the response equal as well. turns: messages by their roles.
     refusals: responses that begin as (English) refusals do. html: those with tags or entities of HTML. markers: rows
-    with the marker of a template in a text. scripts: responses by the script that they are written in.
+    with the marker of a template in a text. scripts: responses by the script that they are written in. missing:
+    responses that are nothing but the word of a missing value, by the word. places: of the rows that repeated_prompts,
+    refusals and missing count, the first few, as RawRow.where has them.
     """
 
     rows: int
@@ -86,6 +93,15 @@ class Facts:
     turns: dict[str, int]
     markers: dict[str, int]
     scripts: dict[str, int]
+    missing: dict[str, int]
+    places: dict[str, list[str]]
+
+    def named(self, kind: str, count: int) -> str:
+        """The first rows of a kind, and how many there are more; "" where there are none.
+
+        kind: "repeated_prompts", "refusals" or "missing".
+        """
+        return named(self.places[kind], count)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,14 +112,53 @@ class Facts:
         return cls(**{**content, **lengths})
 
 
+def named(places: Sequence[str], count: int) -> str:
+    """Places of rows, the file once where it is one: "lines 3, 8 and 2 more of rows.csv". count: of all."""
+    more = f" and {count - len(places)} more" if count > len(places) else ""
+    found = [_split(place) for place in places]
+    if not found or len({(stem, mark) for stem, mark, _ in found}) > 1 or not found[0][1]:
+        return f"{', '.join(places)}{more}"
+    (stem, mark, _), s = found[0], "s" if count > 1 else ""
+    numbers = ", ".join(f"{number}" for *_, number in found)
+    return f"line{s} {numbers}{more} of {stem}" if mark == ":" else f"row{s} {numbers}{more} (from 0) of {stem}"
+
+
+def _split(place: str) -> tuple[str, str, int]:
+    """(file, ":" or "[", number) of "rows.csv:3" or "rows.parquet[2]"; else (place, "", 0)."""
+    found = _PLACE.fullmatch(place)
+    return (found[1], found[2] or found[4], int(found[3] or found[5])) if found else (place, "", 0)
+
+
+class _Places:
+    """Where rows are, in some 12 bytes each."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[str, str], int] = {}
+        self._of, self._numbers = array("i"), array("q")
+
+    def add(self, place: str) -> None:
+        stem, mark, number = _split(place)
+        self._of.append(self._files.setdefault((stem, mark), len(self._files)))
+        self._numbers.append(number)
+
+    def first(self, indices: Sequence[int]) -> list[str]:
+        """The places of the first few of some rows."""
+        files, ends = list(self._files), {":": "", "[": "]"}
+        found = ((*files[self._of[index]], self._numbers[index]) for index in indices[:_NAMED])
+        return [f"{stem}{mark}{number}{ends[mark]}" if mark else stem for stem, mark, number in found]
+
+
 class Survey:
-    """Counts the facts of rows, one after the other; some 30 bytes are kept of each."""
+    """Counts the facts of rows, one after the other; some 45 bytes are kept of each."""
 
     def __init__(self) -> None:
         self._prompt, self._response = array("q"), array("q")
         self._prompts, self._rows = array("Q"), array("Q")
-        self._refusals = self._html = 0
+        self._refusals, self._missing_rows = array("q"), array("q")
+        self._html = 0
         self._turns, self._markers, self._scripts = Counter[str](), Counter[str](), Counter[str]()
+        self._missing = Counter[str]()
+        self._places = _Places()
 
     def add(self, row: RawRow, prompt_tokens: int, response_tokens: int) -> None:
         """Tokens: of the whole texts."""
@@ -113,24 +168,40 @@ class Survey:
         self._prompts.append(key)
         self._rows.append(xxhash.xxh3_64_intdigest(row.teacher_response.encode(), seed=key))
         self._turns.update(message["role"] for message in row.messages)
-        self._refusals += _REFUSAL.match(row.teacher_response) is not None
+        index = len(self._rows) - 1
+        self._places.add(row.where)
+        if _REFUSAL.match(row.teacher_response):
+            self._refusals.append(index)
+        if (word := row.teacher_response.strip()).lower() in _MISSING:
+            self._missing[word] += 1
+            self._missing_rows.append(index)
         self._html += _HTML.search(row.teacher_response) is not None
         self._scripts[script_of(row.teacher_response)] += 1
         texts = [row.teacher_response, *(message["content"] for message in row.messages)]
         self._markers.update({marker for text in texts for marker in _markers(text)})
 
     def facts(self, prompt_limit: int, response_limit: int) -> Facts:
+        first = np.zeros(len(self._prompts), dtype=bool)
+        first[np.unique(np.asarray(self._prompts), return_index=True)[1]] = True
+        repeated: list[int] = np.flatnonzero(~first).tolist()
+        kinds: dict[str, Sequence[int]] = {
+            "repeated_prompts": repeated,
+            "refusals": self._refusals,
+            "missing": self._missing_rows,
+        }
         return Facts(
             len(self._rows),
             Lengths.of(self._prompt, prompt_limit),
             Lengths.of(self._response, response_limit),
-            len(self._prompts) - len(np.unique(np.asarray(self._prompts))),
+            len(repeated),
             len(self._rows) - len(np.unique(np.asarray(self._rows))),
-            self._refusals,
+            len(self._refusals),
             self._html,
             dict(self._turns),
             dict(self._markers.most_common(8)),
             dict(self._scripts.most_common()),
+            dict(self._missing.most_common()),
+            {kind: self._places.first(indices) for kind, indices in kinds.items()},
         )
 
 

@@ -81,12 +81,53 @@ def parse_row(record: Any, columns: Mapping[str, str], where: str) -> RawRow:
     """Brings one record into the common form; raises UserError that begins with `where`."""
     try:
         return _parse(record, columns, where)
+    except _Lacking as error:
+        raise LackingColumns(f"{where}: {error}", record, columns) from None
     except _Unusable as error:
         raise UserError(f"{where}: {error}") from None
 
 
+class LackingColumns(UserError):
+    """A record has no column for prompt or response.
+
+    names: its columns. kept: what of the column map it has. lacking: "prompt", "teacher_response" or both, as far as
+    it has none for them. free: its columns that are used for neither.
+    """
+
+    def __init__(self, message: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.record, self.names = record, _names(record)
+        self.kept = {name: column for name, column in columns.items() if has_column(record, column)}
+        row = _mapped(record, self.kept)
+        conversation = _choose(row, self.kept, CONVERSATIONS)
+        response = _choose(row, self.kept, _responses(conversation, self.kept))
+        taken = {
+            conversation,
+            response,
+            *(part for column in self.kept.values() for part in (column, *column.split("+"))),
+        }
+        self.free = tuple(name for name in self.names if name not in taken)
+        self.lacking = tuple(
+            name
+            for name, lacks in (
+                ("prompt", conversation is None),
+                ("teacher_response", response is None and conversation in (None, "prompt", "instruction")),
+            )
+            if lacks
+        )
+
+
+def has_column(record: Mapping[str, Any], column: str) -> bool:
+    """Whether a record has what a column map names: a column, several that are joined, or none."""
+    return column in record or column == UNUSED or all(part in record for part in column.split("+"))
+
+
 class _Unusable(Exception):
     """Says why a record is no row, as the end of a sentence that begins with its place."""
+
+
+class _Lacking(_Unusable):
+    """It has no column for something."""
 
 
 def _parse(record: Any, columns: Mapping[str, str], where: str) -> RawRow:
@@ -97,17 +138,16 @@ def _parse(record: Any, columns: Mapping[str, str], where: str) -> RawRow:
     row = _mapped(record, columns)
     conversation = _choose(row, columns, CONVERSATIONS)
     if conversation is None:
-        raise _Unusable(
+        raise _Lacking(
             f"no prompt: expected one of the columns {', '.join(_TOLD)}, or another name for one of "
-            f"them in data.columns; {_found(record, columns, 'prompt')}"
+            f"them in the column map; {_found(record)}"
         )
     plain = conversation == "instruction" or (conversation == "prompt" and isinstance(row["prompt"], str))
-    known = (*RESPONSES, *_OF_ALPACA) if conversation == "instruction" else RESPONSES
-    response = _choose(row, columns, (*known, *(name for name in _OF_ALPACA if name in columns and name not in known)))
+    response = _choose(row, columns, _responses(conversation, columns))
     if response is None and conversation in ("prompt", "instruction"):
-        raise _Unusable(
-            f"no response: expected one of the columns {', '.join(known)}, or another name for one of "
-            f"them in data.columns; {_found(record, columns, 'teacher_response')}"
+        raise _Lacking(
+            f"no response: expected one of the columns {', '.join(_responses(conversation))}, or another name for one "
+            f"of them in the column map; {_found(record)}"
         )
     messages = _plain(row, conversation) if plain else _messages(row[conversation], conversation)
     if response is None:
@@ -140,9 +180,7 @@ def _mapped(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
         parts = [column] if column in record else column.split("+")
         for part in parts:
             if part not in record:
-                raise _Unusable(
-                    f"there is no column {part!r}, which data.columns maps onto {name}; {_found(record, columns)}"
-                )
+                raise _Lacking(f"there is no column {part!r}, which data.columns maps onto {name}; {_found(record)}")
         row[name] = record[column] if column in record else _joined(record, parts)
     return row
 
@@ -301,9 +339,15 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
 
 
-def _found(record: Mapping[str, Any], columns: Mapping[str, str], example: str | None = None) -> str:
-    """What the row has, and how one of its columns would be named."""
-    names = record.names if isinstance(record, Record) else tuple(record)
-    sentence = f"the row has {', '.join(map(str, names)) or 'no columns'}"
-    free = [name for name in names if name not in NAMES and name not in columns.values()]
-    return f"{sentence}: for example --data.columns {example}={free[0]}" if example and free else sentence
+def _responses(conversation: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The columns that a response may be in; Alpaca's are one of its rows, or where the map has them."""
+    known = (*RESPONSES, *_OF_ALPACA) if conversation == "instruction" else RESPONSES
+    return (*known, *(name for name in _OF_ALPACA if name in (columns or {}) and name not in known))
+
+
+def _names(record: Mapping[str, Any]) -> tuple[str, ...]:
+    return record.names if isinstance(record, Record) else tuple(record)
+
+
+def _found(record: Mapping[str, Any]) -> str:
+    return f"the row has {', '.join(map(str, _names(record))) or 'no columns'}"

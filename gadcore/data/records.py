@@ -85,6 +85,8 @@ def csv_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     tabs = ".tsv" in path.suffixes
     line = 0
     with _reading(path, name) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        _first_byte(file, name)
+        file.seek(0)
         try:
             head = text.readline()
             text.seek(0)
@@ -106,9 +108,25 @@ def csv_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
                 else:
                     yield f"{name}:{begin}", Record(zip(header, fields, strict=True), header, twice)
         except UnicodeDecodeError:
-            raise UserError(f"{name}: not UTF-8 after line {line}: save the file as UTF-8") from None
+            # The text was read in blocks: the place in it is not that in the file.
+            raise UserError(f"{name}{_not_utf8(path, name)}: save the file as UTF-8") from None
         except csv.Error as error:
             raise UserError(f"{name}:{line + 1}: broken CSV: {error}") from None
+
+
+def _not_utf8(path: Path, name: str) -> str:
+    """Where a file is not UTF-8: ":3: not UTF-8 (byte 5 of the line)", lines from 1 and bytes from 0."""
+    with _reading(path, name) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                before = line[: error.start]
+                # A line may end in a carriage return alone.
+                return (
+                    f":{number + before.count(13)}: not UTF-8 (byte {error.start - before.rfind(13) - 1} of the line)"
+                )
+    return ": not UTF-8"
 
 
 class _reading:

@@ -5,10 +5,11 @@ gadcore.data.forms says which forms a row may have, gadcore.data.sources where r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gadcore.data.forms import RawRow, check_columns, parse_row, wanted_columns
+from gadcore.data.columns import Advice, advise, by_data_columns
+from gadcore.data.forms import LackingColumns, RawRow, check_columns, parse_row, wanted_columns
 from gadcore.data.sources import BUILTIN, Source, Split
 from gadcore.errors import UserError
 
@@ -16,30 +17,43 @@ from gadcore.errors import UserError
 _REASONS, _PLACES = 12, 5
 # So many rows without a good one among them, and no further one is read.
 _HOPELESS = 1000
+# Ends the first line of what is said of rows that were left out.
+SKIPPED = '(data.bad_rows = "skip")'
+
+
+class BadRowsError(UserError):
+    """Rows of a source cannot be used: the message has them all."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. where: its place, as that of a RawRow. reason: the rest of a sentence."""
+    """A row that cannot be used. where: its place, as that of a RawRow. reason: the rest of a sentence.
+
+    advice: how its columns would be named, where it lacks some.
+    """
 
     where: str
     reason: str
+    advice: Advice | None = None
 
 
 @dataclass
 class BadRows:
     """Rows that cannot be used: all are counted, and named by their reasons as far as a screen holds them.
 
-    read: rows that were looked at, the good ones as well.
+    read: rows that were looked at, the good ones as well. told: how the command is told which columns to read.
     """
 
     read: int = 0
     count: int = 0
+    told: Callable[[Advice], str] = by_data_columns
+    advice: Advice | None = None
     reasons: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
     _more: int = 0
 
     def add(self, row: BadRow) -> None:
         self.count += 1
+        self.advice = self.advice or row.advice
         if row.reason not in self.reasons and len(self.reasons) == _REASONS:
             self._more += 1
             return
@@ -49,23 +63,31 @@ class BadRows:
     @property
     def hopeless(self) -> bool:
         """Whether nothing but bad rows has come, and so many that it is no matter of single rows."""
-        return self.count == self.read >= _HOPELESS
+        return self.all and self.count >= _HOPELESS
+
+    @property
+    def all(self) -> bool:
+        """Whether no row is good, so that none would be left."""
+        return 0 < self.read <= self.count
 
     def error(self, source: str, *, may_skip: bool = False) -> UserError:
-        """All of them at once. may_skip: the command has the setting data.bad_rows, which is named then."""
+        """All of them at once. may_skip: the command has the setting data.bad_rows, which is named where it helps."""
+        may_skip = may_skip and not self.all
+        # What would make rows of these may break those that are good.
+        mend = self.told(self.advice) if self.advice and self.all else ""
         if self.count == 1:
             ((reason, (_, (where,))),) = self.reasons.items()
-            advice = " (--data.bad_rows skip leaves such rows out)" if may_skip else ""
-            return UserError(f"{where}: {reason}{advice}")
-        advice = "mend them, or leave them out by --data.bad_rows skip" if may_skip else "mend them or take them out"
+            advice = f"; {mend}" if mend else " (--data.bad_rows skip leaves such rows out)" if may_skip else ""
+            return BadRowsError(f"{where}: {reason}{advice}")
+        take_out = "mend them" if self.all else "mend them or take them out"
+        advice = mend or ("mend them, or leave them out by --data.bad_rows skip" if may_skip else take_out)
         of = f"the first {self.read}" if self.hopeless else f"{self.read}"
-        return UserError(f"{self.count} of {of} rows of {source} cannot be used: {advice}\n{self._listed()}")
+        return BadRowsError(f"{self.count} of {of} rows of {source} cannot be used: {advice}\n{self._listed()}")
 
     def sentence(self, source: str) -> str:
         """Of rows that were left out."""
         return (
-            f"{self.count} of {self.read} rows of {source} cannot be used and were left out "
-            f'(data.bad_rows = "skip")\n{self._listed()}'
+            f"{self.count} of {self.read} rows of {source} cannot be used and were left out {SKIPPED}\n{self._listed()}"
         )
 
     def _listed(self) -> str:
@@ -90,6 +112,8 @@ def read_rows(
     columns = {} if source.name == BUILTIN else columns
     check_columns(columns, source.name)
     left = limit
+    # Of the first row that lacks columns, and what it is given to: others like it.
+    advice, like = None, None
     for where, record in source.records(wanted_columns(columns)):
         if left == 0:
             return
@@ -97,7 +121,10 @@ def read_rows(
         try:
             row = parse_row(record, columns, where)
         except UserError as error:
-            row = BadRow(where, str(error).removeprefix(f"{where}: "))
+            if like is None and isinstance(error, LackingColumns):
+                advice, like = advise(error, source), error.names
+            lacks = isinstance(error, LackingColumns) and error.names == like
+            row = BadRow(where, str(error).removeprefix(f"{where}: "), advice if lacks else None)
         if left is not None and not (skip and isinstance(row, BadRow)):
             left -= 1
         yield row
@@ -116,7 +143,12 @@ def good_rows(rows: Iterator[RawRow | BadRow], bad: BadRows) -> Iterator[RawRow]
 
 
 def load_rows(
-    source: str, columns: Mapping[str, str], limit: int | None = None, *, split: Split = "train"
+    source: str,
+    columns: Mapping[str, str],
+    limit: int | None = None,
+    *,
+    split: Split = "train",
+    told: Callable[[Advice], str] = by_data_columns,
 ) -> list[RawRow]:
     """Reads the rows of a source, in order.
 
@@ -124,10 +156,11 @@ def load_rows(
       these (read in the order of their names), or a hub id "owner/name" or "owner/name:split".
     columns, limit: as of read_rows().
     split: chooses the file of the built-in data, and for a hub id without a split its "train" or its "test" split.
+    told: as of BadRows.
 
     Raises UserError that names every row which cannot be used: nothing is skipped but blank lines.
     """
-    bad = BadRows()
+    bad = BadRows(told=told)
     rows = list(good_rows(read_rows(Source.find(source, split), columns, limit), bad))
     if bad.count:
         raise bad.error(source)

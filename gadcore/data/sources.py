@@ -99,11 +99,6 @@ class Source:
         return joined(chain.from_iterable(_file(path, name, wanted) for path, name in self.files))
 
 
-def records(source: str, split: Split, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields (where, record) for every record of a source."""
-    return Source.find(source, split).records(wanted)
-
-
 def _files(directory: Path) -> list[Path]:
     entries = sorted(
         path

@@ -46,12 +46,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from gadcore.config.device import device_of, quiet
     from gadcore.evaluate.fresh_text import TextTest
     from gadcore.evaluate.measure import measure_set
-    from gadcore.evaluate.run_limits import with_run_limits
+    from gadcore.evaluate.run_limits import with_run_columns, with_run_limits
     from gadcore.evaluate.sampling import all_sets, exported, find_model, sample_all
     from gadcore.evaluate.table import NAME, markdown
 
     quiet()
-    config = with_run_limits(config, _log)
+    config = with_run_columns(with_run_limits(config, _log), _log)
     device = device_of(config.as_run())
     for note in config.without_effect(device.type):
         _log(note)

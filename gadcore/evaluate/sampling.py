@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from transformers import PreTrainedModel
 
 from gadcore.checkpoint.export import as_directory, config_of, is_checkpoint
 from gadcore.config.device import quiet
+from gadcore.config.writing import to_toml
 from gadcore.data.batches import build_prompts
+from gadcore.data.columns import Advice, quoted
 from gadcore.data.forms import RawRow
 from gadcore.data.groups import Response
 from gadcore.data.reasoning import of_student
@@ -140,10 +143,19 @@ def all_sets(config: EvalConfig) -> dict[str, SetSettings]:
 
 
 def _load(name: str, settings: SetSettings, config: EvalConfig) -> list[RawRow]:
+    told = partial(_with_columns, name, config)
     try:
-        return load_rows(settings.source, settings.columns, settings.rows or config.eval.rows, split="eval")
+        return load_rows(settings.source, settings.columns, settings.rows or config.eval.rows, split="eval", told=told)
     except UserError as error:
         raise UserError(f"set {name}: {error}") from None
+
+
+def _with_columns(name: str, config: EvalConfig, advice: Advice) -> str:
+    """The setting that gives a set its columns, the other sets of it included."""
+    domain = "in_domain" if name in config.eval.in_domain else "out_of_domain"
+    sets = {key: chosen.model_dump(exclude_unset=True) for key, chosen in getattr(config.eval, domain).items()}
+    sets[name] |= {"columns": dict(advice.columns)}
+    return f"name its columns by --eval.{domain} {quoted(to_toml(sets))}{advice.missing}"
 
 
 def identity(path: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, Tag, field_validator, model_validator
 
@@ -24,7 +24,10 @@ class SetSettings(Section):
 
     source: Location = Field(description="As data.train of a training run: file, directory, hub id (owner/name:split).")
     rows: Positive | None = Field(None, description="Use only the first rows; default eval.rows.")
-    columns: Columns = Field(default_factory=dict, description="As data.columns of a training run.")
+    columns: Columns = Field(
+        default_factory=dict,
+        description="As data.columns of a training run; default: those of the runs, where the set has such columns.",
+    )
 
 
 class EvalSettings(Section):
@@ -155,6 +158,12 @@ class EvalConfig(Section):
     """Samples from models on held-out rows, beside the teacher's responses and with figures of each."""
 
     model_config = ConfigDict(title="eval")
+    instead: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("data.columns", "data.eval_columns"),
+        "a set has columns of its own, --eval.in_domain "
+        """'{NAME = {source = "FILE", columns = {prompt = "COLUMN", teacher_response = "COLUMN"}}}', """
+        "or is read by data.columns of the runs",
+    )
 
     eval: EvalSettings = EvalSettings()
     run: MachineSettings = MachineSettings()

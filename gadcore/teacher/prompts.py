@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gadcore.data.forms import CONVERSATIONS, RESPONSES, parse_row, wanted_columns
+from gadcore.data.columns import advise, by_setting
+from gadcore.data.forms import CONVERSATIONS, RESPONSES, LackingColumns, parse_row, wanted_columns
 from gadcore.data.records import Record
 from gadcore.data.rows import BadRow, BadRows
-from gadcore.data.sources import records
+from gadcore.data.sources import Source
 from gadcore.errors import UserError
 from gadcore.teacher.settings import PromptSettings
 
@@ -35,7 +36,7 @@ def read_prompts(settings: PromptSettings) -> list[PromptRow]:
             raise UserError(f"prompts.columns has no use for {name!r}: it maps {', '.join(CONVERSATIONS)}")
     plain = settings.source.endswith(".txt")
     found = _plain_text(Path(settings.source)) if plain else _rows(settings.source, settings.columns)
-    prompts, bad = list[PromptRow](), BadRows()
+    prompts, bad = list[PromptRow](), BadRows(told=by_setting("prompts.columns"))
     for row in islice(found, settings.rows):
         bad.read += 1
         if isinstance(row, PromptRow):
@@ -76,11 +77,15 @@ def _plain_text(path: Path) -> Iterator[PromptRow | BadRow]:
 
 
 def _rows(source: str, columns: Mapping[str, str]) -> Iterator[PromptRow | BadRow]:
-    for where, record in records(source, "train", {*wanted_columns(columns), "source"}):
+    found = Source.find(source, "train")
+    advice, asked = None, False
+    for where, record in found.records({*wanted_columns(columns), "source"}):
         try:
             messages = _parse(record, columns, where)
         except UserError as error:
-            yield BadRow(where, str(error).removeprefix(f"{where}: "))
+            if isinstance(error, LackingColumns) and not asked:
+                advice, asked = advise(error, found), True
+            yield BadRow(where, str(error).removeprefix(f"{where}: "), advice)
             continue
         name = record.get("source")
         yield PromptRow(messages, name if isinstance(name, str) and name else where)

@@ -33,18 +33,47 @@ _SHOWN = 1200
 
 
 def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
-    """Runs the command; returns the exit code, 0. Raises UserError for rows that cannot be used, and bad settings.
+    """Runs the command; returns the exit code, 0. Raises UserError for bad settings, and for rows that cannot be used.
+
+    The latter after the others were shown, where there are others.
 
     prepare: called with the settings before torch is loaded.
     """
     config = loading.load(_with_file(arguments), command="data FILE")
     prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
+    from gadcore.data.rows import BadRowsError
     from gadcore.train.inputs import read_inputs
     from gadcore.train.progress import stages_of
 
+    stages = stages_of(config, "train")
+    refused = None
+    try:
+        inputs = read_inputs(config, stages)
+    except BadRowsError as error:
+        inputs, refused = _without_bad_rows(config, stages, error), error
+    _show(config, inputs, refused)
+    if refused is not None:
+        raise refused
+    return 0
+
+
+def _without_bad_rows(config: Config, stages: Sequence[str], refused: UserError) -> Inputs:
+    """What is left without the rows that a run would end at; raises `refused` where that is nothing."""
+    from gadcore.train.inputs import read_inputs
+
+    data = config.data.model_copy(update={"bad_rows": "skip"})
+    try:
+        return read_inputs(config.model_copy(update={"data": data}), stages)
+    except UserError:
+        raise refused from None
+
+
+def _show(config: Config, inputs: Inputs, refused: UserError | None) -> None:
+    """Prints the page. refused: tells the bad rows after it, so that they are not told in it."""
+    from gadcore.data.rows import SKIPPED
+
     console = wide(Console(markup=False, emoji=False, highlight=False))
-    inputs = read_inputs(config, stages_of(config, "train"))
     facts = inputs.report.facts
     assert facts is not None
     console.print(Text(f"{config.data.train}: {facts.rows} rows, as {config.student.model} reads them", style="bold"))
@@ -52,12 +81,12 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
     for line in (*_limits(facts), *_counts(facts)):
         console.print(Text(visible(line)), soft_wrap=True)
     for note in inputs.notes:
-        console.print(Text(f"note: {visible(note)}"), soft_wrap=True)
+        if refused is None or SKIPPED not in note:
+            console.print(Text(f"note: {visible(note)}"), soft_wrap=True)
     for example in _examples(inputs):
         console.print(example)
     if inputs.warnings:
         console.print(warning_panel(inputs.warnings))
-    return 0
 
 
 def _with_file(arguments: Sequence[str]) -> list[str]:
@@ -87,7 +116,7 @@ def wide(console: Console) -> Console:
 def warning_panel(warnings: Sequence[str]) -> Panel:
     """What no run should begin without being read."""
     text = Text("\n".join(visible(warning) for warning in warnings))
-    return Panel(text, title=Text("WARNING: much text is lost"), border_style="bold red", box=box.HEAVY)
+    return Panel(text, title=Text("WARNING: look at these rows first"), border_style="bold red", box=box.HEAVY)
 
 
 def lengths_table(facts: Facts) -> Table:
@@ -115,12 +144,17 @@ def _counts(facts: Facts) -> Iterator[str]:
     yield f"turns: {_listed(facts.turns)}; of an assistant's turns the last of a row alone is trained on"
     yield f"responses by script: {_listed(facts.scripts)}"
     repeated = f"{facts.repeated_prompts}, with the same response {facts.repeated_rows}"
-    yield f"rows with a prompt that was there before: {repeated}"
-    yield f"responses that begin like a refusal: {facts.refusals}"
+    yield f"rows with a prompt that was there before: {repeated}{_rows(facts, 'repeated_prompts')}"
+    yield f"responses that begin like a refusal: {facts.refusals}{_rows(facts, 'refusals')}"
     if facts.html:
         yield f"responses with tags or entities of HTML, which the student learns to write: {facts.html}"
     if facts.markers:
         yield f"rows with the marker of a chat template in a text: {_listed(facts.markers)}"
+
+
+def _rows(facts: Facts, kind: str) -> str:
+    count = getattr(facts, kind)
+    return f": {facts.named(kind, count)}" if count else ""
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -70,7 +70,7 @@ def _read_inputs(config: Config, stages: Sequence[str], tell: Callable[[str], No
     if data.eval is not None and data.eval != SPLIT:
         columns = data.columns if data.eval_columns is None else data.eval_columns
         as_eval = data.model_copy(update={"columns": columns})
-        held_out_rows = Rows(Source.find(data.eval, "eval"), as_eval, data.eval_rows)
+        held_out_rows = Rows(Source.find(data.eval, "eval"), as_eval, data.eval_rows, "data.eval_columns")
     device = device_of(config)
     try:
         student = ModelSpec.resolve(

@@ -39,10 +39,10 @@ def third_line(tmp_path: Path, line: str | bytes) -> Path:
     ("row", "text"),
     [
         ({"prompt": "a"}, "no response: expected one of the columns teacher_response, completion, or another name for "
-                          "one of them in data.columns; the row has prompt"),
+                          "one of them in the column map; the row has prompt"),
         ({"prompt": "a", "answer": "b"}, "the row has prompt, answer"),
         ({"teacher_response": "b", "id": 1}, "no prompt: expected one of the columns messages, content, prompt, or "
-                                             "another name for one of them in data.columns; the row has "
+                                             "another name for one of them in the column map; the row has "
                                              "teacher_response, id"),
         ({}, "the row has no columns"),
         (GOOD | {"teacher_response": ""}, "the response (teacher_response) is empty: remove the row or fill it in"),

@@ -94,7 +94,7 @@ def test_columns_are_joined_renamed_and_left_out(columns: dict[str, str], conten
         ({"instruction": "x", "input": 4, "output": "y"}, "input must be text, found a number"),
         ({"instruction": 3, "output": "y"}, "instruction must be text, found a number"),
         ({"instruction": "x"}, "no response: expected one of the columns teacher_response, completion, output, resp"),
-        ({"question": "x", "answer": "y"}, "the row has question, answer: for example --data.columns prompt=question"),
+        ({"question": "x", "answer": "y"}, "of them in the column map; the row has question, answer"),
         ({"conversations": "[{"}, "conversations is text that is no JSON list of messages"),
         ({"prompt": "x", "teacher_response": [{"type": "audio"}]}, "part 1 of the response (teacher_response) is no"),
     ],
