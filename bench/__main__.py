@@ -17,7 +17,7 @@ from bench.suites import SUITES, TABLES, Suite
 from gadcore.errors import UserError
 
 ABOUT_TABLES = (
-    "docs/measured/kernels.md, step.md, trl.md, soda.md, rollout.md, memory.md, reshard.md, findings.md, "
+    "docs/measured/kernels.md, step.md, trl.md, soda.md, rollout.md, memory.md, adapters.md, reshard.md, findings.md, "
     "default-job.md, methods.md, from what lies in bench/results"
 )
 

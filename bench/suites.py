@@ -88,6 +88,7 @@ TABLES = (
     "bench.soda.tables",
     "bench.rollout.tables",
     "bench.memory.tables",
+    "bench.adapters.tables",
     "bench.reshard.tables",
     "bench.paper.tables",
     "bench.default.tables",
