@@ -72,7 +72,19 @@ def test_the_tables_are_written_whole_and_the_kernels_alone_where_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["alone"]
     assert command.main(["tables"]) == 0
     written = {path.name: path.read_text() for path in tmp_path.glob("*.md")}
-    names = ("kernels", "step", "trl", "soda", "rollout", "memory", "reshard", "findings", "default-job", "methods")
+    names = (
+        "kernels",
+        "step",
+        "trl",
+        "soda",
+        "rollout",
+        "memory",
+        "adapters",
+        "reshard",
+        "findings",
+        "default-job",
+        "methods",
+    )
     assert written.keys() == {f"{name}.md" for name in names}
     assert all("Not run" in text for text in written.values())
     assert written["kernels.md"] == (tmp_path / "alone" / "k.md").read_text()
