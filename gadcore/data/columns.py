@@ -26,8 +26,19 @@ UNKNOWN = "COLUMN"
 _WORDS = {
     PROMPT: ({"prompt", "question", "query", "instruction", "input", "problem"}, {"user", "human", "task", "ask"}),
     RESPONSE: (
-        {"answer", "response", "output", "completion", "reply", "solution", "chosen"},
-        {"assistant", "gpt", "chatgpt", "claude", "bot", "teacher", "target"},
+        {
+            "answer",
+            "response",
+            "output",
+            "completion",
+            "reply",
+            "solution",
+            "chosen",
+            "target",
+            "summary",
+            "translation",
+        },
+        {"assistant", "gpt", "chatgpt", "claude", "bot", "teacher"},
     ),
 }
 # A word in a column's name by which it holds neither.
@@ -123,9 +134,8 @@ def _samples(source: Source, names: Sequence[str]) -> list[Mapping[str, Any]]:
 
 def _guess(lacking: Sequence[str], texts: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     """{name of a form: column}, without those that nothing tells. texts: of every column, the values that are there."""
-    usable = [
-        name for name, values in texts.items() if not any(map(_NO_TEXT.fullmatch, _words(name))) and _readable(values)
-    ]
+    named = [name for name in texts if not any(map(_NO_TEXT.fullmatch, _words(name)))]
+    usable = [name for name in named if _readable(texts[name])]
     found: dict[str, str] = {}
     settled = False
     for side in lacking:
@@ -138,7 +148,9 @@ def _guess(lacking: Sequence[str], texts: Mapping[str, Sequence[Any]]) -> dict[s
         found.clear()
     left = [name for name in usable if name not in found.values() and texts[name] and not _category(texts[name])]
     left.sort(key=lambda name: -_length(texts[name]))
-    open_sides = [side for side in (RESPONSE, PROMPT) if side in lacking and side not in found]
+    # A column of that name that holds no text: another one's texts would be something else.
+    other = {side for side in lacking for name in named if name not in usable and _score(name, side) > 1}
+    open_sides = [side for side in (RESPONSE, PROMPT) if side in lacking and side not in found and side not in other]
     # Where a response is not asked for, the longest text may be one.
     if len(left) >= len(open_sides) and (tuple(lacking) != (PROMPT,) or len(left) == 1):
         found |= dict(zip(open_sides, left, strict=False))

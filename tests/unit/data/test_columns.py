@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Sequence[Any]]] = {
     "texts alone": {"a": DATES, "b": ANSWERS, "c": range(12), "d": QUESTIONS, "e": ["x", "y z"] * 6},
     "one by name": {"questionText": QUESTIONS, "id": DATES, "spalte": ANSWERS},
     "users are names": {"user": ["Ann Lee", "Bob Ray"] * 6, "Titel": QUESTIONS, "Inhalt": ANSWERS},
+    "a summary": {"article_id": DATES, "summary": ANSWERS, "article": QUESTIONS},
     "dollar": {"the $question": QUESTIONS, "an answer": ANSWERS},
 }
 
@@ -97,6 +98,8 @@ def test_advice_that_is_obeyed_gives_the_rows(case: str, ending: str, tmp_path: 
          "--data.columns teacher_response=answer,prompt=q"),
         ({"question": QUESTIONS, "answer": range(12), "n": DATES}, {},
          '--data.columns "prompt=question,teacher_response=COLUMN", where COLUMN is one of question, answer, n'),
+        ({"question": QUESTIONS, "answers": ["3", "4"] * 6, "context": ANSWERS}, {},
+         '"prompt=question,teacher_response=COLUMN", where COLUMN is one of question, answers, context'),
         ({"a": DATES, "b": range(12)}, {},
          '--data.columns "prompt=COLUMN,teacher_response=COLUMN", where COLUMN is one of a, b'),
         ({"date": DATES, "text": ANSWERS}, {},
