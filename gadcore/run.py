@@ -362,9 +362,7 @@ def _train_in(job: Job, config: Config, command: str, signals: StopSignals, *, d
     stop = job.agreed_stop()
     with (
         job.folder(config) as folder,
-        build(
-            config, stages, inputs, folder, stop_requested=stop, world=world, step_seconds=fitted.step_seconds
-        ) as trainer,
+        build(config, stages, inputs, folder, stop_requested=stop, world=world, pace=fitted.step_seconds) as trainer,
     ):
         job.follows(trainer.where)
         signals.finish_steps()

@@ -58,11 +58,11 @@ def build(
     *,
     stop_requested: Callable[[], str | None],
     world: World = ALONE,
-    step_seconds: Mapping[str, float] | None = None,
+    pace: Mapping[str, float] | None = None,
 ) -> Iterator[Trainer]:
     """A Trainer for the run in `folder`, resumed where the config says so; closes everything at the end.
 
-    world: every process of it builds one; the first one's is seen and writes records. step_seconds: as of RunPlan.
+    world: every process of it builds one; the first one's is seen and writes records. pace: RunPlan.step_seconds.
     """
     with ExitStack() as stack:
         trace = None
@@ -85,7 +85,7 @@ def build(
             if machine is not None:
                 stack.callback(machine.close)
             loader = Loader(inputs.train, config.schedule.batch_size, config.run.seed)
-            view.start(_plan(config, stages, folder, device, loader, world, step_seconds or {}))
+            view.start(_plan(config, stages, folder, device, loader, world, pace or {}))
             for note in (*inputs.notes, *notes_of(config, world), *notes):
                 view.message(note)
             sampling = engine_class(config)
