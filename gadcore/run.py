@@ -286,6 +286,7 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
             f"{loading.DEFAULT_PRESET}",
             sys.stderr,
         )
+    check_tracker(config.tracking.tracker)
     check_files(config, new=not dry_run)
     _prepare(config)
     # Only now: torch reads the environment when it is loaded, and these functions load it.
@@ -293,7 +294,6 @@ def _train(command: str, arguments: list[str], signals: StopSignals) -> int:
 
     check_named(config)
     check_own_engine(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_tracker(config.tracking.tracker)
     from gadcore.train.job import join_job
 
     return join_job(
