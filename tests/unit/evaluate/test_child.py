@@ -36,7 +36,12 @@ def test_one_that_is_killed() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_it_ends_with_the_process_that_waits_for_it(number: int, tmp_path: Path) -> None:
     script = f"from tests.unit.evaluate import test_child as t; t.in_process(t._write_pid, {str(tmp_path / 'pid')!r})"
-    waiting = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3])
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[3],
+        # Tests that run in the background may have been started with SIGINT ignored, which their children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     child = int(_soon(lambda: (tmp_path / "pid").read_text()))
     waiting.send_signal(number)
     waiting.wait()
