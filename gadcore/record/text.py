@@ -45,15 +45,18 @@ def evaluation_line(name: str, result: Row) -> str:
     return f"evaluation {name}: {result.get('rows', '?')} rows · {figures}"
 
 
-def summary_table(summary: Row) -> Table:
-    """The evaluations of summary.json side by side, with the change from first to last and when it would be better.
+def summary_table(summary: Row) -> Table | Text:
+    """The evaluations of summary.json side by side, with the change from first to last and when it would be better; a
+    sentence where there are none.
 
     Nothing here says that it is: that takes the values of every prompt, which the report tests against the noise.
     """
     evaluations: dict[str, Row] = summary.get("evaluations") or {}
+    if not evaluations:
+        return Text("No prompts were held out (data.eval): nothing is known of how much better the student is.")
     names = list(evaluations)
     rows = ", ".join(sorted({str(e.get("rows", "?")) for e in evaluations.values()}))
-    table = Table(title=Text(clean(f"Held-out prompts ({rows or 'no'} rows)")), box=box.SIMPLE_HEAD)
+    table = Table(title=Text(clean(f"Held-out prompts ({rows} rows)")), box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in names:
         table.add_column(Text(clean(name.replace("_", " "))), justify="right")
