@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gadcore.config import loading
+from gadcore.data.sources import Source
 from gadcore.errors import UserError
 from gadcore.evaluate.responses import write_json
 from gadcore.evaluate.settings import EvalConfig
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None 
         raise UserError("no model to evaluate: give eval.models, for example --eval.models NAME=RUN_FOLDER")
     if not chosen.in_domain and not chosen.out_of_domain:
         raise UserError("no prompts to evaluate on: give eval.in_domain or eval.out_of_domain, NAME=SOURCE")
+    for each in (*chosen.in_domain.values(), *chosen.out_of_domain.values()):
+        Source.check(each.source)
     if prepare is not None:
         prepare(config)
     evaluate(config)

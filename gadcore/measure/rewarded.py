@@ -77,12 +77,13 @@ def _estimate(sums: np.ndarray, measure: int, held: int | None) -> Association |
     """Of the products of every prompt [prompts, 4, 4]; the score is the last."""
 
     def correlation(drawn: np.ndarray) -> float:
-        total = sums[drawn].sum(0)
+        whole = total = sums[drawn].sum(0)
         if held is not None and total[held, held] > 0:
             total = total - np.outer(total[:, held], total[held]) / total[held, held]
-        spread = total[measure, measure] * total[-1, -1]
-        # What rounding leaves of a measure that words tell exactly is no spread.
-        return float(total[measure, -1] / math.sqrt(spread)) if spread > 1e-18 else math.nan
+        # What rounding leaves of what words tell exactly is no spread.
+        if any(total[i, i] <= 1e-12 * whole[i, i] for i in (measure, -1)):
+            return math.nan
+        return float(total[measure, -1] / math.sqrt(total[measure, measure] * total[-1, -1]))
 
     mean = correlation(np.arange(len(sums)))
     if not math.isfinite(mean):

@@ -23,6 +23,7 @@ from gadcore.config.command_line import HELP
 from gadcore.config.settings import Config
 from gadcore.errors import UserError
 from gadcore.text import visible
+from gadcore.train.early import check_files
 
 if TYPE_CHECKING:
     from gadcore.data.facts import Facts
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str], prepare: Callable[[Config], None]) -> int:
     prepare: called with the settings before torch is loaded.
     """
     config = loading.load(_with_file(arguments), command="data FILE")
+    check_files(config, new=False)
     prepare(config)
     # Imported only now: torch reads the environment when it is loaded.
     from gadcore.data.rows import BadRowsError

@@ -60,3 +60,20 @@ def test_of_several_processes_none_ends_before_the_others(tmp_path: Path, monkey
 def test_torch_is_not_waited_for() -> None:
     program = "import sys, gadcore.train.early; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "absent.csv"],
+        ["train", "--data.train", "absent.csv"],
+        ["seqkd", "--data.eval", "absent.csv"],
+        ["eval", "--eval.models", "a=absent", "--eval.in_domain", "b=absent.csv"],
+        ["eval", "--eval.models", "a=absent", "--eval.out_of_domain", "b=absent.csv"],
+    ],
+)
+def test_every_command_that_reads_rows_tells_it_first(command: list[str], tmp_path: Path) -> None:
+    program = f"import sys; from gadcore.run import main; print(main({command!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "gadcore: the data file absent.csv does not exist\n"
