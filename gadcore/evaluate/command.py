@@ -34,8 +34,11 @@ def main(arguments: Sequence[str], prepare: Callable[[EvalConfig], None] | None 
         raise UserError("no model to evaluate: give eval.models, for example --eval.models NAME=RUN_FOLDER")
     if not chosen.in_domain and not chosen.out_of_domain:
         raise UserError("no prompts to evaluate on: give eval.in_domain or eval.out_of_domain, NAME=SOURCE")
-    for each in (*chosen.in_domain.values(), *chosen.out_of_domain.values()):
-        Source.check(each.source)
+    for name, each in (*chosen.in_domain.items(), *chosen.out_of_domain.items()):
+        try:
+            Source.check(each.source)
+        except UserError as error:
+            raise UserError(f"set {name}: {error}") from None
     if prepare is not None:
         prepare(config)
     evaluate(config)

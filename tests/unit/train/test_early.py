@@ -76,4 +76,5 @@ def test_every_command_that_reads_rows_tells_it_first(command: list[str], tmp_pa
     program = f"import sys; from gadcore.run import main; print(main({command!r}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "2 False\n"
-    assert done.stderr == "gadcore: the data file absent.csv does not exist\n"
+    of_set = "set b: " if command[0] == "eval" else ""
+    assert done.stderr == f"gadcore: {of_set}the data file absent.csv does not exist\n"
