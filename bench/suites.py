@@ -67,6 +67,11 @@ SUITES = {
         "the GAD step with all weights trained, and with adapters on one base: seconds, memory, tokens per second",
         threads=True,
     ),
+    "learning": Suite(
+        "bench.learning.suite",
+        "the default job with all weights trained and with adapters: does it learn as well? Hours, resumable",
+        passes_on="settings",
+    ),
     "memory": Suite(
         "bench.memory.suite", "bytes by state of runs that share the device by turns, and a run under a limit"
     ),

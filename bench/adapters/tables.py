@@ -1,4 +1,4 @@
-"""docs/measured/adapters.md, from bench/results/adapters.json."""
+"""docs/measured/adapters.md, from bench/results/adapters.json and learning.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.learning import tables as learning
 from bench.tables import Read, mib, missing, provenance, rows_of, table
 
 DOCUMENT = record.DOCUMENTS / "adapters.md"
@@ -25,12 +26,11 @@ def files() -> dict[Path, str]:
 def document(read: Read = rows_of) -> str:
     """The whole file."""
     rows = read("adapters")
-    if not rows:
-        return "\n\n".join([TITLE, ABOUT, *missing("adapters")]) + "\n"
-    blocks = [TITLE, ABOUT, provenance(rows)]
+    blocks = [TITLE, ABOUT, *([provenance(rows)] if rows else missing("adapters"))]
     for threads in sorted({row["threads"] for row in rows}):
         mine = [row for row in rows if row["threads"] == threads]
         blocks += [f"## At {threads} thread{'s' if threads > 1 else ''}", _steps(mine), _memory(mine)]
+    blocks += learning.blocks(read("learning"))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 

@@ -108,7 +108,7 @@ class Comparison:
         if kept is not None:
             return kept
         sets = training.measure(self.place, START, None, self.recipe.settings, self.recipe.samples, self.fresh)
-        teacher = {each: _written(values) for each, values in training.taught(self.place).items()}
+        teacher = {each: written(values) for each, values in training.taught(self.place).items()}
         return self._keep(START, {"method": START, "budget": "data", "seed": 0, "teacher": teacher}, sets)
 
     def row(self, method: str, budget: str, seed: int) -> Row:
@@ -159,7 +159,7 @@ class Comparison:
 
     def _keep(self, name: str, facts: Row, sets: Mapping[str, training.Values]) -> Row:
         row = {"experiment": "methods", "data": self.name, **facts}
-        row |= {"sets": {each: _written(values) for each, values in sets.items()}}
+        row |= {"sets": {each: written(values) for each, values in sets.items()}}
         row |= {"threads": self.place.threads, "given": list(self.place.settings)}
         write_whole(self._path(name), json.dumps(row))
         return row
@@ -183,8 +183,8 @@ def numbers(text: str) -> list[float]:
     return [float(value) for value in text.split()]
 
 
-def _written(values: Mapping[str, Sequence[float]]) -> dict[str, str]:
-    """A line a column: a file of results with a line a number would be thousands of lines a row."""
+def written(values: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Columns as a row holds them, a line each: with a line a number a row would have thousands in a file."""
     return {name: " ".join(f"{value:.4g}" for value in column) for name, column in values.items()}
 
 

@@ -44,6 +44,7 @@ WORDS = {
     "style": "house style", "word_range": "length as the teacher's", "right": "right by the rule", "rouge_l": "ROUGE-L",
     "ngram_f1_4": "4-gram F1", "repetition": "repetition", "cut_share": "responses cut", "words": "words",
     "distinct_2": "distinct-2", "fresh_accuracy": "fresh D tells apart",
+    "repeated": "say a 3-gram twice",
 }  # fmt: skip
 BUDGET_WORDS = {"data": "equal data", "seconds": "equal seconds"}
 DOMAIN = {HELD_OUT: "held out", ELSEWHERE: "other domain"}
@@ -105,7 +106,7 @@ def take_away(rows: Sequence[Row], data: str) -> str:
 
 def _claim(found: Difference) -> str:
     word = "better" if found.better else "worse"
-    return f"`{found.method}` is {word} than `{found.other}` ({_signed(found)})"
+    return f"`{found.method}` is {word} than `{found.other}` ({signed(found)})"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -130,7 +131,7 @@ def _figures(rows: Sequence[Row], mine: Sequence[Row], data: str, each: str) -> 
     if start is not None:
         taught = {"sets": start["teacher"]}
         for name, row in (("teacher", taught), (START, start)):
-            cells = [_cell(bootstrap(found)) if (found := column(row, each, m)) else "-" for m in measures]
+            cells = [mean_of(bootstrap(found)) if (found := column(row, each, m)) else "-" for m in measures]
             lines.append([name, "-", "-", "-", *cells])
     for name in METHODS:
         of_method = [row for row in mine if row["method"] == name]
@@ -138,7 +139,7 @@ def _figures(rows: Sequence[Row], mine: Sequence[Row], data: str, each: str) -> 
             steps = " + ".join(f"{fmean(r['steps'].get(s, 0) for r in of_method):.0f}" for s in of_method[0]["steps"])
             lines.append(
                 [name, str(len(of_method)), steps, f"{fmean(map(seconds, of_method)):.0f}"]
-                + [_cell(bootstrap(averaged(of_method, each, measure))) for measure in measures]
+                + [mean_of(bootstrap(averaged(of_method, each, measure))) for measure in measures]
             )
     return table(["method", "seeds", "steps", "seconds", *(WORDS[m] for m in measures)], lines)
 
@@ -150,7 +151,7 @@ def _differences(mine: Sequence[Row], each: str) -> str:
         found = [compared(mine, method, other, each, measure) for measure in measures]
         if any(found):
             apart = _apart(mine, method, other)
-            cells = ["-" if one is None else _signed(one) + (" *" if one.holds else "") for one in found]
+            cells = ["-" if one is None else signed(one) + (" *" if one.holds else "") for one in found]
             lines.append([f"{method} - {other}{apart}", *cells])
     if not lines:
         return "No two methods have a seed in common."
@@ -166,12 +167,14 @@ def _apart(mine: Sequence[Row], method: str, other: str) -> str:
     return "" if abs(one - two) <= EQUAL * max(one, two) else f" ({one:.0f} s and {two:.0f} s)"
 
 
-def _cell(found: Estimate) -> str:
+def mean_of(found: Estimate) -> str:
+    """A mean with its interval."""
     digits = 1 if abs(found.mean) >= 10 else 3
     return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
-def _signed(found: Difference) -> str:
+def signed(found: Difference) -> str:
+    """A difference with both of its intervals."""
     over = found.over_prompts
     seeds = "" if found.over_seeds is None else f" ± {found.over_seeds:.3f}"
     return f"{over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]{seeds}"
