@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench import options
@@ -36,6 +37,8 @@ _RATES = (
 )
 # Of the run's evaluations, those of a student that one of the methods has made.
 LOOK = "heldout/ce"
+# Steps at the end of GAD over which the distance to the policy before it is averaged.
+LAST = 4
 STAGES = ("before", "after_sft", "after_gad")
 # By what the rows call them, the measures' paths in an evaluation.
 PATHS = {
@@ -130,7 +133,8 @@ def run(
 
 
 def row_of(folder: Path, side: str, seed: int, settings: Sequence[str]) -> Row:
-    """The row of the run in a folder, which is made or finished where need be."""
+    """The row of the run in a folder, which is made or finished where need be. kl: nats a token from the policy that
+    GAD began with."""
     default_job.train(folder, seed, settings)
     read = files.load(folder)
     if read.summary is None or not all(stage in read.evaluations for stage in STAGES):
@@ -141,6 +145,7 @@ def row_of(folder: Path, side: str, seed: int, settings: Sequence[str]) -> Row:
         "seed": seed,
         "settings": list(settings),
         "sets": {stage: _columns(read.evaluations[stage]) for stage in STAGES},
+        "kl": fmean([row["student/kl"] for row in read.metrics if row["stage"] == "gad"][-LAST:]),
         "seconds": read.summary["seconds"],
         "threads": (read.summary.get("machine") or {}).get("threads"),
     }

@@ -15,7 +15,8 @@ TITLE = "## Does it learn as with all weights"
 ABOUT = """Made from bench/results/learning.json, which `python -m bench learning` measures: the default job under
 every side. After its cross-entropy the student is one of SeqKD, after its GAD stage one of GAD. Held-out prompts of the
 built-in rows, several responses each, averaged by prompt. Differences are paired by prompt, over the mean of the
-seeds; their first interval (95 %) is over prompts, ± over seeds (t)."""
+seeds; their first interval (95 %) is over prompts, ± over seeds (t). KL by GAD: nats a token between the student and
+the one that GAD began with, over its last steps: how far it went."""
 BEFORE, SEQKD, GAD = STAGES
 STAGE_WORDS = {SEQKD: "After cross-entropy (SeqKD)", GAD: "After GAD"}
 # What a difference is claimed of, the first one as in the methods' table.
@@ -61,13 +62,16 @@ def _beside(runs: Sequence[Row], stage: str, measure: str) -> list[Difference]:
 
 
 def _figures(runs: Sequence[Row], stage: str) -> str:
-    lines = [["before any training", "-", "-", *_means(runs, BEFORE)]]
+    moved = stage == GAD
+    header = ["side", "seeds", "minutes, whole job", *(["KL by GAD"] if moved else [])]
+    lines = [["before any training", *["-"] * (len(header) - 1), *_means(runs, BEFORE)]]
     for name in SIDES:
         mine = [row for row in runs if row["method"] == name]
         if mine:
             minutes = fmean(row["seconds"]["total"] for row in mine) / 60
-            lines.append([name, str(len(mine)), f"{minutes:.0f}", *_means(mine, stage)])
-    return table(["side", "seeds", "minutes, whole job", *(WORDS[name] for name in PATHS)], lines)
+            kl = [f"{fmean(row['kl'] for row in mine):.4f}"] if moved else []
+            lines.append([name, str(len(mine)), f"{minutes:.0f}", *kl, *_means(mine, stage)])
+    return table([*header, *(WORDS[name] for name in PATHS)], lines)
 
 
 def _means(rows: Sequence[Row], stage: str) -> list[str]:

@@ -42,7 +42,10 @@ def test_a_row_holds_a_value_a_prompt_of_every_stage(tmp_path: Path, calls: list
         "after_warmup": report_runs.answers(0.3, 3, style=0.5),
         "after_gad": report_runs.answers(0.4, 3, style=0.75, ngram_f1={"4": 0.125}),
     }
-    written(tmp_path / "r16-1", settings, report_runs.metrics(), **stages)
+    metrics = report_runs.metrics(gad=6)
+    for i, step in enumerate(metrics):
+        step["student/kl"] = 0.01 * i
+    written(tmp_path / "r16-1", settings, metrics, **stages)
     (tmp_path / "r16-1/checkpoints").mkdir()
     (row,) = suite.run(False, sides=["r16"], seeds=1, first=1, work=tmp_path)
     assert calls == [] and (row["method"], row["seed"], row["settings"]) == ("r16", 1, settings)
@@ -50,6 +53,8 @@ def test_a_row_holds_a_value_a_prompt_of_every_stage(tmp_path: Path, calls: list
     assert row["sets"]["after_gad"]["style"] == "0.75 0.75 0.75"
     assert row["sets"]["after_gad"]["ngram_f1_4"] == "0.125 0.125 0.125"
     assert row["sets"]["before"]["rouge_l"].split()[0] == "0.2"
+    # Of four warmup steps and six of GAD the last four.
+    assert row["kl"] == pytest.approx(0.075)
     assert not (tmp_path / "r16-1/checkpoints").exists() and (tmp_path / "r16-1/metrics.jsonl").exists()
 
 
@@ -86,7 +91,7 @@ def test_the_sides_differ_in_what_they_are_said_to() -> None:
 
 def row(side: str, seed: int, style: str) -> dict[str, Any]:
     sets = {stage: {"style": style if stage != "before" else "0 0 0"} for stage in suite.STAGES}
-    return {"method": side, "seed": seed, "settings": [], "sets": sets, "seconds": {"total": 600.0}, "threads": 1}
+    return {"method": side, "seed": seed, "settings": [], "sets": sets, "kl": 0.004, "seconds": {"total": 600.0}}
 
 
 def test_the_section_holds_every_side_against_all_weights() -> None:
@@ -102,6 +107,7 @@ def test_the_section_holds_every_side_against_all_weights() -> None:
     lines = text.splitlines()
     assert sum(line.startswith("| r16 - full | +0.200 [") for line in lines) == 2
     assert any(line.startswith("| full | 2 | 10 | 0.500 [0.500, 0.500]") for line in lines)
+    assert any(line.startswith("| full | 2 | 10 | 0.0040 | 0.500 [0.500, 0.500]") for line in lines)
     assert not any(line.startswith("| r16-both") for line in lines)
 
 
