@@ -68,7 +68,6 @@ class Side:
 
 
 ALL_WEIGHTS = "full"
-_OF_ADAPTERS = ("2.5e-4", "5e-4", "1e-3")
 SIDES = {
     ALL_WEIGHTS: Side(
         "all weights of student and discriminator",
@@ -76,8 +75,13 @@ SIDES = {
         "5e-5",
         ("2.5e-5", "5e-5", "1e-4"),
     ),
-    "r16": Side("the student by adapters of rank 16, as the default job is", (), "5e-4", _OF_ADAPTERS),
-    "r64": Side("the student by adapters of rank 64", ("--student.adapter_rank=64",), "5e-4", _OF_ADAPTERS),
+    "r16": Side("the student by adapters of rank 16, as the default job is", (), "5e-4", ("2.5e-4", "5e-4", "1e-3")),
+    "r64": Side(
+        "the student by adapters of rank 64",
+        ("--student.adapter_rank=64",),
+        "2.5e-4",
+        ("1.25e-4", "2.5e-4", "5e-4"),
+    ),
     "r16-both": Side(
         "student and discriminator by adapters of rank 16 on one base",
         ("--discriminator.adapter=lora", "--discriminator.lr=5e-4"),

@@ -65,7 +65,7 @@ def test_the_rates_are_of_the_cross_entropy_alone(tmp_path: Path, calls: list[li
         settings = [*suite._RATES, "--student.adapter_rank=64", f"--student.warmup_lr={rate}"]
         written(tmp_path / f"r64-{rate}", settings, rows)
     found = list(suite.run(False, sides=["r64"], rates=True, work=tmp_path))
-    assert calls == [] and [row["rate"] for row in found] == ["2.5e-4", "5e-4", "1e-3"]
+    assert calls == [] and [row["rate"] for row in found] == ["1.25e-4", "2.5e-4", "5e-4"]
     assert {row["seed"] for row in found} == {10} and found[0]["ce"] == {"2": 2.5124}
     assert len({suite.key(row) for row in found}) == 3
 
