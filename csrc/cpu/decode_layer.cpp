@@ -9,9 +9,8 @@
 // gaps, as vLLM's CPU backend fills it: of a block and head first the keys as [D, B], then the values as [B, D]. slots:
 // int64 [M], block * B + place, negative for what is not to be kept. Anything else is an error.
 //
-// Adapters beside a product's weight W [N, K]: y += scale (x A^T) B^T. A is one matrix [sum of ranks, K] for all that
-// stand beside a W, each B [n, rank] changes the columns start .. start + n - 1 of y: queries, keys and values are one
-// product with adapters of their own.
+// Beside a product there may be adapters (decoding.h): queries, keys and values are one product with adapters of their
+// own.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -82,29 +81,26 @@ void rotate_into_cache(Tensor& qkv, const Tensor& positions, const Tensor& cos_s
 
 // Adapters of the four products. downs: A, where a product has some. ups: their B, product by product. starts: where
 // each of them begins in y. scales: one a product.
-struct Adapters {
+struct OfProducts {
   const c10::List<std::optional<Tensor>>& downs;
   at::TensorList ups;
   at::IntArrayRef starts;
   at::ArrayRef<double> scales;
   size_t next = 0;
 
-  // Of the products in their order: adds to y [M, N] what stands beside product i for x [M, K].
-  void add(size_t i, const Tensor& x, Tensor& y) {
+  // Of the products in their order: what stands beside product i.
+  std::optional<Adapters> take(size_t i) {
     const std::optional<Tensor> down = downs.get(i);
-    if (!down) return;
-    const Tensor low = linear_few_rows(x, *down, std::nullopt);
-    for (int64_t column = 0; column < low.size(1); ++next) {
-      TORCH_CHECK(next < ups.size(), "cpu_decode_layer: product ", i, " has a matrix A of ", low.size(1),
+    if (!down) return std::nullopt;
+    const size_t first = next;
+    for (int64_t column = 0; column < down->size(0); ++next) {
+      TORCH_CHECK(next < ups.size(), "cpu_decode_layer: product ", i, " has a matrix A of ", down->size(0),
                   " rows and not as many columns of B");
-      const Tensor& up = ups[next];
-      TORCH_CHECK(up.dim() == 2 && up.size(1) > 0 && up.size(1) <= low.size(1) - column && starts[next] >= 0 &&
-                      starts[next] <= y.size(1) - up.size(0),
-                  "cpu_decode_layer: B ", up.sizes(), " from column ", starts[next], " on does not fit product ", i,
-                  " of ", y.size(1), " columns and its A of ", low.size(1), " rows");
-      y.narrow(1, starts[next], up.size(0)).addmm_(low.narrow(1, column, up.size(1)), up.t(), 1, scales[i]);
-      column += up.size(1);
+      TORCH_CHECK(ups[next].dim() == 2 && ups[next].size(1) > 0, "cpu_decode_layer: B must be [N, rank], is ",
+                  ups[next].sizes());
+      column += ups[next].size(1);
     }
+    return Adapters{*down, ups.slice(first, next - first), starts.slice(first, next - first), scales[i]};
   }
 };
 
@@ -123,11 +119,10 @@ std::tuple<Tensor, Tensor> decode_layer(const Tensor& hidden, const std::optiona
   TORCH_CHECK(downs.size() == 4 && scales.size() == 4 && ups.size() == starts.size(),
               "cpu_decode_layer: takes 4 A (or None), 4 scales and as many starts as B, got ", downs.size(), ", ",
               scales.size(), ", ", starts.size(), " and ", ups.size());
-  Adapters adapters{downs, ups, starts, scales};
+  OfProducts of_products{downs, ups, starts, scales};
   const auto product = [&](size_t i, const Tensor& x, const Tensor& weight) {
-    Tensor y = linear_few_rows(x, weight, biases.get(i));
-    adapters.add(i, x, y);
-    return y;
+    const std::optional<Adapters> adapters = of_products.take(i);
+    return linear_few_rows(x, weight, biases.get(i), adapters ? &*adapters : nullptr);
   };
   const Tensor total = residual ? hidden.add(*residual) : hidden;
   Tensor qkv = product(0, std::get<0>(rms_norm(total, weights[0], eps_before, 0.0)), weights[1]);
@@ -145,7 +140,7 @@ std::tuple<Tensor, Tensor> decode_layer(const Tensor& hidden, const std::optiona
   const int64_t inner = both.size(1) / 2;
   const Tensor activated = swiglu(both.narrow(1, 0, inner), both.narrow(1, inner, inner));
   const Tensor down = product(3, activated, weights[5]);
-  TORCH_CHECK(adapters.next == ups.size(), "cpu_decode_layer: ", ups.size() - adapters.next,
+  TORCH_CHECK(of_products.next == ups.size(), "cpu_decode_layer: ", ups.size() - of_products.next,
               " matrices B stand beside no product");
   return {down, after};
 }

@@ -13,7 +13,17 @@ inline void check_float32(const char* op, const char* name, const at::Tensor& t,
               t.scalar_type(), " ", t.sizes());
 }
 
-at::Tensor linear_few_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias);
+// Adapters beside a product with W [N, K]: y[:, start : start + n] += scale (x A^T) B^T for every B [n, rank]. down: the A
+// of all, one matrix [sum of ranks, K]. ups, starts: their B in the same order, and where each begins in y.
+struct Adapters {
+  at::Tensor down;
+  at::TensorList ups;
+  at::IntArrayRef starts;
+  double scale;
+};
+
+at::Tensor linear_few_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                           const Adapters* adapters = nullptr);
 
 std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double shift);
 

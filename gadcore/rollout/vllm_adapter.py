@@ -8,7 +8,7 @@ that the trainer keeps in few bits vLLM has as plain matrices, a copy of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gadcore.errors import UserError
-from gadcore.kernels.cpu.linear_few_rows import Adapters
+from gadcore.kernels.cpu.linear_few_rows import Adapters, Product, beside
 from gadcore.kernels.lora_linear import DOWN, UP, LoRALinear, is_adapters
 from gadcore.kernels.quantised_linear import layers_of_bits, plain_weight
 from gadcore.rollout.vllm_weights import Slice, WholeWeights, bring, engine_parameters, lay_out
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 # What rounding to 4 bits moves signed sums of rows by, relative to their norm, is .1; another weight's are 1.4 away.
 _ROUNDING = 0.3
 # Of weights that are made of few bits for an update.
@@ -90,7 +89,7 @@ class AdaptedProduct:
 
     def __init__(self, base: Product, parts: Sequence[_Part], weight: Tensor) -> None:
         """base: the product without. weight: vLLM's, in whose dtype A and B are here."""
-        self.base, dtype = base, weight.dtype
+        dtype = weight.dtype
         # One product for all members: A of q, k and v is one matrix.
         self.adapters = Adapters(
             torch.cat([part.layer.lora_A.detach().to(dtype) for part in parts]),
@@ -98,10 +97,11 @@ class AdaptedProduct:
             [part.start for part in parts],
             parts[0].layer.scale,
         )
+        self._product = beside(base, self.adapters)
         self._names = [part.name for part in parts]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.adapters.add_to(self.base(x, weight, bias), self.base(x, self.adapters.down, None))
+        return self._product(x, weight, bias)
 
     def aliases(self) -> list[Tensor]:
         """All that is read of them."""

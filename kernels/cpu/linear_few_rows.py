@@ -17,6 +17,8 @@ from gadcore.kernels.cpu import native
 from gadcore.kernels.cpu.linear import onednn_is_faster, onednn_product
 
 MAX_ROWS = 64
+# (x [M, K], weight [N, K], bias [N] or None) -> [M, N].
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Adapters(NamedTuple):
@@ -39,6 +41,21 @@ class Adapters(NamedTuple):
         for start, b, its in zip(self.starts, self.ups, columns, strict=True):
             rows[:, start : start + len(b)].addmm_(its, b.t(), alpha=self.scale)
         return y
+
+
+def beside(product: Product, adapters: Adapters) -> Product:
+    """The product of a sampler's layer with what stands beside it added.
+
+    Of up to MAX_ROWS rows in float32 it is one native call where there is one, and `product` is not asked.
+    """
+    few = torch.ops.gadcore.cpu_adapted_few_rows.default if native.available("cpu_adapted_few_rows") else None
+
+    def adapted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if few is not None and x.dtype == torch.float32 and x.dim() == 2 and 1 <= len(x) <= MAX_ROWS:
+            return few(x, weight, bias, *adapters)  # type: ignore[no-any-return]
+        return adapters.add_to(product(x, weight, bias), product(x, adapters.down, None))
+
+    return adapted
 
 
 def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: native.Impl = "auto") -> Tensor:
@@ -66,8 +83,8 @@ def linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, im
     return _op(x, weight, bias)
 
 
-def decoding_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A function (x [M, K], weight [N, K], bias [N] or None) -> [M, N] for the layers of a sampler, on the CPU.
+def decoding_linear() -> Product:
+    """The product of the layers of a sampler, on the CPU.
 
     It computes what linear_few_rows(impl="auto") computes without a gradient, or linear(impl="auto") for more rows, but
     chooses by the number of rows alone: a decoding step calls it hundreds of times, and the full choice cost 4 % of the

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, decoding_linear, linear_few_rows
+from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, Adapters, beside, decoding_linear, linear_few_rows
 from tests.support.kernel_grid import F64, RECORD
 
 
@@ -72,3 +75,82 @@ def test_the_decoding_layer_computes_the_same_for_any_number_of_rows() -> None:
             assert torch.equal(linear(x, weight, bias), linear_few_rows(x, weight, bias, impl="cpu"))
     wide = torch.randn(3, 24, dtype=torch.float64)
     assert torch.equal(linear(wide, weight.double(), None), F.linear(wide, weight.double()))
+
+
+LEVELS = ["scalar", "baseline", "avx2", "wide", "avx512"]
+
+
+def adapted(inner: int, outer: int, ranks: Sequence[int], seed: int = 0) -> Adapters:
+    """As many B as ranks, of neighbouring columns that leave some of the product's at both ends, and one in between."""
+    generator = torch.Generator().manual_seed(seed)
+    each = (outer - 3) // len(ranks)
+    ups = [torch.randn(each - (i == 0), rank, generator=generator) for i, rank in enumerate(ranks)]
+    starts = [1 + i * each for i in range(len(ranks))]
+    return Adapters(torch.randn(sum(ranks), inner, generator=generator) / inner**0.5, ups, starts, -0.75)
+
+
+def whole(weight: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    """W + scale B A, float64."""
+    out = weight.to(F64).clone()
+    downs = adapters.down.to(F64).split([b.shape[1] for b in adapters.ups])
+    for a, b, start in zip(downs, adapters.ups, adapters.starts, strict=True):
+        out[start : start + len(b)] += adapters.scale * b.to(F64) @ a
+    return out
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 17, 32, 33, 64])
+@pytest.mark.parametrize(
+    ("inner", "outer", "ranks"), [(20, 7, [1]), (64, 48, [3, 16]), (96, 131, [16, 16, 16]), (1536, 200, [64])]
+)
+def test_adapters_against_float64(inner: int, outer: int, ranks: list[int], rows: int, level: str) -> None:
+    set_level = torch.ops.gadcore._cpu_level
+    try:
+        set_level(level)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    try:
+        generator = torch.Generator().manual_seed(rows)
+        x, weight = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
+        bias, adapters = torch.randn(outer, generator=generator), adapted(inner, outer, ranks)
+        actual = beside(refuse, adapters)(x, weight, bias)
+        truth = x.to(F64) @ whole(weight, adapters).T + bias
+        torch.testing.assert_close(actual.to(F64), truth, rtol=1e-5, atol=2e-5 * inner**0.5)
+        alone = [beside(refuse, adapters)(x[i : i + 1], weight, bias) for i in range(rows)]
+        if level not in ("scalar", "baseline"):
+            assert torch.equal(torch.cat(alone), actual), "a row depends on the others"
+    finally:
+        set_level("")
+
+
+def refuse(*_: object) -> torch.Tensor:
+    raise AssertionError("the product was asked, although one native call does it")
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(MAX_ROWS + 1, torch.float32), (5, F64)])
+def test_what_one_call_does_not_take_is_added_to_the_product(rows: int, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, 24), (40, 24), (40,)))
+    adapters = adapted(24, 40, [2, 5])
+    adapters = adapters._replace(down=adapters.down.to(dtype), ups=[b.to(dtype) for b in adapters.ups])
+    actual = beside(lambda x, w, b: F.linear(x, w, b), adapters)(x, weight, bias)
+    truth = x.to(F64) @ whole(weight, adapters).T + bias
+    torch.testing.assert_close(actual.to(F64), truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.native
+def test_adapters_that_are_refused() -> None:
+    good, x, weight = adapted(24, 40, [2, 5]), torch.randn(3, 24), torch.randn(40, 24)
+
+    def refused(match: str, **changed: Any) -> None:
+        with pytest.raises(RuntimeError, match=match):
+            beside(refuse, good._replace(**changed))(x, weight)
+
+    refused(r"A must be contiguous float32 \[sum of ranks, 24\], is Float \[7, 23\]", down=torch.randn(7, 23))
+    refused("is Double", down=good.down.double())
+    refused("A must be contiguous", down=torch.randn(24, 7).T)
+    refused("A has 6 rows, and all B have 7 columns", down=torch.randn(6, 24))
+    refused("as many starts as B, got 1 and 2", starts=[0])
+    refused(r"B \[18, 5\] from column 23 on does not fit 40 columns", starts=[0, 23])
+    refused("from column -1 on does not fit", starts=[-1, 20])
+    refused(r"B must be contiguous float32 \[n, rank\]", ups=[good.ups[0], torch.randn(5, 18).T])
