@@ -27,18 +27,18 @@ from gadcore.report.findings import values_of
 WORK = Path("runs/learning")
 SEEDS = 3
 RATES_SEED = 10
-# Cross-entropy alone, with a look at the held-out rows' own every 20 steps; its samples are measured for nothing.
-_RATES = (
+# With a look at the held-out rows' own every 20 steps; what is sampled in the end is measured for nothing.
+CROSS_ENTROPY_ALONE = (
     "--schedule.warmup_steps=0",
     "--schedule.gad_steps=0",
     "--curriculum.every=20",
     "--curriculum.rows=60",
     "--data.eval_samples=1",
 )
-# Of the run's evaluations, those of a student that one of the methods has made.
 LOOK = "heldout/ce"
 # Steps at the end of GAD over which the distance to the policy before it is averaged.
 LAST = 4
+# Of the run's evaluations, those of a student that one of the methods has made.
 STAGES = ("before", "after_sft", "after_gad")
 # By what the rows call them, the measures' paths in an evaluation.
 PATHS = {
@@ -128,7 +128,8 @@ def run(
         for name in sides:
             side = SIDES[name]
             for rate in side.rates:
-                yield rate_of(where / f"{name}-{rate}", name, rate, [*small, *_RATES, *side.given(rate), *settings])
+                given = [*small, *CROSS_ENTROPY_ALONE, *side.given(rate), *settings]
+                yield rate_of(where / f"{name}-{rate}", name, rate, given)
         return
     for seed in range(first, first + (1 if quick else seeds)):
         for name in sides:

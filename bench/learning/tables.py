@@ -48,11 +48,10 @@ def take_away(runs: Sequence[Row]) -> str:
 
 
 def _said(found: Difference) -> str:
-    over = found.over_prompts
     told = f"{signed(found)}, {found.seeds} seed{'s' if found.seeds > 1 else ''}"
     if not found.holds:
         return f"no difference shown ({told})"
-    return f"{'better' if found.better else 'worse'} ({told})" if over.mean else told
+    return f"{'better' if found.better else 'worse'} ({told})"
 
 
 def _beside(runs: Sequence[Row], stage: str, measure: str) -> list[Difference]:

@@ -316,8 +316,8 @@ at::Tensor multiply(const at::Tensor& x_in, const at::Tensor& weight, const std:
   }
   over_columns(p, n, [&](int64_t n0, int64_t columns) {
     alignas(64) float collected[kColumns * kMaxRows];
-    // A vector of rows of x may be longer than they are.
-    if (adapters) std::fill_n(collected, columns * kMaxRows, 0.0f);
+    // The last vector of rows of x may be longer than they are.
+    if (adapters && m % 16) std::fill_n(collected, columns * kMaxRows, 0.0f);
     kernels.block(p, n0, columns, collected);
     for (const Up& up : ups) {
       const int64_t begin = std::max(n0, up.start), end = std::min(n0 + columns, up.start + up.n);

@@ -62,7 +62,7 @@ def test_the_rates_are_of_the_cross_entropy_alone(tmp_path: Path, calls: list[li
     rows = report_runs.metrics(warmup=2, gad=0)
     rows[1]["heldout/ce"] = 2.51239
     for rate in suite.SIDES["r64"].rates:
-        settings = [*suite._RATES, "--student.adapter_rank=64", f"--student.warmup_lr={rate}"]
+        settings = [*suite.CROSS_ENTROPY_ALONE, "--student.adapter_rank=64", f"--student.warmup_lr={rate}"]
         written(tmp_path / f"r64-{rate}", settings, rows)
     found = list(suite.run(False, sides=["r64"], rates=True, work=tmp_path))
     assert calls == [] and [row["rate"] for row in found] == ["1.25e-4", "2.5e-4", "5e-4"]
