@@ -62,7 +62,7 @@ def test_the_rates_are_of_the_cross_entropy_alone(tmp_path: Path, calls: list[li
     rows = report_runs.metrics(warmup=2, gad=0)
     rows[1]["heldout/ce"] = 2.51239
     for rate in suite.SIDES["r64"].rates:
-        settings = [*suite.CROSS_ENTROPY_ALONE, "--student.adapter_rank=64", f"--student.warmup_lr={rate}"]
+        settings = [*suite.CROSS_ENTROPY_ALONE, *suite.SIDES["r64"].given(rate)]
         written(tmp_path / f"r64-{rate}", settings, rows)
     found = list(suite.run(False, sides=["r64"], rates=True, work=tmp_path))
     assert calls == [] and [row["rate"] for row in found] == ["1.25e-4", "2.5e-4", "5e-4"]
@@ -87,6 +87,9 @@ def test_the_sides_differ_in_what_they_are_said_to() -> None:
     assert not suite.SIDES["r16"].settings and "--student.adapter=none" in suite.SIDES["full"].settings
     assert all(side.rate in side.rates for side in suite.SIDES.values() if side.rates)
     assert suite.SIDES["r16-both"].rate == suite.SIDES["r16"].rate
+    for side in (suite.SIDES["full"], suite.SIDES["r64"]):
+        (of_gad,) = (value for given in side.settings for name, value in [given.split("=")] if name == "--student.lr")
+        assert float(of_gad) == pytest.approx(float(side.rate) / 5)
 
 
 def row(side: str, seed: int, style: str) -> dict[str, Any]:
