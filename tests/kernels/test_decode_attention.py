@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.kernel_grid import F64
+from tests.support.levels import LEVELS, at_level
 
 pytestmark = pytest.mark.native
 
@@ -116,18 +117,11 @@ def test_longer_blocks(block: int) -> None:
     check(problem([(names, length * block // 32 - 1) for names, length in BATCHES["groups in turns"]], block=block))
 
 
-@pytest.mark.parametrize("level", ["scalar", "baseline", "avx2", "wide", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set(level: str) -> None:
-    set_level = torch.ops.gadcore._cpu_level
-    try:
-        set_level(level)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    try:
+    with at_level(level):
         check(problem(BATCHES["groups within a group"], size=96))
         check(problem(BATCHES["two groups of ragged responses"]))
-    finally:
-        set_level("")
 
 
 def test_threads_change_no_bit() -> None:

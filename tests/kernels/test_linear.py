@@ -10,6 +10,7 @@ from torch import Tensor
 from gadcore.kernels.cpu import linear as module
 from gadcore.kernels.cpu.gated_mlp import gated_mlp
 from gadcore.kernels.cpu.linear import linear, weight_gradient
+from tests.support.levels import at_level
 
 IMPLS = [("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
 
@@ -89,12 +90,8 @@ def test_refusals(arguments) -> None:
 @pytest.fixture(params=["", "wide", "avx2", "scalar"])
 def level(request):
     """ "wide" is the code of AVX-512 on any CPU with AVX2."""
-    try:
-        torch.ops.gadcore._cpu_level(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    torch.ops.gadcore._cpu_level("")
+    with at_level(request.param):
+        yield request.param
 
 
 # Around the 6 rows and 64 columns of a tile, the 768 columns of a block and the 208 rows of a depth.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from gadcore.kernels.cpu.linear_few_rows import MAX_ROWS, Adapters, beside, decoding_linear, linear_few_rows
 from tests.support.kernel_grid import F64, RECORD
+from tests.support.levels import LEVELS, at_level
 
 
 @pytest.mark.parametrize(
@@ -77,9 +78,6 @@ def test_the_decoding_layer_computes_the_same_for_any_number_of_rows() -> None:
     assert torch.equal(linear(wide, weight.double(), None), F.linear(wide, weight.double()))
 
 
-LEVELS = ["scalar", "baseline", "avx2", "wide", "avx512"]
-
-
 def adapted(inner: int, outer: int, ranks: Sequence[int], seed: int = 0) -> Adapters:
     """As many B as ranks, of neighbouring columns that leave some of the product's at both ends, and one in between."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,23 +103,17 @@ def whole(weight: torch.Tensor, adapters: Adapters) -> torch.Tensor:
     ("inner", "outer", "ranks"), [(20, 7, [1]), (64, 48, [3, 16]), (96, 131, [16, 16, 16]), (1536, 200, [64])]
 )
 def test_adapters_against_float64(inner: int, outer: int, ranks: list[int], rows: int, level: str) -> None:
-    set_level = torch.ops.gadcore._cpu_level
-    try:
-        set_level(level)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    try:
-        generator = torch.Generator().manual_seed(rows)
-        x, weight = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
-        bias, adapters = torch.randn(outer, generator=generator), adapted(inner, outer, ranks)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
+    bias, adapters = torch.randn(outer, generator=generator), adapted(inner, outer, ranks)
+    with at_level(level):
         actual = beside(refuse, adapters)(x, weight, bias)
-        truth = x.to(F64) @ whole(weight, adapters).T + bias
-        torch.testing.assert_close(actual.to(F64), truth, rtol=1e-5, atol=2e-5 * inner**0.5)
         alone = [beside(refuse, adapters)(x[i : i + 1], weight, bias) for i in range(rows)]
-        if level not in ("scalar", "baseline"):
-            assert torch.equal(torch.cat(alone), actual), "a row depends on the others"
-    finally:
-        set_level("")
+    truth = x.to(F64) @ whole(weight, adapters).T + bias
+    torch.testing.assert_close(actual.to(F64), truth, rtol=1e-5, atol=2e-5 * inner**0.5)
+    # There it is torch's product.
+    if level not in ("scalar", "baseline"):
+        assert torch.equal(torch.cat(alone), actual), "a row depends on the others"
 
 
 def refuse(*_: object) -> torch.Tensor:

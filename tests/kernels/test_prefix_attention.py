@@ -13,6 +13,7 @@ from gadcore.kernels.dispatch import Impl
 from gadcore.kernels.layout import PrefixLayout
 from gadcore.kernels.prefix_attention import prefix_attention
 from tests.support.kernel_grid import F64, RECORD, gradients, pairs, weighted
+from tests.support.levels import LEVELS, at_level
 
 F32 = torch.float32
 IMPLS = [("reference", F64), ("reference", F32), pytest.param("cpu", F32, marks=pytest.mark.native)]
@@ -131,20 +132,13 @@ def test_a_long_prompt_and_a_long_response(window: int | None) -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("level", ["scalar", "baseline", "avx2", "wide", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("width", [20, 64])
 def test_every_instruction_set(level: str, width: int) -> None:
-    set_level = torch.ops.gadcore._cpu_level
-    try:
-        set_level(level)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    try:
+    with at_level(level):
         for window in (None, 50):
             case = Case((140, 3), ((37, 1), (131,)), (3, 1), width, window)
             check(case, "cpu", F32, *case.inputs(F32))
-    finally:
-        set_level("")
 
 
 @implementations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.kernel_grid import F64
+from tests.support.levels import LEVELS, at_level
 
 pytestmark = pytest.mark.native
 
@@ -16,15 +17,10 @@ pytestmark = pytest.mark.native
 HIGHEST = 1 - 2**-24
 
 
-@pytest.fixture(params=["scalar", "baseline", "avx2", "wide", "avx512"])
+@pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    set_level = torch.ops.gadcore._cpu_level
-    try:
-        set_level(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield
-    set_level("")
+    with at_level(request.param):
+        yield
 
 
 def sample(logits: Tensor, numbers: list[float] | Tensor) -> tuple[Tensor, Tensor]:
