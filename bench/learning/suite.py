@@ -160,6 +160,10 @@ def rate_of(folder: Path, side: str, rate: str, settings: Sequence[str]) -> Row:
     """The row of a side's cross-entropy at a learning rate: of the held-out rows, by the step of the look."""
     default_job.train(folder, RATES_SEED, settings)
     looks = {str(row["step"]): round(row[LOOK], 4) for row in files.load(folder).metrics if LOOK in row}
+    if not looks:
+        raise UserError(
+            f"the run in {folder} never looked at held-out rows: give a --curriculum.every within its steps"
+        )
     _let_go(folder)
     return {"method": side, "seed": RATES_SEED, "rate": rate, "settings": list(settings), "ce": looks}
 

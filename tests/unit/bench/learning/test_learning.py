@@ -70,6 +70,13 @@ def test_the_rates_are_of_the_cross_entropy_alone(tmp_path: Path, calls: list[li
     assert len({suite.key(row) for row in found}) == 3
 
 
+def test_a_rate_without_a_look_is_an_error(tmp_path: Path, calls: list[list[str]]) -> None:
+    settings = [*suite.CROSS_ENTROPY_ALONE, *suite.SIDES["r64"].given("1.25e-4")]
+    written(tmp_path / "r64-1.25e-4", settings, report_runs.metrics(warmup=2, gad=0))
+    with pytest.raises(UserError, match="never looked at held-out rows: give a --curriculum.every within its steps"):
+        next(suite.run(False, sides=["r64"], rates=True, work=tmp_path))
+
+
 def test_a_side_that_there_is_not_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no side r8: there are full, r16, r64, r16-both"):
         next(suite.run(False, sides=["full", "r8"], work=tmp_path))
